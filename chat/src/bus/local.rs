@@ -1,0 +1,115 @@
+//! The bus within a process. With one instance, which is its use, nobody hears anything; tests join several.
+
+use super::{Bus, BusState, Listening, Sink};
+use crate::dialog::UserId;
+use bytes::Bytes;
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// One instance's end of an in-process bus.
+pub struct LocalBus {
+    instance: u64,
+    hub: Arc<Hub>,
+}
+
+#[derive(Default)]
+struct Hub {
+    next: AtomicU64,
+    listeners: Mutex<HashMap<UserId, Vec<Listener>>>,
+}
+
+struct Listener {
+    id: u64,
+    instance: u64,
+    sink: Sink,
+}
+
+impl LocalBus {
+    /// A bus with one instance on it.
+    #[must_use]
+    pub fn alone() -> Self {
+        Self {
+            instance: 0,
+            hub: Arc::new(Hub {
+                next: AtomicU64::new(1),
+                ..Hub::default()
+            }),
+        }
+    }
+
+    /// Another instance's end of the same bus.
+    #[must_use]
+    pub fn join(&self) -> Self {
+        Self {
+            instance: self.hub.next.fetch_add(1, Ordering::Relaxed),
+            hub: self.hub.clone(),
+        }
+    }
+}
+
+impl Bus for LocalBus {
+    fn publish(&self, user: UserId, payload: Bytes) {
+        let sinks: Vec<Sink> = {
+            let listeners = self
+                .hub
+                .listeners
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            let others = |listener: &&Listener| listener.instance != self.instance;
+            listeners
+                .get(&user)
+                .into_iter()
+                .flatten()
+                .filter(others)
+                .map(|listener| listener.sink.clone())
+                .collect()
+        };
+        sinks.iter().for_each(|sink| sink(payload.clone()));
+    }
+
+    fn listen(&self, user: UserId, sink: Sink) -> Listening {
+        let id = self.hub.next.fetch_add(1, Ordering::Relaxed);
+        let mut listeners = self
+            .hub
+            .listeners
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        listeners.entry(user).or_default().push(Listener {
+            id,
+            instance: self.instance,
+            sink,
+        });
+        Listening::until_dropped(Leaves {
+            hub: self.hub.clone(),
+            user,
+            id,
+        })
+    }
+
+    fn state(&self) -> BusState {
+        BusState::Alone
+    }
+}
+
+struct Leaves {
+    hub: Arc<Hub>,
+    user: UserId,
+    id: u64,
+}
+
+impl Drop for Leaves {
+    fn drop(&mut self) {
+        let mut listeners = self
+            .hub
+            .listeners
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(of_user) = listeners.get_mut(&self.user) {
+            of_user.retain(|listener| listener.id != self.id);
+            if of_user.is_empty() {
+                listeners.remove(&self.user);
+            }
+        }
+    }
+}

@@ -1,0 +1,224 @@
+//! Settings: defaults, then `chat.toml`, then the environment (`CHAT__LIMITS__TEXT_CHARS=…`). Units are in the names.
+
+use serde::Deserialize;
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+/// Everything that can be set.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// Where clients connect.
+    pub listen: SocketAddr,
+    /// Where operators connect: metrics and admin routes.
+    pub admin_listen: SocketAddr,
+    /// Asked of operators as `Authorization: Bearer …`; must be set when `admin_listen` is not a loopback address.
+    pub admin_token: Option<Secret>,
+    /// The file that names the shards.
+    pub shards_file: PathBuf,
+    /// `nats://host:port`; without it this is the only instance.
+    pub nats_url: Option<Secret>,
+    /// One process with everything in files, and a route that mints tokens on loopback. Set by `serve --embedded`.
+    #[serde(default)]
+    pub embedded: bool,
+    /// A demonstration on this machine: the sample secret is taken.
+    pub demo: bool,
+    /// Behind a proxy that appends the client's address to `X-Forwarded-For`: count connections by that.
+    pub trust_forwarded_for: bool,
+    /// How long to wait at the start for shards that the founding needs, in milliseconds.
+    pub start_wait_ms: u64,
+    /// Who may come in.
+    pub auth: Auth,
+    /// How much of everything.
+    pub limits: Limits,
+    /// How the shards are used.
+    pub store: Store,
+    /// What is logged.
+    pub log: Log,
+}
+
+/// How tokens are checked. One algorithm is pinned; a token that names another is refused.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Auth {
+    /// `HS256`, `EdDSA`, `ES256` or `RS256`.
+    pub algorithm: String,
+    /// For `HS256`: at least 32 bytes.
+    pub secret: Option<Secret>,
+    /// For the others: a PEM file with the public key, or a JWKS file (`.json`).
+    pub key_file: Option<PathBuf>,
+    /// If set, a token must name it in `aud`.
+    pub audience: Option<String>,
+    /// If set, a token must name it in `iss`.
+    pub issuer: Option<String>,
+    /// Origins of pages that may open a WebSocket, compared exactly, e.g. `https://chat.example.org`. The server's own
+    /// page is always allowed.
+    #[serde(default)]
+    pub allowed_origins: Vec<String>,
+}
+
+/// Bounds; each says in an error which one it was.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs)] // the names say it, units included; docs/OPERATIONS.md lists them
+pub struct Limits {
+    pub text_chars: u32,
+    pub frame_bytes: u32,
+    pub message_fragments: u32,
+    pub outbound_queue_bytes: usize,
+    pub sessions_per_user: usize,
+    pub connections_per_ip: usize,
+    pub connections: usize,
+    pub sends_per_second: u32,
+    pub sends_burst: u32,
+    pub frames_per_second: u32,
+    pub history_page: u32,
+    pub history_page_bytes: usize,
+    pub inbox_page: u32,
+    pub requests_in_flight: usize,
+    pub reads_in_flight: usize,
+    pub handshake_ms: u64,
+    pub ping_every_ms: u64,
+    pub silence_ms: u64,
+    pub shutdown_ms: u64,
+    pub tcp_user_timeout_ms: u64,
+}
+
+/// How a shard is used.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Store {
+    /// Threads of the runtime that database connections live on.
+    pub threads: usize,
+    /// Lanes of a shard's writer: transactions in flight at once.
+    pub lanes: usize,
+    /// Messages that one transaction takes at most.
+    pub batch_rows: usize,
+    /// Sends that may wait for one shard; more are refused as `overloaded`.
+    pub queue_rows: usize,
+    /// Connections for reading, per shard.
+    pub read_connections: usize,
+    /// How long a connection may take to open, in milliseconds.
+    pub connect_ms: u64,
+    /// How long a transaction or a read may take, in milliseconds. A shard that exceeds it is taken for dead.
+    pub answer_ms: u64,
+    /// How long a send may take altogether, in milliseconds.
+    pub send_ms: u64,
+}
+
+/// What is logged, and how.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Log {
+    /// A filter in the notation of `tracing-subscriber`, e.g. `info,chat=debug`.
+    pub filter: String,
+    /// `text` or `json`.
+    pub format: LogFormat,
+}
+
+/// See [`Log`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[allow(missing_docs)]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+/// A setting that is never printed.
+#[derive(Clone, PartialEq, Eq, Deserialize)]
+#[serde(transparent)]
+pub struct Secret(String);
+
+impl Secret {
+    /// Wraps a secret.
+    #[must_use]
+    pub fn new(secret: String) -> Self {
+        Self(secret)
+    }
+
+    /// The secret itself, to be used and not to be shown.
+    #[must_use]
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("(secret)")
+    }
+}
+
+const DEFAULTS: &str = include_str!("defaults.toml");
+
+impl Settings {
+    /// Reads the settings: defaults, then the file if it is there (or was named), then the environment.
+    ///
+    /// # Errors
+    /// One line that names the setting and what is wrong with it.
+    pub fn load(file: Option<&Path>) -> Result<Self, config::ConfigError> {
+        let (path, required) = file.map_or((Path::new("chat.toml"), false), |file| (file, true));
+        Self::from_sources(
+            config::File::from(path)
+                .format(config::FileFormat::Toml)
+                .required(required),
+            config::Environment::with_prefix("CHAT")
+                .prefix_separator("__")
+                .separator("__")
+                .try_parsing(true)
+                .list_separator(",")
+                .with_list_parse_key("auth.allowed_origins"),
+        )
+    }
+
+    /// The defaults with `toml` laid over them.
+    ///
+    /// # Errors
+    /// As [`Settings::load`].
+    pub fn from_toml(toml: &str) -> Result<Self, config::ConfigError> {
+        Self::from_sources(
+            config::File::from_str(toml, config::FileFormat::Toml),
+            config::Environment::with_prefix("CHAT__NONE"),
+        )
+    }
+
+    fn from_sources(
+        file: impl config::Source + Send + Sync + 'static,
+        environment: config::Environment,
+    ) -> Result<Self, config::ConfigError> {
+        config::Config::builder()
+            .add_source(config::File::from_str(DEFAULTS, config::FileFormat::Toml))
+            .add_source(file)
+            .add_source(environment)
+            .build()?
+            .try_deserialize()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_defaults_are_complete() {
+        let settings = Settings::from_toml("").unwrap();
+        assert_eq!(settings.limits.text_chars, 4000);
+        assert_eq!(settings.admin_listen.ip(), std::net::Ipv4Addr::LOCALHOST);
+    }
+
+    #[test]
+    fn an_unknown_setting_is_refused_by_name() {
+        let refusal = Settings::from_toml("[limits]\ntext_characters = 5")
+            .unwrap_err()
+            .to_string();
+        assert!(refusal.contains("text_characters"), "{refusal}");
+    }
+
+    #[test]
+    fn a_secret_is_never_printed() {
+        let settings = Settings::from_toml("admin_token = \"hunter2hunter2\"").unwrap();
+        assert!(!format!("{settings:?}").contains("hunter2"));
+    }
+}

@@ -1,0 +1,343 @@
+//! Tokens: JWTs of one pinned algorithm, in the `Authorization` header or, from a browser, as a subprotocol.
+
+use crate::config;
+use crate::dialog::UserId;
+use crate::refusal::Refusal;
+use crate::session::{Authenticate, Identity};
+use actix_web::HttpRequest;
+use actix_web::http::header::{AUTHORIZATION, SEC_WEBSOCKET_PROTOCOL};
+use anyhow::{Context, bail};
+use chat_wire::ErrorCode;
+use jsonwebtoken::jwk::JwkSet;
+use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
+use serde::{Deserialize, Serialize};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// The secret of `.env.sample`: known to everybody, and refused outside a demonstration.
+pub const SAMPLE_SECRET: &str = "sample-secret-for-the-demonstration-only";
+
+/// The shortest secret, in bytes: as long as the hash of HS256.
+const MIN_SECRET_BYTES: usize = 32;
+
+/// Checks tokens, and mints them where the key allows it.
+pub struct Tokens {
+    keys: Keys,
+    validation: Validation,
+    minting: Option<EncodingKey>,
+    settings: config::Auth,
+}
+
+enum Keys {
+    One(DecodingKey),
+    /// Chosen by the `kid` of the token.
+    Set(JwkSet),
+}
+
+#[derive(Serialize, Deserialize)]
+struct Claims {
+    sub: Subject,
+    exp: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    aud: Option<serde_json::Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    iss: Option<String>,
+}
+
+/// A string by the standard; a number is understood too.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum Subject {
+    Text(String),
+    Number(u64),
+}
+
+impl Tokens {
+    /// By the settings; `demo` allows the sample secret.
+    ///
+    /// # Errors
+    /// One line that says what is missing or too weak.
+    pub fn new(settings: &config::Auth, demo: bool) -> anyhow::Result<Self> {
+        let algorithm: Algorithm = match settings.algorithm.as_str() {
+            "HS256" => Algorithm::HS256,
+            "EdDSA" => Algorithm::EdDSA,
+            "ES256" => Algorithm::ES256,
+            "RS256" => Algorithm::RS256,
+            other => bail!("auth.algorithm '{other}' is none of HS256, EdDSA, ES256, RS256"),
+        };
+        let mut minting = None;
+        let keys = if algorithm == Algorithm::HS256 {
+            let secret = settings.secret.as_ref().map(config::Secret::expose).filter(|secret| !secret.is_empty()).context(
+                "auth.secret is not set; set CHAT__AUTH__SECRET to at least 32 random bytes, e.g. from: openssl rand -base64 48",
+            )?;
+            if secret == SAMPLE_SECRET && !demo {
+                bail!(
+                    "auth.secret is the sample secret, which everybody knows; set CHAT__AUTH__SECRET to a random one"
+                );
+            }
+            if secret.len() < MIN_SECRET_BYTES {
+                bail!(
+                    "auth.secret has {} bytes; at least {MIN_SECRET_BYTES} are needed",
+                    secret.len()
+                );
+            }
+            minting = Some(EncodingKey::from_secret(secret.as_bytes()));
+            Keys::One(DecodingKey::from_secret(secret.as_bytes()))
+        } else {
+            let path = settings
+                .key_file
+                .as_ref()
+                .with_context(|| format!("auth.key_file is needed for {}", settings.algorithm))?;
+            let text =
+                std::fs::read(path).with_context(|| format!("auth.key_file {}", path.display()))?;
+            let shown = || {
+                format!(
+                    "auth.key_file {} holds no {} key",
+                    path.display(),
+                    settings.algorithm
+                )
+            };
+            if path
+                .extension()
+                .is_some_and(|extension| extension == "json")
+            {
+                Keys::Set(serde_json::from_slice(&text).with_context(shown)?)
+            } else {
+                Keys::One(
+                    match algorithm {
+                        Algorithm::EdDSA => DecodingKey::from_ed_pem(&text),
+                        Algorithm::ES256 => DecodingKey::from_ec_pem(&text),
+                        _ => DecodingKey::from_rsa_pem(&text),
+                    }
+                    .with_context(shown)?,
+                )
+            }
+        };
+        let mut validation = Validation::new(algorithm);
+        validation.leeway = 0;
+        validation.set_required_spec_claims(&["sub", "exp"]);
+        validation.validate_nbf = true;
+        match &settings.audience {
+            Some(audience) => validation.set_audience(&[audience]),
+            None => validation.validate_aud = false,
+        }
+        if let Some(issuer) = &settings.issuer {
+            validation.set_issuer(&[issuer]);
+            validation.required_spec_claims.insert("iss".into());
+        }
+        if settings.audience.is_some() {
+            validation.required_spec_claims.insert("aud".into());
+        }
+        Ok(Self {
+            keys,
+            validation,
+            minting,
+            settings: settings.clone(),
+        })
+    }
+
+    /// A token for `user` that lasts for `lifetime`.
+    ///
+    /// # Errors
+    /// If only a public key is configured.
+    pub fn mint(&self, user: UserId, lifetime: Duration) -> anyhow::Result<String> {
+        let key = self.minting.as_ref().context(
+            "tokens are minted by whoever holds the private key; here is only the public one",
+        )?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
+        let claims = Claims {
+            sub: Subject::Text(user.to_string()),
+            exp: (now + lifetime).as_secs(),
+            aud: self
+                .settings
+                .audience
+                .clone()
+                .map(serde_json::Value::String),
+            iss: self.settings.issuer.clone(),
+        };
+        Ok(jsonwebtoken::encode(
+            &Header::new(Algorithm::HS256),
+            &claims,
+            key,
+        )?)
+    }
+
+    fn key(&self, token: &str) -> Option<DecodingKey> {
+        match &self.keys {
+            Keys::One(key) => Some(key.clone()),
+            Keys::Set(set) => {
+                let kid = jsonwebtoken::decode_header(token).ok()?.kid;
+                let jwk = match kid {
+                    Some(kid) => set.find(&kid)?,
+                    None if set.keys.len() == 1 => &set.keys[0],
+                    None => return None,
+                };
+                DecodingKey::from_jwk(jwk).ok()
+            }
+        }
+    }
+}
+
+impl Authenticate for Tokens {
+    fn authenticate(&self, token: &str) -> Result<Identity, Refusal> {
+        let refuse = |message: &str| Refusal::new(ErrorCode::Unauthenticated, message);
+        let key = self
+            .key(token)
+            .ok_or_else(|| refuse("the token names no key that is known here"))?;
+        let claims = jsonwebtoken::decode::<Claims>(token, &key, &self.validation)
+            .map_err(|e| {
+                use jsonwebtoken::errors::ErrorKind;
+                refuse(match e.kind() {
+                    ErrorKind::ExpiredSignature => "the token has expired",
+                    ErrorKind::InvalidAlgorithm | ErrorKind::InvalidAlgorithmName => {
+                        "the token is signed with another algorithm"
+                    }
+                    ErrorKind::InvalidSignature => "the signature of the token is not right",
+                    ErrorKind::InvalidAudience => "the token is for another audience",
+                    ErrorKind::InvalidIssuer => "the token is from another issuer",
+                    ErrorKind::MissingRequiredClaim(_) => {
+                        "the token lacks a claim that is needed: sub, exp (aud, iss if configured)"
+                    }
+                    _ => "this is not a token",
+                })
+            })?
+            .claims;
+        let user = match claims.sub {
+            Subject::Text(text) => text.parse().ok(),
+            Subject::Number(number) => UserId::new(number).ok(),
+        };
+        let user = user.ok_or_else(|| refuse("the sub of the token is not a user id"))?;
+        Ok(Identity {
+            user,
+            expires: claims.exp,
+        })
+    }
+}
+
+/// The token of a request: from its header, or from the subprotocols a browser offers. Never from the URL.
+#[must_use]
+pub fn token(request: &HttpRequest) -> Option<&str> {
+    let header = request
+        .headers()
+        .get(AUTHORIZATION)
+        .and_then(|value| value.to_str().ok());
+    let bearer = header
+        .and_then(|value| value.split_once(' '))
+        .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
+    bearer.map(|(_, token)| token.trim()).or_else(|| {
+        request
+            .headers()
+            .get_all(SEC_WEBSOCKET_PROTOCOL)
+            .filter_map(|value| value.to_str().ok())
+            .flat_map(|value| value.split(','))
+            .find_map(|offered| {
+                offered
+                    .trim()
+                    .strip_prefix(chat_wire::BEARER_PROTOCOL_PREFIX)
+            })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings(secret: &str) -> config::Auth {
+        config::Settings::from_toml(&format!("[auth]\nsecret = \"{secret}\""))
+            .unwrap()
+            .auth
+    }
+
+    const GOOD: &str = "0123456789abcdef0123456789abcdef";
+
+    #[test]
+    fn a_weak_missing_or_sample_secret_is_refused() {
+        for (secret, expected) in [
+            ("", "is not set"),
+            ("short", "has 5 bytes"),
+            (SAMPLE_SECRET, "the sample secret"),
+        ] {
+            let refusal = Tokens::new(&settings(secret), false)
+                .err()
+                .unwrap()
+                .to_string();
+            assert!(refusal.contains(expected), "{refusal}");
+        }
+        assert!(Tokens::new(&settings(SAMPLE_SECRET), true).is_ok());
+        assert!(include_str!("../../../.env.sample").contains(SAMPLE_SECRET));
+    }
+
+    #[test]
+    fn a_token_is_worth_what_it_says_and_not_longer() {
+        let tokens = Tokens::new(&settings(GOOD), false).unwrap();
+        let user = UserId::new(7).unwrap();
+        let token = tokens.mint(user, Duration::from_secs(60)).unwrap();
+        assert_eq!(tokens.authenticate(&token).unwrap().user, user);
+        let old = jsonwebtoken::encode(
+            &Header::new(Algorithm::HS256),
+            &serde_json::json!({"sub": "7", "exp": 1_000_000_000}),
+            &EncodingKey::from_secret(GOOD.as_bytes()),
+        );
+        assert!(
+            tokens
+                .authenticate(&old.unwrap())
+                .unwrap_err()
+                .message
+                .contains("expired")
+        );
+    }
+
+    #[test]
+    fn another_algorithm_none_at_all_or_a_missing_claim_is_refused() {
+        let tokens = Tokens::new(&settings(GOOD), false).unwrap();
+        let key = EncodingKey::from_secret(GOOD.as_bytes());
+        let far = 4_000_000_000u64;
+        let hs512 = jsonwebtoken::encode(
+            &Header::new(Algorithm::HS512),
+            &serde_json::json!({"sub": "7", "exp": far}),
+            &key,
+        );
+        let no_exp = jsonwebtoken::encode(
+            &Header::new(Algorithm::HS256),
+            &serde_json::json!({"sub": "7"}),
+            &key,
+        );
+        let bad_sub = jsonwebtoken::encode(
+            &Header::new(Algorithm::HS256),
+            &serde_json::json!({"sub": "0", "exp": far}),
+            &key,
+        );
+        // {"alg":"none","typ":"JWT"} . {"sub":"7","exp":4000000000} . (nothing)
+        let none = "eyJhbGciOiJub25lIiwidHlwIjoiSldUIn0.eyJzdWIiOiI3IiwiZXhwIjo0MDAwMDAwMDAwfQ.";
+        for (token, expected) in [
+            (hs512.unwrap().as_str(), "another algorithm"),
+            (no_exp.unwrap().as_str(), ""),
+            (bad_sub.unwrap().as_str(), "not a user id"),
+            (none, ""),
+            ("", ""),
+            ("a.b.c", ""),
+        ] {
+            let refusal = tokens.authenticate(token).unwrap_err();
+            assert_eq!(refusal.code, ErrorCode::Unauthenticated);
+            assert!(refusal.message.contains(expected), "{refusal}");
+        }
+    }
+
+    #[test]
+    fn audience_and_issuer_are_demanded_once_configured() {
+        let mut strict = settings(GOOD);
+        strict.audience = Some("chat".into());
+        strict.issuer = Some("us".into());
+        let user = UserId::new(7).unwrap();
+        let plain = Tokens::new(&settings(GOOD), false)
+            .unwrap()
+            .mint(user, Duration::from_secs(60))
+            .unwrap();
+        let strict = Tokens::new(&strict, false).unwrap();
+        assert!(strict.authenticate(&plain).is_err());
+        assert!(
+            strict
+                .authenticate(&strict.mint(user, Duration::from_secs(60)).unwrap())
+                .is_ok()
+        );
+    }
+}

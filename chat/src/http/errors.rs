@@ -1,0 +1,59 @@
+//! Refusals as HTTP answers.
+
+use crate::refusal::Refusal;
+use actix_web::http::StatusCode;
+use actix_web::http::header::RETRY_AFTER;
+use actix_web::{HttpResponse, ResponseError};
+use chat_wire::ErrorCode;
+use std::fmt;
+
+/// A refusal on its way to an HTTP client.
+#[derive(Debug)]
+pub struct ApiError(pub Refusal);
+
+impl<T: Into<Refusal>> From<T> for ApiError {
+    fn from(refusal: T) -> Self {
+        Self(refusal.into())
+    }
+}
+
+impl fmt::Display for ApiError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// The status of each code.
+#[must_use]
+pub fn status(code: ErrorCode) -> StatusCode {
+    match code {
+        ErrorCode::BadRequest
+        | ErrorCode::TextEmpty
+        | ErrorCode::TextTooLong
+        | ErrorCode::BadUser => StatusCode::BAD_REQUEST,
+        ErrorCode::Unauthenticated => StatusCode::UNAUTHORIZED,
+        ErrorCode::Forbidden => StatusCode::FORBIDDEN,
+        ErrorCode::NotFound => StatusCode::NOT_FOUND,
+        ErrorCode::KeyReused => StatusCode::CONFLICT,
+        ErrorCode::RateLimited => StatusCode::TOO_MANY_REQUESTS,
+        ErrorCode::Overloaded | ErrorCode::ShardDown | ErrorCode::Unavailable => {
+            StatusCode::SERVICE_UNAVAILABLE
+        }
+        ErrorCode::FrameTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+        ErrorCode::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
+impl ResponseError for ApiError {
+    fn status_code(&self) -> StatusCode {
+        status(self.0.code)
+    }
+
+    fn error_response(&self) -> HttpResponse {
+        let mut response = HttpResponse::build(self.status_code());
+        if let Some(after) = self.0.retry_after {
+            response.insert_header((RETRY_AFTER, after.as_secs().max(1)));
+        }
+        response.json(self.0.clone().body(None, None))
+    }
+}

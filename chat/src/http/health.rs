@@ -1,0 +1,47 @@
+//! Whether the instance lives, and whether it is of use.
+
+use super::App;
+use crate::bus::BusState;
+use actix_web::{HttpResponse, web};
+use serde_json::json;
+use std::sync::atomic::Ordering;
+
+/// The process answers.
+pub async fn live() -> &'static str {
+    "ok\n"
+}
+
+/// Whether clients should be sent here: not while draining, nor without any usable shard. `degraded` says that it is of use
+/// but something is missing.
+pub async fn ready(app: web::Data<App>) -> HttpResponse {
+    let mut reasons = Vec::new();
+    let shards = app.context.messages.cluster().shards();
+    let down: Vec<&str> = shards
+        .iter()
+        .filter(|shard| shard.is_down())
+        .map(|shard| shard.name())
+        .collect();
+    reasons.extend(down.iter().map(|name| format!("{name} does not answer")));
+    if app.context.delivery.bus() == BusState::Away {
+        reasons.push(
+            "the bus is away: what is sent on one instance is not heard at once on the others"
+                .to_owned(),
+        );
+    }
+    let draining = app.draining.load(Ordering::Relaxed);
+    if draining {
+        reasons.push("going away".to_owned());
+    }
+    let ready = !draining && down.len() < shards.len();
+    let status = match (ready, reasons.is_empty()) {
+        (false, _) => "not ready",
+        (true, false) => "degraded",
+        (true, true) => "ok",
+    };
+    let body = json!({ "ready": ready, "status": status, "reasons": reasons });
+    if ready {
+        HttpResponse::Ok().json(body)
+    } else {
+        HttpResponse::ServiceUnavailable().json(body)
+    }
+}

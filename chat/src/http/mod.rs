@@ -1,0 +1,133 @@
+//! Everything that is reached over HTTP: every route on one screen.
+
+mod admin;
+mod auth;
+mod errors;
+mod frames;
+mod health;
+mod line;
+mod page;
+mod rest;
+mod ws;
+
+pub use auth::Tokens;
+pub use errors::ApiError;
+pub use line::{Counter, Line};
+
+use crate::config::Secret;
+use crate::refusal::Refusal;
+use crate::session::Context;
+use actix_web::{HttpRequest, web};
+use chat_wire::ErrorCode;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use utoipa::OpenApi;
+use utoipa_swagger_ui::SwaggerUi;
+
+/// What the handlers share.
+pub struct App {
+    /// What sessions share.
+    pub context: Context,
+    /// Mints tokens in embedded mode.
+    pub tokens: Arc<Tokens>,
+    /// Whether `POST /v1/dev/token` is there.
+    pub dev_tokens: bool,
+    /// Origins of pages that may open a WebSocket.
+    pub allowed_origins: Vec<String>,
+    /// Counts WebSockets.
+    pub connections: Counter,
+    /// Whether the last entry of `X-Forwarded-For` is the client's address.
+    pub trust_forwarded_for: bool,
+    /// Set while the instance is going away.
+    pub draining: AtomicBool,
+    /// Asked of operators.
+    pub admin_token: Option<Secret>,
+}
+
+impl App {
+    /// Where a request comes from, as far as can be told.
+    fn address_of(&self, request: &HttpRequest) -> Option<IpAddr> {
+        let forwarded = || {
+            let header = request
+                .headers()
+                .get_all("x-forwarded-for")
+                .last()?
+                .to_str()
+                .ok()?;
+            header.rsplit(',').next()?.trim().parse().ok()
+        };
+        let peer = request.peer_addr().map(|peer| peer.ip());
+        if self.trust_forwarded_for {
+            forwarded().or(peer)
+        } else {
+            peer
+        }
+    }
+}
+
+/// What clients reach.
+pub fn routes(config: &mut web::ServiceConfig) {
+    config
+        .route("/", web::get().to(page::index))
+        .route("/app.js", web::get().to(page::script))
+        .route("/style.css", web::get().to(page::style))
+        .route("/favicon.svg", web::get().to(page::icon))
+        .route("/livez", web::get().to(health::live))
+        .route("/readyz", web::get().to(health::ready))
+        .route("/v1/ws", web::get().to(ws::connect))
+        .route("/v1/dialogs", web::get().to(rest::inbox))
+        .route("/v1/dialogs/{user}/messages", web::post().to(rest::send))
+        .route("/v1/dialogs/{user}/messages", web::get().to(rest::history))
+        .route("/v1/dialogs/{user}/read", web::put().to(rest::mark_read))
+        .route("/v1/dev/token", web::post().to(rest::dev_token))
+        .route("/docs", web::get().to(page::to_docs))
+        .service(SwaggerUi::new("/docs/{_:.*}").url("/v1/openapi.json", rest::ApiDoc::openapi()))
+        .default_service(web::to(unknown));
+    limits(config);
+}
+
+/// What operators reach, on a listener of its own.
+pub fn admin_routes(config: &mut web::ServiceConfig) {
+    config
+        .route("/metrics", web::get().to(admin::metrics))
+        .route("/livez", web::get().to(health::live))
+        .route("/readyz", web::get().to(health::ready))
+        .route("/admin/topology", web::get().to(admin::topology))
+        .route("/admin/shards", web::get().to(admin::shards))
+        .route("/admin/where/{a}/{b}", web::get().to(admin::place))
+        .default_service(web::to(unknown));
+    limits(config);
+}
+
+/// The largest body: a message of 4,000 characters, each escaped as JSON allows.
+const BODY_BYTES: usize = 64 * 1024;
+
+/// What the extractors refuse is told like every other refusal.
+fn limits(config: &mut web::ServiceConfig) {
+    config
+        .app_data(
+            web::JsonConfig::default()
+                .limit(BODY_BYTES)
+                .error_handler(|e, _| {
+                    use actix_web::error::JsonPayloadError as E;
+                    let code = match &e {
+                        E::Overflow { .. } | E::OverflowKnownLength { .. } => {
+                            ErrorCode::FrameTooLarge
+                        }
+                        _ => ErrorCode::BadRequest,
+                    };
+                    ApiError::from(Refusal::new(code, e.to_string())).into()
+                }),
+        )
+        .app_data(web::QueryConfig::default().error_handler(|e, _| {
+            ApiError::from(Refusal::new(ErrorCode::BadRequest, e.to_string())).into()
+        }));
+}
+
+async fn unknown() -> Result<&'static str, ApiError> {
+    Err(Refusal::new(
+        ErrorCode::NotFound,
+        "there is nothing here; the API is described at /docs",
+    ))?
+}

@@ -1,0 +1,227 @@
+//! The REST API: what the WebSocket does, a request at a time.
+
+use super::{ApiError, App, auth};
+use crate::dialog::UserId;
+use crate::messages::NotDone;
+use crate::refusal::Refusal;
+use crate::session::{Identity, range};
+use actix_web::{HttpRequest, HttpResponse, web};
+use chat_wire::{
+    DevTokenRequest, ErrorBody, ErrorCode, HistoryPage, InboxEntry, InboxPage, Message, ReadMark,
+    ReadRequest, SendRequest, Sent, Token,
+};
+use serde::Deserialize;
+use std::time::Duration;
+use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
+use utoipa::{IntoParams, Modify, OpenApi};
+
+/// The description of the API, served at `/v1/openapi.json`.
+#[derive(OpenApi)]
+#[openapi(
+    info(title = "chat", description = "Dialogs between two people, stored in order and delivered at once."),
+    paths(send, history, inbox, mark_read, dev_token),
+    components(schemas(
+        SendRequest, Sent, Message, HistoryPage, InboxPage, InboxEntry, ReadRequest, ReadMark, DevTokenRequest, Token, ErrorBody, ErrorCode
+    )),
+    modifiers(&Bearer)
+)]
+pub struct ApiDoc;
+
+struct Bearer;
+
+impl Modify for Bearer {
+    fn modify(&self, api: &mut utoipa::openapi::OpenApi) {
+        if let Some(components) = api.components.as_mut() {
+            let scheme = HttpBuilder::new()
+                .scheme(HttpAuthScheme::Bearer)
+                .bearer_format("JWT")
+                .build();
+            components.add_security_scheme("bearer", SecurityScheme::Http(scheme));
+        }
+    }
+}
+
+/// Whose request it is.
+fn identity(request: &HttpRequest, app: &App) -> Result<Identity, ApiError> {
+    let missing = || {
+        Refusal::new(
+            ErrorCode::Unauthenticated,
+            "no token; send it as Authorization: Bearer",
+        )
+    };
+    let token = auth::token(request)
+        .ok_or_else(missing)
+        .map_err(|refusal| counted(app, refusal))?;
+    app.context
+        .authenticate
+        .authenticate(token)
+        .map_err(|refusal| counted(app, refusal))
+}
+
+fn counted(app: &App, refusal: impl Into<Refusal>) -> ApiError {
+    let refusal = refusal.into();
+    app.context.metrics.error(refusal.code);
+    ApiError(refusal)
+}
+
+/// The user of a path.
+fn user(app: &App, path: &str) -> Result<u64, ApiError> {
+    path.parse::<UserId>()
+        .map(UserId::get)
+        .map_err(|e| counted(app, NotDone::from(e)))
+}
+
+/// Store a message in the dialog with `user`, and deliver it.
+#[utoipa::path(
+    post, path = "/v1/dialogs/{user}/messages", request_body = SendRequest, params(("user" = u64, Path, description = "The other user")),
+    responses(
+        (status = 201, description = "Stored", body = Sent),
+        (status = 200, description = "A repeat of a send that was stored before", body = Sent),
+        (status = "4XX", description = "Refused", body = ErrorBody),
+        (status = 503, description = "Try again with the same key", body = ErrorBody)
+    ),
+    security(("bearer" = []))
+)]
+pub async fn send(
+    request: HttpRequest,
+    path: web::Path<String>,
+    body: web::Json<SendRequest>,
+    app: web::Data<App>,
+) -> Result<HttpResponse, ApiError> {
+    let me = identity(&request, &app)?;
+    let to = user(&app, &path)?;
+    let SendRequest { key, text } = body.into_inner();
+    let sending = app
+        .context
+        .messages
+        .send(me.user, to, key, text, None)
+        .map_err(|e| counted(&app, e))?;
+    let sent = sending.await.map_err(|e| counted(&app, e))?;
+    let body = Sent {
+        dialog: sent.dialog.to_string(),
+        seq: sent.place.seq.get(),
+        at: sent.place.at.to_string(),
+    };
+    Ok(if sent.repeat {
+        HttpResponse::Ok().json(body)
+    } else {
+        HttpResponse::Created().json(body)
+    })
+}
+
+/// Which part of a dialog.
+#[derive(Debug, Deserialize, IntoParams)]
+pub struct HistoryQuery {
+    /// Messages with a smaller seq, the newest of them.
+    before: Option<u64>,
+    /// Messages with a larger seq, the oldest of them.
+    after: Option<u64>,
+    /// At most so many.
+    limit: Option<u32>,
+}
+
+/// A page of the dialog with `user`, ascending; the newest unless `before` or `after` is given.
+#[utoipa::path(
+    get, path = "/v1/dialogs/{user}/messages", params(("user" = u64, Path, description = "The other user"), HistoryQuery),
+    responses((status = 200, body = HistoryPage), (status = "4XX", body = ErrorBody), (status = 503, body = ErrorBody)),
+    security(("bearer" = []))
+)]
+pub async fn history(
+    request: HttpRequest,
+    path: web::Path<String>,
+    query: web::Query<HistoryQuery>,
+    app: web::Data<App>,
+) -> Result<web::Json<HistoryPage>, ApiError> {
+    let me = identity(&request, &app)?;
+    let with = user(&app, &path)?;
+    let range = range(query.before, query.after).map_err(|e| counted(&app, e))?;
+    let page = app
+        .context
+        .messages
+        .history(me.user, with, range, query.limit)
+        .await
+        .map_err(|e| counted(&app, e))?;
+    Ok(web::Json(page))
+}
+
+/// Which page of an inbox.
+#[derive(Debug, Deserialize, IntoParams)]
+pub struct InboxQuery {
+    /// The `cursor` of the page before.
+    cursor: Option<String>,
+    /// At most so many.
+    limit: Option<u32>,
+}
+
+/// The dialogs of the token's user, newest first.
+#[utoipa::path(
+    get, path = "/v1/dialogs", params(InboxQuery),
+    responses((status = 200, body = InboxPage), (status = "4XX", body = ErrorBody), (status = 503, body = ErrorBody)),
+    security(("bearer" = []))
+)]
+pub async fn inbox(
+    request: HttpRequest,
+    query: web::Query<InboxQuery>,
+    app: web::Data<App>,
+) -> Result<web::Json<InboxPage>, ApiError> {
+    let me = identity(&request, &app)?;
+    let page = app
+        .context
+        .messages
+        .inbox(me.user, query.limit, query.cursor.as_deref())
+        .await
+        .map_err(|e| counted(&app, e))?;
+    Ok(web::Json(page))
+}
+
+/// Mark the dialog with `user` as read up to a seq: forward only, never beyond the last message.
+#[utoipa::path(
+    put, path = "/v1/dialogs/{user}/read", request_body = ReadRequest, params(("user" = u64, Path, description = "The other user")),
+    responses((status = 200, body = ReadMark), (status = "4XX", body = ErrorBody), (status = 503, body = ErrorBody)),
+    security(("bearer" = []))
+)]
+pub async fn mark_read(
+    request: HttpRequest,
+    path: web::Path<String>,
+    body: web::Json<ReadRequest>,
+    app: web::Data<App>,
+) -> Result<web::Json<ReadMark>, ApiError> {
+    let me = identity(&request, &app)?;
+    let with = user(&app, &path)?;
+    let (dialog, mark) = app
+        .context
+        .messages
+        .mark_read(me.user, with, body.seq)
+        .await
+        .map_err(|e| counted(&app, e))?;
+    app.context.delivery.read_mark(dialog, mark.clone(), None);
+    Ok(web::Json(mark))
+}
+
+/// How long a token of embedded mode lasts.
+const DEV_TOKEN_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// A token for anybody: in embedded mode on a loopback address only.
+#[utoipa::path(
+    post, path = "/v1/dev/token", request_body = DevTokenRequest,
+    responses((status = 200, body = Token), (status = 404, description = "Not in embedded mode", body = ErrorBody))
+)]
+pub async fn dev_token(
+    body: web::Json<DevTokenRequest>,
+    app: web::Data<App>,
+) -> Result<web::Json<Token>, ApiError> {
+    if !app.dev_tokens {
+        return Err(counted(
+            &app,
+            Refusal::new(
+                ErrorCode::NotFound,
+                "tokens are minted here in embedded mode only",
+            ),
+        ));
+    }
+    let user = UserId::new(body.user).map_err(|e| counted(&app, NotDone::from(e)))?;
+    let minted = app.tokens.mint(user, DEV_TOKEN_LIFETIME);
+    let token =
+        minted.map_err(|e| counted(&app, Refusal::new(ErrorCode::Internal, e.to_string())))?;
+    Ok(web::Json(Token { token }))
+}

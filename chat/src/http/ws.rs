@@ -1,0 +1,272 @@
+//! A WebSocket: the handshake, and the two halves of a connection around a [`Session`].
+
+use super::App;
+use super::auth;
+use super::frames::{Broken, Frames, Incoming};
+use super::line::{Connections, Line};
+use crate::delivery::encode;
+use crate::outbox::{Next, Outbox};
+use crate::refusal::Refusal;
+use crate::session::{self, Identity, Session};
+use actix_web::dev::Payload;
+use actix_web::http::header::{HOST, ORIGIN};
+use actix_web::{FromRequest, HttpRequest, HttpResponse, rt, web};
+use actix_ws::{CloseCode, CloseReason};
+use chat_wire::{Close, ErrorCode};
+use futures_util::FutureExt;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::{Instant, sleep_until, timeout};
+use tracing::Instrument;
+
+/// How long a client may take to read the close frame, and what was sent before it.
+const CLOSE_LIMIT: Duration = Duration::from_secs(3);
+
+/// How long a session that is asked to leave may still wait for answers to what it asked before.
+const DRAIN_LIMIT: Duration = Duration::from_secs(6);
+
+/// `GET /v1/ws`. Who may not come in is told so over the WebSocket, because a page cannot see the status of a handshake.
+pub async fn connect(
+    request: HttpRequest,
+    payload: web::Payload,
+    app: web::Data<App>,
+) -> actix_web::Result<HttpResponse> {
+    // actix-ws writes; we read ourselves, with a limit that holds while a frame is on its way.
+    let nothing = web::Payload::from_request(&request, &mut Payload::None).await?;
+    let (response, mut socket, _) =
+        actix_ws::handle_with_protocols(&request, nothing, &[chat_wire::PROTOCOL])?;
+    let limits = &app.context.limits;
+    let mut frames = Frames::new(
+        payload.into_inner(),
+        limits.frame_bytes as usize,
+        limits.message_fragments,
+    );
+    let line = Line::of(&request);
+    let admitted = admit(&request, &app);
+    rt::spawn(async move {
+        match admitted {
+            Ok((identity, place)) => {
+                let span = tracing::info_span!("session", user = %identity.user, name = tracing::field::Empty);
+                run(&app, identity, frames, socket, &line)
+                    .instrument(span)
+                    .await;
+                drop(place);
+            }
+            Err((refusal, reason)) => {
+                let frame = encode(&session::error(&app.context.metrics, refusal, None, None));
+                let _ = timeout(CLOSE_LIMIT, socket.text(frame)).await;
+                close(&app, &mut frames, socket, &line, reason).await;
+            }
+        }
+    });
+    Ok(response)
+}
+
+/// Who it is, and a place among the connections.
+fn admit(request: &HttpRequest, app: &App) -> Result<(Identity, Connections), (Refusal, Close)> {
+    if !origin_allowed(request, &app.allowed_origins) {
+        return Err((
+            Refusal::new(ErrorCode::Forbidden, "pages of this origin may not connect"),
+            Close::ForbiddenOrigin,
+        ));
+    }
+    let missing = || {
+        Refusal::new(
+            ErrorCode::Unauthenticated,
+            "no token; send it as Authorization: Bearer, or as subprotocol bearer.<jwt>",
+        )
+    };
+    let identity = auth::token(request)
+        .ok_or_else(missing)
+        .and_then(|token| app.context.authenticate.authenticate(token))
+        .map_err(|refusal| (refusal, Close::Unauthenticated))?;
+    let place = app
+        .connections
+        .take(app.address_of(request))
+        .ok_or_else(|| {
+            (
+                Refusal::new(
+                    ErrorCode::Overloaded,
+                    "too many connections from this address",
+                ),
+                Close::TooManyConnections,
+            )
+        })?;
+    Ok((identity, place))
+}
+
+/// Programs send no `Origin`. A page must be our own or be listed.
+fn origin_allowed(request: &HttpRequest, allowed: &[String]) -> bool {
+    let Some(origin) = request.headers().get(ORIGIN) else {
+        return true;
+    };
+    let Ok(origin) = origin.to_str() else {
+        return false;
+    };
+    let host = request
+        .headers()
+        .get(HOST)
+        .and_then(|host| host.to_str().ok());
+    let own = host.is_some_and(|host| {
+        origin
+            .strip_prefix("http://")
+            .or(origin.strip_prefix("https://"))
+            == Some(host)
+    });
+    own || allowed.iter().any(|allowed| allowed == origin)
+}
+
+async fn run(
+    app: &App,
+    identity: Identity,
+    mut frames: Frames,
+    socket: actix_ws::Session,
+    line: &Line,
+) {
+    let context = &app.context;
+    let outbox = Arc::new(Outbox::new(context.limits.outbound_queue_bytes));
+    let mut session = match Session::begin(context.clone(), identity, outbox.clone()) {
+        Ok(session) => session,
+        Err(crate::registry::TooMany) => {
+            return close(app, &mut frames, socket, line, Close::TooManyConnections).await;
+        }
+    };
+    context.metrics.sessions.inc();
+    tracing::debug!("session begins");
+    // The writer ends with a reason to close, the reader when the client has gone.
+    let reason = tokio::select! {
+        reason = write(app, &outbox, socket.clone()) => reason,
+        () = read(app, &mut session, &mut frames, &outbox, socket.clone()) => None,
+    };
+    if let Some(reason) = reason {
+        if reason == Close::Restart {
+            let _ = timeout(DRAIN_LIMIT, session.drain()).await;
+            let rest = async {
+                while let Next::Frame(frame) = outbox.next().await {
+                    if socket.clone().text(frame).await.is_err() {
+                        break;
+                    }
+                }
+            };
+            let _ = timeout(CLOSE_LIMIT, rest).await;
+        }
+        // From here on nothing more is for this session.
+        drop(session);
+        tracing::debug!(reason = reason.reason(), "session is closed");
+        close(app, &mut frames, socket, line, reason).await;
+    }
+    context.metrics.sessions.dec();
+}
+
+/// Sends what is in the outbox, and pings; ends with the reason to close, or with `None` if the client has gone.
+async fn write(app: &App, outbox: &Outbox, mut socket: actix_ws::Session) -> Option<Close> {
+    let ping_every = Duration::from_millis(app.context.limits.ping_every_ms);
+    let mut ping = std::pin::pin!(tokio::time::sleep(ping_every));
+    loop {
+        tokio::select! {
+            next = outbox.next() => match next {
+                Next::Frame(frame) => {
+                    app.context.metrics.frames_out.inc();
+                    app.context.metrics.bytes_out.inc_by(frame.len() as u64);
+                    tokio::select! {
+                        sent = socket.text(frame) => if sent.is_err() { return None },
+                        () = outbox.overflow() => return Some(Close::SlowReader),
+                    }
+                }
+                Next::Close(reason) => return Some(reason),
+            },
+            () = &mut ping => {
+                ping.as_mut().reset(Instant::now() + ping_every);
+                // No room means that the client does not read: it will not answer anything else either.
+                if matches!(socket.ping(b"").now_or_never(), Some(Err(_))) { return None }
+            }
+        }
+    }
+}
+
+/// Takes what comes; ends when the client has gone. Reasons to close go through the outbox, behind what waits there.
+async fn read(
+    app: &App,
+    session: &mut Session,
+    frames: &mut Frames,
+    outbox: &Outbox,
+    mut socket: actix_ws::Session,
+) {
+    let silence = Duration::from_millis(app.context.limits.silence_ms);
+    let mut heard = Instant::now();
+    // One timer for both things that time can bring: silence and the end of the token.
+    let mut alarm = std::pin::pin!(sleep_until(heard + silence.min(session.token_left())));
+    loop {
+        tokio::select! {
+            incoming = frames.next() => {
+                heard = Instant::now();
+                match incoming {
+                    Ok(Incoming::Text(text)) => {
+                        app.context.metrics.frames_in.inc();
+                        app.context.metrics.bytes_in.inc_by(text.len() as u64);
+                        session.receive(&text);
+                        // A fresh token may have moved the end.
+                        let end = heard + session.token_left();
+                        if end < alarm.deadline() { alarm.as_mut().reset(end) }
+                    }
+                    Ok(Incoming::Binary) => session.receive_binary(),
+                    Ok(Incoming::Ping(bytes)) => drop(socket.pong(&bytes).now_or_never()),
+                    Ok(Incoming::Pong) => {}
+                    Ok(Incoming::Close) => outbox.close(Close::Normal),
+                    Err(Broken::Gone) => return,
+                    Err(broken) => {
+                        let (code, reason, message) = match broken {
+                            Broken::TooLarge => (ErrorCode::FrameTooLarge, Close::TooLarge, "a message over the limit of bytes or fragments"),
+                            Broken::InvalidText => (ErrorCode::BadRequest, Close::InvalidText, "text that is not UTF-8"),
+                            Broken::Protocol | Broken::Gone => (ErrorCode::BadRequest, Close::ProtocolError, "not the WebSocket protocol"),
+                        };
+                        outbox.push(encode(&session::error(&app.context.metrics, Refusal::new(code, message), None, None)));
+                        outbox.close(reason);
+                        // Nothing more can be understood; the writer ends us.
+                        std::future::pending::<()>().await;
+                    }
+                }
+            }
+            () = session.settle() => {}
+            () = &mut alarm => {
+                if session.token_left().is_zero() {
+                    session.expire();
+                    std::future::pending::<()>().await;
+                }
+                if heard.elapsed() >= silence {
+                    outbox.close(Close::Silent);
+                    std::future::pending::<()>().await;
+                }
+                alarm.as_mut().reset((heard + silence).min(Instant::now() + session.token_left()));
+            }
+        }
+    }
+}
+
+/// Sends a close frame and waits a little for the client to take it; cuts the line of one that does not.
+async fn close(
+    app: &App,
+    frames: &mut Frames,
+    socket: actix_ws::Session,
+    line: &Line,
+    reason: Close,
+) {
+    app.context.metrics.close(reason);
+    let frame = CloseReason {
+        code: CloseCode::from(reason.code()),
+        description: Some(reason.reason().to_owned()),
+    };
+    let taken = timeout(CLOSE_LIMIT, async {
+        // The client may be in the middle of sending: unread bytes would make the kernel reset the connection, and the close
+        // frame would be lost with it. If it was the client who closed, there is nothing to wait for.
+        let heard = async {
+            if reason != Close::Normal {
+                frames.discard().await;
+            }
+        };
+        tokio::join!(socket.close(Some(frame)), heard)
+    });
+    if taken.await.is_err() {
+        line.cut();
+    }
+}

@@ -1,0 +1,208 @@
+//! The command `chat`: reads settings, builds, runs.
+
+use anyhow::Context;
+use chat::cluster::{Cluster, Founding};
+use chat::config::{LogFormat, Secret, Settings};
+use chat::dialog::{DialogId, UserId};
+use chat::http::Tokens;
+use chat::metrics::Metrics;
+use chat::ring::{SLOTS, Slot};
+use chat::server::{Server, read_topology};
+use clap::{Parser, Subcommand};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+#[derive(Parser)]
+#[command(version, about = "A dialog messaging server on sharded MySQL")]
+struct Cli {
+    /// Settings file; chat.toml if it is there. CHAT__… variables are laid over it.
+    #[arg(long, global = true)]
+    config: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve (the default).
+    Serve {
+        #[command(flatten)]
+        embedded: Embedded,
+    },
+    /// Print a token for a user, signed with the configured secret.
+    Token {
+        user: u64,
+        /// How long it lasts, in seconds.
+        #[arg(long, default_value_t = 24 * 60 * 60)]
+        seconds: u64,
+        #[command(flatten)]
+        embedded: Embedded,
+    },
+    /// Say where the dialog of two users lies.
+    Where {
+        a: u64,
+        b: u64,
+        #[command(flatten)]
+        embedded: Embedded,
+    },
+}
+
+#[derive(clap::Args)]
+struct Embedded {
+    /// Everything in one process and in files: four SQLite shards, no bus, tokens for anybody on this machine.
+    #[arg(long)]
+    embedded: bool,
+    /// Where embedded mode keeps its files.
+    #[arg(long, default_value = "data", requires = "embedded")]
+    data: PathBuf,
+}
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let cli = Cli::parse();
+    let mut settings = Settings::load(cli.config.as_deref()).context("settings")?;
+    let filter = EnvFilter::try_new(&settings.log.filter).context("log.filter")?;
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    match settings.log.format {
+        LogFormat::Text => log.with_target(false).init(),
+        LogFormat::Json => log.json().init(),
+    }
+    let command = cli.command.unwrap_or(Command::Serve {
+        embedded: Embedded {
+            embedded: false,
+            data: PathBuf::from("data"),
+        },
+    });
+    match command {
+        Command::Serve { embedded } => {
+            embedded.apply(&mut settings)?;
+            serve(settings).await
+        }
+        Command::Token {
+            user,
+            seconds,
+            embedded,
+        } => {
+            embedded.apply(&mut settings)?;
+            let tokens = Tokens::new(&settings.auth, settings.demo)?;
+            println!(
+                "{}",
+                tokens.mint(UserId::new(user)?, Duration::from_secs(seconds))?
+            );
+            Ok(())
+        }
+        Command::Where { a, b, embedded } => {
+            embedded.apply(&mut settings)?;
+            find(
+                &settings,
+                DialogId::between(UserId::new(a)?, UserId::new(b)?),
+            )
+            .await
+        }
+    }
+}
+
+async fn serve(settings: Settings) -> anyhow::Result<()> {
+    let embedded = settings.embedded;
+    let server = Server::build(settings).await?;
+    let address = server.address();
+    tracing::info!(%address, admin = %server.admin_address(), "serving");
+    if embedded && address.ip().is_loopback() {
+        println!("chat is at http://{address}/ — open it in two tabs and sign in as two users.");
+        println!(
+            "Embedded mode: whoever reaches this address gets a token for any user, from POST /v1/dev/token."
+        );
+        println!(
+            "Or talk here:  cargo run --release -p chat-client -- talk --url http://{address} --user 7 --with 42"
+        );
+    }
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    server
+        .run_until(async {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+        })
+        .await
+}
+
+async fn find(settings: &Settings, dialog: DialogId) -> anyhow::Result<()> {
+    let topology = read_topology(&settings.shards_file)?;
+    let runtime = tokio::runtime::Handle::current();
+    let cluster = Cluster::start(
+        &topology,
+        &settings.store,
+        Founding::Refused,
+        &runtime,
+        &Metrics::new(),
+    )
+    .await?;
+    let slot = Slot::of(dialog);
+    let owner = cluster
+        .known_owner(slot)
+        .map_or("unknown: no shard that answers owns it", |shard| {
+            shard.name()
+        });
+    println!(
+        "dialog {dialog}\nslot   {slot} of {SLOTS}\nowner  {owner}\nwanted {}",
+        cluster.wanted(slot)
+    );
+    Ok(())
+}
+
+impl Embedded {
+    /// Lays embedded mode over the settings, and makes its files on the first run.
+    fn apply(&self, settings: &mut Settings) -> anyhow::Result<()> {
+        if !self.embedded {
+            return Ok(());
+        }
+        std::fs::create_dir_all(&self.data).with_context(|| self.data.display().to_string())?;
+        settings.embedded = true;
+        settings.shards_file = self.data.join("shards.toml");
+        if !settings.shards_file.exists() {
+            let data = std::fs::canonicalize(&self.data)?;
+            std::fs::write(&settings.shards_file, embedded_shards(&data))?;
+        }
+        if settings.auth.secret.is_none() {
+            settings.auth.secret = Some(Secret::new(embedded_secret(&self.data.join("secret"))?));
+        }
+        Ok(())
+    }
+}
+
+fn embedded_shards(data: &Path) -> String {
+    let mut text = String::from("# The shards of this service: four SQLite files.\n");
+    for n in 1..=4 {
+        text += &format!(
+            "\n[[shard]]\nname = \"shard{n}\"\nurl = \"sqlite:{}\"\n",
+            data.join(format!("shard{n}.db")).display()
+        );
+    }
+    text
+}
+
+/// The secret of embedded mode, made on the first run, so that tokens outlive a restart.
+fn embedded_secret(path: &Path) -> anyhow::Result<String> {
+    use std::io::Write;
+    use std::os::unix::fs::OpenOptionsExt;
+    if !path.exists() {
+        let secret = format!(
+            "{:032x}{:032x}",
+            rand::random::<u128>(),
+            rand::random::<u128>()
+        );
+        let mut file = std::fs::OpenOptions::new()
+            .create_new(true)
+            .write(true)
+            .mode(0o600)
+            .open(path)?;
+        file.write_all(secret.as_bytes())?;
+    }
+    std::fs::read_to_string(path).with_context(|| path.display().to_string())
+}

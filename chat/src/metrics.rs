@@ -1,0 +1,311 @@
+//! What is measured, under the names that Prometheus reads. Every gauge and counter is made here and handed to its owner.
+
+use chat_wire::{Close, ErrorCode};
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::Registry;
+use std::sync::Arc;
+
+/// The label of what is counted per shard.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ShardLabel {
+    shard: String,
+}
+
+/// The label of errors.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct CodeLabel {
+    code: &'static str,
+}
+
+/// The label of closed sessions.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ReasonLabel {
+    reason: &'static str,
+}
+
+/// Everything that is measured; one for each server in a process.
+pub struct Metrics {
+    registry: Registry,
+    /// Open sessions.
+    pub sessions: Gauge,
+    /// Frames from clients.
+    pub frames_in: Counter,
+    /// Bytes of those.
+    pub bytes_in: Counter,
+    /// Frames to clients.
+    pub frames_out: Counter,
+    /// Bytes of those.
+    pub bytes_out: Counter,
+    /// Seconds from a send's arrival to its answer.
+    pub send_seconds: Histogram,
+    /// Errors told to clients.
+    errors: Family<CodeLabel, Counter>,
+    /// Sessions closed by the server.
+    closes: Family<ReasonLabel, Counter>,
+    /// Messages that were stored.
+    stored: Family<ShardLabel, Counter>,
+    /// Sends that turned out to be repeats.
+    repeats: Family<ShardLabel, Counter>,
+    batch_rows: Family<ShardLabel, Histogram>,
+    batch_seconds: Family<ShardLabel, Histogram>,
+    queue_rows: Family<ShardLabel, Gauge>,
+    slots: Family<ShardLabel, Gauge>,
+    circuit_open: Family<ShardLabel, Gauge>,
+    circuit_opened: Family<ShardLabel, Counter>,
+    /// Pages that were read from a shard.
+    pub history_reads: Counter,
+    /// Pages that shared the read of another.
+    pub history_shared: Counter,
+    /// Pages that did not add up and were read again.
+    pub history_torn: Counter,
+    /// 1 while the bus is connected.
+    pub bus_connected: Gauge,
+    /// Publications that the bus had no room or no connection for.
+    pub bus_dropped: Counter,
+    /// Publications that were handed to the bus.
+    pub bus_published: Counter,
+    /// What came from the bus.
+    pub bus_received: Counter,
+    /// The version of the document in force.
+    pub document_version: Gauge,
+}
+
+/// What the writer of one shard reports.
+#[derive(Clone)]
+pub struct WriterMetrics {
+    /// Messages stored.
+    pub stored: Counter,
+    /// Repeats answered.
+    pub repeats: Counter,
+    /// Messages a transaction.
+    pub batch_rows: Histogram,
+    /// Sends waiting.
+    pub queue_rows: Gauge,
+}
+
+impl Metrics {
+    /// All at zero.
+    #[must_use]
+    pub fn new() -> Arc<Self> {
+        let seconds = || Histogram::new(exponential_buckets(0.0005, 2.0, 16));
+        let metrics = Self {
+            registry: Registry::with_prefix("chat"),
+            sessions: Gauge::default(),
+            frames_in: Counter::default(),
+            bytes_in: Counter::default(),
+            frames_out: Counter::default(),
+            bytes_out: Counter::default(),
+            send_seconds: seconds(),
+            errors: Family::default(),
+            closes: Family::default(),
+            stored: Family::default(),
+            repeats: Family::default(),
+            batch_rows: Family::new_with_constructor(|| {
+                Histogram::new(exponential_buckets(1.0, 2.0, 10))
+            }),
+            batch_seconds: Family::new_with_constructor(|| {
+                Histogram::new(exponential_buckets(0.0005, 2.0, 16))
+            }),
+            queue_rows: Family::default(),
+            slots: Family::default(),
+            circuit_open: Family::default(),
+            circuit_opened: Family::default(),
+            history_reads: Counter::default(),
+            history_shared: Counter::default(),
+            history_torn: Counter::default(),
+            bus_connected: Gauge::default(),
+            bus_dropped: Counter::default(),
+            bus_published: Counter::default(),
+            bus_received: Counter::default(),
+            document_version: Gauge::default(),
+        };
+        let mut registry = Registry::with_prefix("chat");
+        let r = &mut registry;
+        r.register(
+            "sessions",
+            "Open WebSocket sessions",
+            metrics.sessions.clone(),
+        );
+        r.register(
+            "frames_in",
+            "Frames received from clients",
+            metrics.frames_in.clone(),
+        );
+        r.register(
+            "bytes_in",
+            "Bytes of frames received from clients",
+            metrics.bytes_in.clone(),
+        );
+        r.register(
+            "frames_out",
+            "Frames sent to clients",
+            metrics.frames_out.clone(),
+        );
+        r.register(
+            "bytes_out",
+            "Bytes of frames sent to clients",
+            metrics.bytes_out.clone(),
+        );
+        r.register(
+            "send_seconds",
+            "Seconds from the arrival of a send to its answer",
+            metrics.send_seconds.clone(),
+        );
+        r.register("errors", "Errors told to clients", metrics.errors.clone());
+        r.register(
+            "closes",
+            "Sessions closed by the server",
+            metrics.closes.clone(),
+        );
+        r.register(
+            "messages_stored",
+            "Messages committed",
+            metrics.stored.clone(),
+        );
+        r.register(
+            "messages_repeated",
+            "Sends that were stored before",
+            metrics.repeats.clone(),
+        );
+        r.register(
+            "batch_rows",
+            "Messages of one transaction",
+            metrics.batch_rows.clone(),
+        );
+        r.register(
+            "batch_seconds",
+            "Seconds of one transaction",
+            metrics.batch_seconds.clone(),
+        );
+        r.register(
+            "queue_rows",
+            "Sends that wait for a transaction",
+            metrics.queue_rows.clone(),
+        );
+        r.register(
+            "slots",
+            "Slots a shard owns, as this instance knows it",
+            metrics.slots.clone(),
+        );
+        r.register(
+            "circuit_open",
+            "1 while a shard does not answer",
+            metrics.circuit_open.clone(),
+        );
+        r.register(
+            "circuit_opened",
+            "Times a shard stopped answering",
+            metrics.circuit_opened.clone(),
+        );
+        r.register(
+            "history_reads",
+            "Pages read from a shard",
+            metrics.history_reads.clone(),
+        );
+        r.register(
+            "history_shared",
+            "Pages that shared the read of another request",
+            metrics.history_shared.clone(),
+        );
+        r.register(
+            "history_torn",
+            "Pages that did not add up and were read again",
+            metrics.history_torn.clone(),
+        );
+        r.register(
+            "bus_connected",
+            "1 while the bus between instances is connected",
+            metrics.bus_connected.clone(),
+        );
+        r.register(
+            "bus_dropped",
+            "Publications the bus had no room or connection for",
+            metrics.bus_dropped.clone(),
+        );
+        r.register(
+            "bus_published",
+            "Publications handed to the bus",
+            metrics.bus_published.clone(),
+        );
+        r.register(
+            "bus_received",
+            "Deliveries received from the bus",
+            metrics.bus_received.clone(),
+        );
+        r.register(
+            "document_version",
+            "Version of the shard document in force",
+            metrics.document_version.clone(),
+        );
+        Arc::new(Self {
+            registry,
+            ..metrics
+        })
+    }
+
+    /// Counts an error that a client was told.
+    pub fn error(&self, code: ErrorCode) {
+        self.errors
+            .get_or_create(&CodeLabel {
+                code: code.as_str(),
+            })
+            .inc();
+    }
+
+    /// Counts a session that the server closed.
+    pub fn close(&self, close: Close) {
+        self.closes
+            .get_or_create(&ReasonLabel {
+                reason: close.reason(),
+            })
+            .inc();
+    }
+
+    /// What the circuit of a shard reports to.
+    #[must_use]
+    pub fn shard(&self, name: &str) -> crate::store::ShardMetrics {
+        let label = ShardLabel {
+            shard: name.to_owned(),
+        };
+        crate::store::ShardMetrics {
+            circuit_open: self.circuit_open.get_or_create_owned(&label),
+            opened: self.circuit_opened.get_or_create_owned(&label),
+            batch_seconds: Some(self.batch_seconds.get_or_create_owned(&label)),
+        }
+    }
+
+    /// What the writer of a shard reports to.
+    #[must_use]
+    pub fn writer(&self, name: &str) -> WriterMetrics {
+        let label = ShardLabel {
+            shard: name.to_owned(),
+        };
+        WriterMetrics {
+            stored: self.stored.get_or_create_owned(&label),
+            repeats: self.repeats.get_or_create_owned(&label),
+            batch_rows: self.batch_rows.get_or_create_owned(&label),
+            queue_rows: self.queue_rows.get_or_create_owned(&label),
+        }
+    }
+
+    /// Where the number of slots of a shard is shown.
+    #[must_use]
+    pub fn slots(&self, name: &str) -> Gauge {
+        self.slots.get_or_create_owned(&ShardLabel {
+            shard: name.to_owned(),
+        })
+    }
+
+    /// The text that Prometheus reads.
+    #[must_use]
+    pub fn encode(&self) -> String {
+        let mut text = String::new();
+        // Writing to a String does not fail.
+        let _ = prometheus_client::encoding::text::encode(&mut text, &self.registry);
+        text
+    }
+}

@@ -1,0 +1,77 @@
+//! One place that turns reasons into answers: every error that a client may meet, with its code, for WebSocket and REST.
+
+use crate::messages::NotDone;
+use chat_wire::{ErrorBody, ErrorCode};
+use std::time::Duration;
+
+/// A request that was refused, as the client is told.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{code}: {message}")]
+pub struct Refusal {
+    /// What a program acts on.
+    pub code: ErrorCode,
+    /// What a person reads.
+    pub message: String,
+    /// When to try again, where it is known.
+    pub retry_after: Option<Duration>,
+}
+
+/// While a shard is down a probe asks every half second.
+const SHARD_DOWN_RETRY: Duration = Duration::from_millis(500);
+
+/// A queue that is full now has moved on by then.
+const OVERLOADED_RETRY: Duration = Duration::from_millis(250);
+
+/// The same key may be sent again at once.
+const UNAVAILABLE_RETRY: Duration = Duration::from_millis(100);
+
+impl Refusal {
+    /// A refusal that does not say when to try again.
+    pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
+        Self {
+            code,
+            message: message.into(),
+            retry_after: None,
+        }
+    }
+
+    /// The body of an answer.
+    #[must_use]
+    pub fn body(self, key: Option<String>, id: Option<String>) -> ErrorBody {
+        ErrorBody {
+            code: self.code,
+            retryable: self.code.retryable(),
+            retry_after_ms: self
+                .retry_after
+                .map(|after| u64::try_from(after.as_millis()).unwrap_or(u64::MAX).max(1)),
+            message: self.message,
+            key,
+            id,
+        }
+    }
+}
+
+impl From<NotDone> for Refusal {
+    fn from(reason: NotDone) -> Self {
+        use crate::dialog::BadText;
+        let (code, retry_after) = match &reason {
+            NotDone::BadUser(_) => (ErrorCode::BadUser, None),
+            NotDone::BadText(BadText::Empty) => (ErrorCode::TextEmpty, None),
+            NotDone::BadText(BadText::TooLong { .. }) => (ErrorCode::TextTooLong, None),
+            NotDone::BadKey(_) | NotDone::BadRequest(_) => (ErrorCode::BadRequest, None),
+            NotDone::KeyReused => (ErrorCode::KeyReused, None),
+            NotDone::RateLimited { retry_after, .. } => {
+                (ErrorCode::RateLimited, Some(*retry_after))
+            }
+            NotDone::Overloaded => (ErrorCode::Overloaded, Some(OVERLOADED_RETRY)),
+            NotDone::ShardDown => (ErrorCode::ShardDown, Some(SHARD_DOWN_RETRY)),
+            NotDone::Unavailable => (ErrorCode::Unavailable, Some(UNAVAILABLE_RETRY)),
+            NotDone::NoDialog => (ErrorCode::NotFound, None),
+        };
+        Self {
+            code,
+            message: reason.to_string(),
+            retry_after,
+        }
+    }
+}

@@ -1,0 +1,270 @@
+//! From settings to a running server: what is built in which order, and what is ended in which.
+
+use crate::bus::{Bus, LocalBus, NatsBus};
+use crate::cluster::{Cluster, Founding, StartError};
+use crate::config::Settings;
+use crate::delivery::Delivery;
+use crate::http::{self, App, Counter, Line, Tokens};
+use crate::messages::Messages;
+use crate::metrics::Metrics;
+use crate::registry::Registry;
+use crate::session::Context as SessionContext;
+use crate::topology::Topology;
+use crate::writer::{Committed, OnCommit};
+use actix_web::{App as WebApp, HttpServer, web};
+use anyhow::{Context, bail};
+use chat_wire::Close;
+use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+use tokio::runtime::Runtime;
+
+/// A server that is built and listens, but does not serve yet.
+pub struct Server {
+    address: SocketAddr,
+    admin_address: SocketAddr,
+    listener: TcpListener,
+    admin_listener: TcpListener,
+    app: web::Data<App>,
+    settings: Settings,
+    /// Ends after everything that uses it.
+    store_runtime: StoreRuntime,
+}
+
+/// Connections to databases and to the bus live on a runtime of their own: a pool of `mysql_async` must not be shared
+/// between the single-threaded runtimes of actix's workers.
+struct StoreRuntime(Option<Runtime>);
+
+impl StoreRuntime {
+    fn start(threads: usize) -> anyhow::Result<Self> {
+        let mut builder = tokio::runtime::Builder::new_multi_thread();
+        let runtime = builder
+            .worker_threads(threads.max(1))
+            .thread_name("chat-store")
+            .enable_all()
+            .build();
+        Ok(Self(Some(runtime.context("the runtime for the stores")?)))
+    }
+
+    fn handle(&self) -> tokio::runtime::Handle {
+        // unwrap: it is taken only in drop
+        self.0.as_ref().unwrap().handle().clone()
+    }
+}
+
+impl Drop for StoreRuntime {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            // Ending it the ordinary way would block, which is not allowed within another runtime.
+            runtime.shutdown_background();
+        }
+    }
+}
+
+/// Reads and checks a `shards.toml`, with `${VAR}` from the environment.
+///
+/// # Errors
+/// One line with the file, the line and what is wrong.
+pub fn read_topology(path: &Path) -> anyhow::Result<Topology> {
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("shards file {}", path.display()))?;
+    Topology::parse(&text, &|name| std::env::var(name).ok())
+        .with_context(|| path.display().to_string())
+}
+
+impl Server {
+    /// Builds everything: takes the shards into service, connects the bus, listens. Port 0 is replaced by a real one.
+    ///
+    /// # Errors
+    /// One line that says what must be mended.
+    pub async fn build(settings: Settings) -> anyhow::Result<Self> {
+        let tokens = Arc::new(Tokens::new(&settings.auth, settings.demo)?);
+        if !settings.admin_listen.ip().is_loopback() && settings.admin_token.is_none() {
+            bail!(
+                "admin_listen {} can be reached from outside; set admin_token",
+                settings.admin_listen
+            );
+        }
+        let topology = read_topology(&settings.shards_file)?;
+        let metrics = Metrics::new();
+        let store_runtime = StoreRuntime::start(settings.store.threads)?;
+        let runtime = store_runtime.handle();
+
+        let (address, listener) = listen(settings.listen).context("listen")?;
+        let (admin_address, admin_listener) =
+            listen(settings.admin_listen).context("admin_listen")?;
+
+        let cluster = start_cluster(&topology, &settings, &runtime, &metrics).await?;
+        let bus: Arc<dyn Bus> = match &settings.nats_url {
+            Some(url) => Arc::new(
+                NatsBus::connect(url.expose(), &runtime, metrics.clone())
+                    .await
+                    .context("nats_url")?,
+            ),
+            None => Arc::new(LocalBus::alone()),
+        };
+        let delivery = Delivery::new(Registry::new(settings.limits.sessions_per_user), bus);
+        let on_commit: OnCommit = {
+            let delivery = delivery.clone();
+            Arc::new(move |committed: Committed<'_>| delivery.message(&committed))
+        };
+        let messages = Messages::start(cluster, &settings, &on_commit, &runtime, metrics.clone());
+        let context = SessionContext {
+            messages,
+            delivery,
+            authenticate: tokens.clone(),
+            limits: Arc::new(settings.limits.clone()),
+            metrics,
+        };
+        let app = web::Data::new(App {
+            context,
+            tokens,
+            dev_tokens: settings.embedded && address.ip().is_loopback(),
+            allowed_origins: settings.auth.allowed_origins.clone(),
+            connections: Counter::new(
+                settings.limits.connections_per_ip,
+                settings.limits.connections,
+            ),
+            trust_forwarded_for: settings.trust_forwarded_for,
+            draining: AtomicBool::new(false),
+            admin_token: settings.admin_token.clone(),
+        });
+        Ok(Self {
+            address,
+            admin_address,
+            listener,
+            admin_listener,
+            app,
+            settings,
+            store_runtime,
+        })
+    }
+
+    /// Where clients connect.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Where operators connect.
+    #[must_use]
+    pub fn admin_address(&self) -> SocketAddr {
+        self.admin_address
+    }
+
+    /// Serves until `shutdown` is done, then ends in order: not ready, sessions asked to go elsewhere over a few seconds,
+    /// what is in flight finished, stop.
+    ///
+    /// # Errors
+    /// If the server itself fails.
+    pub async fn run_until(self, shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
+        let Self {
+            listener,
+            admin_listener,
+            app,
+            settings,
+            store_runtime,
+            ..
+        } = self;
+        let limits = &settings.limits;
+        let user_timeout = Duration::from_millis(limits.tcp_user_timeout_ms);
+        let public = {
+            let app = app.clone();
+            HttpServer::new(move || WebApp::new().app_data(app.clone()).configure(http::routes))
+                .on_connect(move |connection, extensions| {
+                    Line::keep(connection, extensions, user_timeout)
+                })
+                .client_request_timeout(Duration::from_millis(limits.handshake_ms))
+                .backlog(4096)
+                .max_connections(limits.connections)
+                .shutdown_timeout(2)
+                .disable_signals()
+                .listen(listener)?
+                .run()
+        };
+        let admin = {
+            let app = app.clone();
+            HttpServer::new(move || {
+                WebApp::new()
+                    .app_data(app.clone())
+                    .configure(http::admin_routes)
+            })
+            .workers(1)
+            .shutdown_timeout(1)
+            .disable_signals()
+            .listen(admin_listener)?
+            .run()
+        };
+        let (public_handle, admin_handle) = (public.handle(), admin.handle());
+        let (mut public, mut admin) = (tokio::spawn(public), tokio::spawn(admin));
+        tokio::select! {
+            () = shutdown => {}
+            ended = &mut public => bail!("the server ended by itself: {ended:?}"),
+            ended = &mut admin => bail!("the admin server ended by itself: {ended:?}"),
+        }
+
+        let begun = Instant::now();
+        app.draining.store(true, Ordering::Relaxed);
+        let registry = app.context.delivery.registry().clone();
+        tracing::info!(sessions = registry.len(), "going away");
+        // Nobody new, while those who are here are asked to leave; what they asked before is still answered.
+        public_handle.pause().await;
+        registry
+            .close_all(Close::Restart, Duration::from_millis(limits.shutdown_ms))
+            .await;
+        let patience = Instant::now() + DRAIN_LIMIT;
+        while !registry.is_empty() && Instant::now() < patience {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        public_handle.stop(true).await;
+        admin_handle.stop(false).await;
+        let _ = tokio::join!(public, admin);
+        drop(app);
+        drop(store_runtime);
+        tracing::info!(after_ms = begun.elapsed().as_millis() as u64, "stopped");
+        Ok(())
+    }
+}
+
+/// How long sessions may take to leave after the last was asked to.
+const DRAIN_LIMIT: Duration = Duration::from_secs(7);
+
+fn listen(address: SocketAddr) -> anyhow::Result<(SocketAddr, TcpListener)> {
+    let listener =
+        TcpListener::bind(address).with_context(|| format!("cannot listen on {address}"))?;
+    Ok((listener.local_addr()?, listener))
+}
+
+/// Takes the shards into service; waits a while for those that the founding needs.
+async fn start_cluster(
+    topology: &Topology,
+    settings: &Settings,
+    runtime: &tokio::runtime::Handle,
+    metrics: &Arc<Metrics>,
+) -> anyhow::Result<Cluster> {
+    let patience = Instant::now() + Duration::from_millis(settings.start_wait_ms);
+    let mut said = String::new();
+    loop {
+        match Cluster::start(
+            topology,
+            &settings.store,
+            Founding::Allowed,
+            runtime,
+            metrics,
+        )
+        .await
+        {
+            Ok(cluster) => return Ok(cluster),
+            Err(StartError::Wait(reason)) if Instant::now() < patience => {
+                if reason != said {
+                    tracing::warn!(reason, "waiting for shards");
+                    said = reason;
+                }
+                tokio::time::sleep(Duration::from_millis(500)).await;
+            }
+            Err(e) => return Err(e).context("shards"),
+        }
+    }
+}

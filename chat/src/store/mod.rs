@@ -1,0 +1,369 @@
+//! A shard's database: one contract, two stores. `tests/store_contract.rs` runs the same cases on both.
+//!
+//! - [`Store`]: what the service asks of a database. No method decides anything; the rules are pure and stand in
+//!   [`crate::ownership`] and [`plan`].
+//! - [`mysql`] and [`sqlite`]: the two.
+//! - [`shard`]: a store with its name, its time limits and its circuit, as everything above uses it.
+
+mod migrate;
+mod mysql;
+mod plan;
+mod shard;
+mod sqlite;
+
+pub use mysql::MysqlStore;
+pub use plan::{BatchPlan, Known, Row};
+pub use shard::{Shard, ShardDown, ShardMetrics, ShardState, Timing};
+pub use sqlite::SqliteStore;
+
+use crate::dialog::{DialogId, Key, Seq, Text, TextHash, Timestamp, UserId};
+use crate::ownership::{SlotState, SlotView};
+use crate::ring::{SLOTS, Slot};
+use async_trait::async_trait;
+use std::fmt;
+
+/// A message on its way into a shard.
+#[derive(Clone, Debug)]
+pub struct NewMessage {
+    /// The slot of `dialog`.
+    pub slot: Slot,
+    /// Where it belongs.
+    pub dialog: DialogId,
+    /// Who wrote it.
+    pub author: UserId,
+    /// The author's name for it.
+    pub key: Key,
+    /// What it says.
+    pub text: Text,
+    /// What a retry is compared by.
+    pub hash: TextHash,
+}
+
+impl NewMessage {
+    /// Works out slot and hash.
+    #[must_use]
+    pub fn new(dialog: DialogId, author: UserId, key: Key, text: Text) -> Self {
+        Self {
+            slot: Slot::of(dialog),
+            dialog,
+            author,
+            key,
+            hash: text.hash(),
+            text,
+        }
+    }
+}
+
+/// What became of one message of a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Written {
+    /// It is committed, here.
+    Stored(Place),
+    /// The same (dialog, author, key) with the same text was committed before, there.
+    Repeat(Place),
+    /// The same (dialog, author, key) was committed before with another text.
+    KeyReused,
+    /// This shard does not own the slot: nothing was written. `None` if it has no row for it.
+    NotOwner(Option<SlotState>),
+}
+
+/// Where and when a message was stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Its place in the dialog.
+    pub seq: Seq,
+    /// By the shard's clock.
+    pub at: Timestamp,
+}
+
+/// A message as a shard holds it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredMessage {
+    /// Its place in the dialog.
+    pub seq: Seq,
+    /// Who wrote it.
+    pub author: UserId,
+    /// The author's name for it.
+    pub key: Option<String>,
+    /// What it says.
+    pub text: String,
+    /// When it was stored.
+    pub at: Timestamp,
+}
+
+/// Which part of a dialog to read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Range {
+    /// The newest messages.
+    Newest,
+    /// The newest of those below.
+    Before(Seq),
+    /// The oldest of those above.
+    After(Seq),
+}
+
+/// A range of a dialog, read in one snapshot together with the slot's row.
+#[derive(Clone, Debug)]
+pub struct Page {
+    /// What the shard is to the slot; `None` if it has no row for it.
+    pub slot: Option<SlotView>,
+    /// The dialog's last seq; zero if there is no such dialog.
+    pub last_seq: Seq,
+    /// Ascending, at most as many as were asked for.
+    pub messages: Vec<StoredMessage>,
+}
+
+/// A dialog of a user.
+#[derive(Clone, Debug)]
+pub struct InboxRow {
+    /// Which.
+    pub dialog: DialogId,
+    /// When the last message was stored.
+    pub last_at: Timestamp,
+    /// The last message.
+    pub last: StoredMessage,
+    /// Up to where the user has read.
+    pub read_seq: Seq,
+    /// Messages of others above that, counted up to [`UNREAD_CAP`].
+    pub unread: u32,
+}
+
+/// Unread messages are counted up to here, which is shown as "99+".
+pub const UNREAD_CAP: u32 = 100;
+
+/// Where an inbox page begins: strictly below (`last_at`, `dialog`), which is how inboxes are ordered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InboxCursor {
+    /// Of the last row of the page before.
+    pub last_at: Timestamp,
+    /// Of the last row of the page before; breaks ties.
+    pub dialog: DialogId,
+}
+
+/// One shard's part of an inbox, read in one snapshot together with the slots it answers for.
+#[derive(Clone, Debug)]
+pub struct InboxPart {
+    /// Newest first, at most as many as were asked for.
+    pub rows: Vec<InboxRow>,
+    /// The slots that this shard owned (or had sealed) in that snapshot.
+    pub slots: SlotSet,
+}
+
+/// How a read mark ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Marked {
+    /// The user has read up to here; not less than before, and not beyond the last message.
+    At(Seq),
+    /// There is no such dialog yet.
+    NoDialog,
+    /// This shard does not own the slot: nothing was written.
+    NotOwner(Option<SlotState>),
+}
+
+/// A set of slots.
+#[derive(Clone, PartialEq, Eq)]
+pub struct SlotSet([u64; SLOTS / 64]);
+
+impl SlotSet {
+    /// No slot.
+    #[must_use]
+    pub fn empty() -> Self {
+        Self([0; SLOTS / 64])
+    }
+
+    /// Adds a slot; `false` if it was in already.
+    pub fn insert(&mut self, slot: Slot) -> bool {
+        let (word, bit) = (&mut self.0[slot.index() / 64], 1 << (slot.index() % 64));
+        let new = *word & bit == 0;
+        *word |= bit;
+        new
+    }
+
+    /// Whether the slot is in.
+    #[must_use]
+    pub fn contains(&self, slot: Slot) -> bool {
+        self.0[slot.index() / 64] & (1 << (slot.index() % 64)) != 0
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.iter().map(|word| word.count_ones() as usize).sum()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.iter().all(|word| *word == 0)
+    }
+
+    /// The slots, ascending.
+    pub fn iter(&self) -> impl Iterator<Item = Slot> {
+        Slot::all().filter(|slot| self.contains(*slot))
+    }
+}
+
+impl fmt::Debug for SlotSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SlotSet({} slots)", self.len())
+    }
+}
+
+/// Who a database is, and the document it has accepted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Meta {
+    /// The same in all shards of a service.
+    pub cluster_id: String,
+    /// This shard's name, for ever.
+    pub shard_name: String,
+    /// How dialogs are placed; see [`crate::ring::ALGORITHM`].
+    pub slot_algorithm: String,
+    /// The document's version, from 1.
+    pub doc_version: u64,
+    /// How far it is carried out.
+    pub doc_phase: Phase,
+    /// [`crate::topology::Document::hash`].
+    pub doc_hash: String,
+    /// [`crate::topology::Document::to_json`].
+    pub doc: String,
+}
+
+/// How far a document is carried out. Phases only go forward within a version.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Phase {
+    /// Version 1, and not every shard may have it yet: an empty database is expected, and filled in.
+    Founding,
+    /// In force.
+    Normal,
+}
+
+impl Phase {
+    /// As it stands in the table.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Phase::Founding => "founding",
+            Phase::Normal => "normal",
+        }
+    }
+
+    fn parse(s: &str) -> Result<Self, StoreError> {
+        match s {
+            "founding" => Ok(Phase::Founding),
+            "normal" => Ok(Phase::Normal),
+            other => Err(StoreError::Refused(format!(
+                "unknown phase '{other}' in meta; it was written by a newer version"
+            ))),
+        }
+    }
+}
+
+/// How much lies in a shard, for operators.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Counts {
+    /// Slots it owns.
+    pub slots: u64,
+    /// Dialogs in them.
+    pub dialogs: u64,
+    /// Messages in those.
+    pub messages: u64,
+}
+
+/// Who a store's data must belong to. Every transaction and every read compares it: a URL that leads to another database
+/// than the one it led to before is noticed at once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// The service.
+    pub cluster_id: String,
+    /// The shard.
+    pub shard_name: String,
+}
+
+/// Why a store did not do what it was asked. Texts name no URL, no password and no message.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StoreError {
+    /// A deadlock or a lock wait that took too long: nothing was written, the whole transaction may be repeated.
+    #[error("conflict: {0}")]
+    Conflict(String),
+    /// No connection, or none in time: nothing was written.
+    #[error("unreachable: {0}")]
+    Unreachable(String),
+    /// The connection broke in the middle: whether it was written is not known. Repeat it with the same keys.
+    #[error("connection lost: {0}")]
+    Lost(String),
+    /// The database is not the one it should be.
+    #[error("{0}")]
+    WrongIdentity(String),
+    /// The database said no, and why.
+    #[error("refused: {0}")]
+    Refused(String),
+}
+
+/// What the service asks of a shard's database.
+///
+/// # Cancel safety
+/// A future that is dropped may leave its transaction unfinished on its connection; the store never lets a later
+/// transaction continue it.
+#[async_trait]
+pub trait Store: Send + Sync + 'static {
+    /// Brings the tables up to this version's; several instances may do so at once.
+    async fn migrate(&self) -> Result<(), StoreError>;
+
+    /// A round trip on a fresh connection: whether the database is there at all.
+    async fn ping(&self) -> Result<(), StoreError>;
+
+    /// What the operator should know about the server's settings, one line each.
+    async fn warnings(&self) -> Result<Vec<String>, StoreError>;
+
+    /// Who this is; `None` for a database that was never founded.
+    async fn meta(&self) -> Result<Option<Meta>, StoreError>;
+
+    /// Makes an empty database a shard: `meta`, and all 4096 slots, of which it owns `owned`, in one transaction. Returns
+    /// the `meta` that is there afterwards, which is another's if another was faster.
+    async fn found(&self, meta: &Meta, owned: &SlotSet) -> Result<Meta, StoreError>;
+
+    /// Takes the document of `version` and `hash` on to `phase`; nothing happens where it is there already or further.
+    async fn advance(&self, version: u64, hash: &str, phase: Phase) -> Result<(), StoreError>;
+
+    /// The slots this shard owns or has sealed.
+    async fn slots(&self, identity: &Identity) -> Result<SlotSet, StoreError>;
+
+    /// Stores a batch in one transaction and says what became of each message, in order. `suspect` says that some of them
+    /// may be stored already, so that their keys are looked up first; otherwise they are looked up on a duplicate key.
+    async fn write(
+        &self,
+        identity: &Identity,
+        batch: &[NewMessage],
+        suspect: bool,
+    ) -> Result<Vec<Written>, StoreError>;
+
+    /// Reads at most `limit` messages of a dialog in one snapshot.
+    async fn page(
+        &self,
+        identity: &Identity,
+        dialog: DialogId,
+        range: Range,
+        limit: u32,
+    ) -> Result<Page, StoreError>;
+
+    /// Reads at most `limit` dialogs of a user below `below` in one snapshot.
+    async fn inbox(
+        &self,
+        identity: &Identity,
+        user: UserId,
+        below: Option<InboxCursor>,
+        limit: u32,
+    ) -> Result<InboxPart, StoreError>;
+
+    /// Moves a user's read mark forward to `seq`, or to the last message if that is less.
+    async fn mark_read(
+        &self,
+        identity: &Identity,
+        dialog: DialogId,
+        user: UserId,
+        seq: Seq,
+    ) -> Result<Marked, StoreError>;
+
+    /// How much lies in the slots that this shard owns. Reads it all: for operators, not for every request.
+    async fn counts(&self) -> Result<Counts, StoreError>;
+}

@@ -1,0 +1,345 @@
+//! A shard as everything above uses it: a store with a name, an identity, time limits and a circuit.
+//!
+//! The circuit keeps a dead shard from hurting anybody but its own dialogs: once the database does not answer, every call
+//! is refused at once, until a probe in the background gets an answer again. Slow is not dead: a call that takes long is
+//! only given up when a fresh connection gets no answer either, or at the limit.
+
+use super::{
+    Counts, Identity, InboxCursor, InboxPart, Marked, NewMessage, Page, Range, SlotSet, Store,
+    StoreError, Written,
+};
+use crate::config;
+use crate::dialog::{DialogId, Seq, UserId};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use std::future::Future;
+use std::pin::pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::runtime::Handle;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+
+/// A call that takes longer makes us ask on a fresh connection whether the shard is there at all.
+const PATIENCE: Duration = Duration::from_millis(250);
+
+/// Between two probes of a shard whose circuit is open.
+const PROBE_EVERY: Duration = Duration::from_millis(500);
+
+/// How long a shard may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Timing {
+    /// The most that any call may take.
+    pub answer: Duration,
+    /// How many pages are read at once.
+    pub readers: usize,
+}
+
+impl From<&config::Store> for Timing {
+    fn from(settings: &config::Store) -> Self {
+        Self {
+            answer: Duration::from_millis(settings.answer_ms),
+            readers: settings.read_connections,
+        }
+    }
+}
+
+/// Whether a shard answers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ShardState {
+    /// It did when it was last asked.
+    Up,
+    /// It does not, and why.
+    Down(String),
+}
+
+/// What a shard reports.
+#[derive(Clone, Default)]
+pub struct ShardMetrics {
+    /// 1 while the circuit is open.
+    pub circuit_open: Gauge,
+    /// How often it opened.
+    pub opened: Counter,
+    /// Seconds of a batch, from its first round trip to COMMIT. `None` in places that measure nothing.
+    pub batch_seconds: Option<Histogram>,
+}
+
+/// Why a call was not carried out.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ShardDown {
+    /// The circuit is open, or opened just now.
+    #[error("{0} does not answer")]
+    Down(String),
+    /// Anything else; see [`StoreError`].
+    #[error("{0}: {1}")]
+    Failed(String, StoreError),
+}
+
+/// A handle; a clone is one more reference.
+#[derive(Clone)]
+pub struct Shard {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    identity: Identity,
+    store: Arc<dyn Store>,
+    timing: Timing,
+    runtime: Handle,
+    state: watch::Sender<ShardState>,
+    /// When a probe last got an answer; held while one is under way, so that many who wait ask once.
+    probed: tokio::sync::Mutex<Option<Instant>>,
+    metrics: ShardMetrics,
+    logged: Mutex<Option<Instant>>,
+    turns: Arc<Semaphore>,
+}
+
+impl Shard {
+    /// Takes a store into service under the identity it must have.
+    #[must_use]
+    pub fn new(
+        identity: Identity,
+        store: Arc<dyn Store>,
+        timing: Timing,
+        runtime: Handle,
+        metrics: ShardMetrics,
+    ) -> Self {
+        let state = watch::Sender::new(ShardState::Up);
+        let inner = Inner {
+            identity,
+            store,
+            timing,
+            runtime,
+            state,
+            probed: tokio::sync::Mutex::default(),
+            metrics,
+            logged: Mutex::default(),
+            turns: Arc::new(Semaphore::new(timing.readers.max(1))),
+        };
+        Self {
+            inner: Arc::new(inner),
+        }
+    }
+
+    /// The shard's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.inner.identity.shard_name
+    }
+
+    /// Whether it answers.
+    #[must_use]
+    pub fn state(&self) -> ShardState {
+        self.inner.state.borrow().clone()
+    }
+
+    /// Whether it does not.
+    #[must_use]
+    pub fn is_down(&self) -> bool {
+        *self.inner.state.borrow() != ShardState::Up
+    }
+
+    /// Waits until one of the reading connections is free, and keeps it for the holder.
+    pub async fn turn(&self) -> Option<OwnedSemaphorePermit> {
+        self.inner.turns.clone().acquire_owned().await.ok()
+    }
+
+    /// Tells when the state changes.
+    #[must_use]
+    pub fn watch(&self) -> watch::Receiver<ShardState> {
+        self.inner.state.subscribe()
+    }
+
+    /// Opens the circuit: it was found not to answer.
+    pub fn open(&self, reason: &str) {
+        let opened = self.inner.state.send_if_modified(|state| {
+            let was_up = *state == ShardState::Up;
+            if was_up {
+                *state = ShardState::Down(reason.to_owned());
+            }
+            was_up
+        });
+        if opened {
+            tracing::warn!(
+                shard = self.name(),
+                reason,
+                "shard down: its dialogs are refused until it answers again"
+            );
+            self.inner.metrics.circuit_open.set(1);
+            self.inner.metrics.opened.inc();
+            let shard = self.clone();
+            self.inner
+                .runtime
+                .spawn(async move { shard.probe_until_up().await });
+        }
+    }
+
+    async fn probe_until_up(self) {
+        loop {
+            tokio::time::sleep(PROBE_EVERY).await;
+            if self.inner.store.ping().await.is_err() {
+                continue;
+            }
+            // It may have been away since before a migration. And it must be the right database: one that was wiped
+            // meanwhile must not come back.
+            let fit = async {
+                self.inner.store.migrate().await?;
+                self.inner.store.slots(&self.inner.identity).await
+            };
+            let found = tokio::time::timeout(self.inner.timing.answer, fit).await;
+            match found {
+                Ok(Ok(_)) => break,
+                Ok(Err(e)) => self.log_once_a_minute(&e),
+                Err(_) => {}
+            }
+        }
+        tracing::info!(shard = self.name(), "shard up");
+        self.inner.metrics.circuit_open.set(0);
+        self.inner.state.send_replace(ShardState::Up);
+    }
+
+    fn log_once_a_minute(&self, e: &StoreError) {
+        let mut logged = self
+            .inner
+            .logged
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if logged.is_none_or(|at| at.elapsed() > Duration::from_secs(60)) {
+            *logged = Some(Instant::now());
+            tracing::warn!(shard = self.name(), reason = %e, "shard answers, but cannot be used");
+        }
+    }
+
+    /// Whether a fresh connection gets an answer. Callers at the same time share one.
+    async fn probe(&self) -> Result<(), StoreError> {
+        let mut probed = self.inner.probed.lock().await;
+        if probed.is_some_and(|at| at.elapsed() < PATIENCE) {
+            return Ok(());
+        }
+        self.inner.store.ping().await?;
+        *probed = Some(Instant::now());
+        Ok(())
+    }
+
+    /// Runs a call on the database runtime, within the time limits and the circuit.
+    async fn call<T, F>(&self, call: impl FnOnce(Arc<Inner>) -> F) -> Result<T, ShardDown>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, StoreError>> + Send + 'static,
+    {
+        if self.is_down() {
+            return Err(ShardDown::Down(self.name().to_owned()));
+        }
+        let work = self.clone().watched(call(self.inner.clone()));
+        let result = self.inner.runtime.spawn(work).await;
+        let result =
+            result.unwrap_or_else(|e| Err(StoreError::Refused(format!("the call failed: {e}"))));
+        result.map_err(|e| match e {
+            StoreError::Unreachable(_) | StoreError::WrongIdentity(_) => {
+                self.open(&e.to_string());
+                ShardDown::Down(self.name().to_owned())
+            }
+            StoreError::Conflict(_) | StoreError::Lost(_) | StoreError::Refused(_) => {
+                ShardDown::Failed(self.name().to_owned(), e)
+            }
+        })
+    }
+
+    async fn watched<T>(
+        self,
+        call: impl Future<Output = Result<T, StoreError>>,
+    ) -> Result<T, StoreError> {
+        let begun = Instant::now();
+        let mut call = pin!(call);
+        loop {
+            tokio::select! {
+                result = &mut call => return result,
+                () = tokio::time::sleep(PATIENCE) => {}
+            }
+            tokio::select! {
+                result = &mut call => return result,
+                probe = self.probe() => probe?,
+            }
+            if begun.elapsed() > self.inner.timing.answer {
+                return Err(StoreError::Lost(format!(
+                    "no answer within {} ms",
+                    self.inner.timing.answer.as_millis()
+                )));
+            }
+        }
+    }
+
+    /// [`Store::write`].
+    pub async fn write(
+        &self,
+        batch: Arc<Vec<NewMessage>>,
+        suspect: bool,
+    ) -> Result<Vec<Written>, ShardDown> {
+        self.call(|inner| async move {
+            let begun = Instant::now();
+            let written = inner.store.write(&inner.identity, &batch, suspect).await;
+            if let Some(histogram) = &inner.metrics.batch_seconds {
+                histogram.observe(begun.elapsed().as_secs_f64());
+            }
+            written
+        })
+        .await
+    }
+
+    /// [`Store::page`].
+    pub async fn page(
+        &self,
+        dialog: DialogId,
+        range: Range,
+        limit: u32,
+    ) -> Result<Page, ShardDown> {
+        self.call(move |inner| async move {
+            inner
+                .store
+                .page(&inner.identity, dialog, range, limit)
+                .await
+        })
+        .await
+    }
+
+    /// [`Store::inbox`].
+    pub async fn inbox(
+        &self,
+        user: UserId,
+        below: Option<InboxCursor>,
+        limit: u32,
+    ) -> Result<InboxPart, ShardDown> {
+        self.call(move |inner| async move {
+            inner.store.inbox(&inner.identity, user, below, limit).await
+        })
+        .await
+    }
+
+    /// [`Store::mark_read`].
+    pub async fn mark_read(
+        &self,
+        dialog: DialogId,
+        user: UserId,
+        seq: Seq,
+    ) -> Result<Marked, ShardDown> {
+        self.call(move |inner| async move {
+            inner
+                .store
+                .mark_read(&inner.identity, dialog, user, seq)
+                .await
+        })
+        .await
+    }
+
+    /// [`Store::slots`].
+    pub async fn slots(&self) -> Result<SlotSet, ShardDown> {
+        self.call(move |inner| async move { inner.store.slots(&inner.identity).await })
+            .await
+    }
+
+    /// [`Store::counts`].
+    pub async fn counts(&self) -> Result<Counts, ShardDown> {
+        self.call(move |inner| async move { inner.store.counts().await })
+            .await
+    }
+}

@@ -1,0 +1,615 @@
+//! A shard in a SQLite file: the embedded default, with the same tables, the same steps and the same outcomes as MySQL.
+//!
+//! SQLite has one writer at a time, so the locks of the protocol come with `BEGIN IMMEDIATE`; readers see snapshots (WAL)
+//! and are not in the writer's way. Commits are flushed to the disk before they are acknowledged.
+
+use super::{
+    Counts, Identity, InboxCursor, InboxPart, InboxRow, Known, Marked, Meta, NewMessage, Page,
+    Phase, Place, Range, SlotSet, Store, StoreError, StoredMessage, UNREAD_CAP, Written, migrate,
+    plan::BatchPlan,
+};
+use crate::config;
+use crate::dialog::{DialogId, Key, Seq, TextHash, Timestamp, UserId};
+use crate::ownership::{COMPLETE, FIRST_TERM, SlotState, SlotView};
+use crate::ring::Slot;
+use async_trait::async_trait;
+use rusqlite::{
+    Connection, ErrorCode, OptionalExtension, Transaction, TransactionBehavior, params,
+};
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::runtime::Handle;
+
+/// A shard in a file. Calls run on the blocking threads of the runtime that was handed in.
+pub struct SqliteStore {
+    path: Arc<PathBuf>,
+    writer: Arc<Mutex<Option<Connection>>>,
+    readers: Arc<Mutex<Vec<Connection>>>,
+    /// How many may read at once; what waits here holds no thread.
+    permits: Arc<tokio::sync::Semaphore>,
+    runtime: Handle,
+}
+
+/// How long a writer waits for another process that writes to the same file.
+const BUSY_LIMIT: Duration = Duration::from_secs(1);
+
+impl SqliteStore {
+    /// A store in the file `path`, which is made when it is first used.
+    #[must_use]
+    pub fn new(path: &str, settings: &config::Store, runtime: Handle) -> Self {
+        Self {
+            path: Arc::new(PathBuf::from(path)),
+            writer: Arc::default(),
+            readers: Arc::default(),
+            permits: Arc::new(tokio::sync::Semaphore::new(
+                settings.read_connections.max(1),
+            )),
+            runtime,
+        }
+    }
+
+    async fn write_on<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Connection) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let (path, writer) = (self.path.clone(), self.writer.clone());
+        self.blocking(move || {
+            // A panic while it was held left no transaction behind: rusqlite rolls back when one is dropped.
+            let mut writer = writer.lock().unwrap_or_else(PoisonError::into_inner);
+            let connection = match &mut *writer {
+                Some(connection) => connection,
+                none => none.insert(open(&path)?),
+            };
+            work(connection)
+        })
+        .await
+    }
+
+    async fn read_on<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Transaction<'_>) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let _permit = self
+            .permits
+            .acquire()
+            .await
+            .map_err(|_| StoreError::Unreachable("closed".into()))?;
+        let (path, readers) = (self.path.clone(), self.readers.clone());
+        self.blocking(move || {
+            let pooled = readers.lock().unwrap_or_else(PoisonError::into_inner).pop();
+            let mut connection = pooled.map_or_else(|| open(&path), Ok)?;
+            let result = connection
+                .transaction()
+                .map_err(|e| classify(&e))
+                .and_then(|snapshot| work(&snapshot));
+            readers
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .push(connection);
+            result
+        })
+        .await
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let joined = self.runtime.spawn_blocking(work).await;
+        joined.unwrap_or_else(|e| {
+            Err(StoreError::Refused(format!(
+                "the store's thread failed: {e}"
+            )))
+        })
+    }
+}
+
+fn open(path: &Path) -> Result<Connection, StoreError> {
+    let connection = Connection::open(path).map_err(|e| StoreError::Unreachable(e.to_string()))?;
+    connection
+        .busy_timeout(BUSY_LIMIT)
+        .map_err(|e| classify(&e))?;
+    connection
+        .execute_batch(
+            "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;",
+        )
+        .map_err(|e| StoreError::Unreachable(e.to_string()))?;
+    connection.set_prepared_statement_cache_capacity(64);
+    Ok(connection)
+}
+
+/// This machine's clock, which is the file's.
+fn now() -> Timestamp {
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    Timestamp::from_micros(i64::try_from(since.as_micros()).unwrap_or(i64::MAX))
+}
+
+#[async_trait]
+impl Store for SqliteStore {
+    async fn migrate(&self) -> Result<(), StoreError> {
+        self.write_on(|connection| {
+            migrate::sqlite::migrations::runner()
+                .run(connection)
+                .map(drop)
+                .map_err(|e| StoreError::Refused(format!("migration: {e}")))
+        })
+        .await
+    }
+
+    async fn ping(&self) -> Result<(), StoreError> {
+        self.read_on(|snapshot| {
+            snapshot
+                .query_row("SELECT 1", [], |_| Ok(()))
+                .map_err(|e| classify(&e))
+        })
+        .await
+    }
+
+    async fn warnings(&self) -> Result<Vec<String>, StoreError> {
+        Ok(Vec::new())
+    }
+
+    async fn meta(&self) -> Result<Option<Meta>, StoreError> {
+        self.read_on(|snapshot| select_meta(snapshot)).await
+    }
+
+    async fn found(&self, meta: &Meta, owned: &SlotSet) -> Result<Meta, StoreError> {
+        let (meta, owned) = (meta.clone(), owned.clone());
+        self.write_on(move |connection| {
+            let tx = immediate(connection)?;
+            let inserted = tx
+                .execute(
+                    "INSERT OR IGNORE INTO meta (id, cluster_id, shard_name, slot_algorithm, doc_version, doc_phase, doc_hash, doc)
+                     VALUES (1, ?, ?, ?, ?, ?, ?, ?)",
+                    params![
+                        meta.cluster_id,
+                        meta.shard_name,
+                        meta.slot_algorithm,
+                        meta.doc_version,
+                        meta.doc_phase.as_str(),
+                        meta.doc_hash,
+                        meta.doc
+                    ],
+                )
+                .map_err(|e| classify(&e))?;
+            if inserted == 1 {
+                let mut insert = tx
+                    .prepare(
+                        "INSERT INTO slots (slot, state, term, generation, activated, claimed_generation, history)
+                         VALUES (?, ?, ?, 0, 0, 0, ?)",
+                    )
+                    .map_err(|e| classify(&e))?;
+                for slot in Slot::all() {
+                    let (state, term) = if owned.contains(slot) { (SlotState::Owner, FIRST_TERM) } else { (SlotState::None, 0) };
+                    insert.execute(params![slot.get(), state.as_str(), term, COMPLETE]).map_err(|e| classify(&e))?;
+                }
+            }
+            let found = select_meta(&tx)?;
+            tx.commit().map_err(|e| classify(&e))?;
+            found.ok_or_else(|| StoreError::Refused("the row of meta vanished".into()))
+        })
+        .await
+    }
+
+    async fn advance(&self, version: u64, hash: &str, phase: Phase) -> Result<(), StoreError> {
+        let allowed = match phase {
+            Phase::Founding => return Ok(()),
+            Phase::Normal => Phase::Founding.as_str(),
+        };
+        let hash = hash.to_owned();
+        self.write_on(move |connection| {
+            connection
+                .execute(
+                    "UPDATE meta SET doc_phase = ? WHERE id = 1 AND doc_version = ? AND doc_hash = ? AND doc_phase = ?",
+                    params![phase.as_str(), version, hash, allowed],
+                )
+                .map(drop)
+                .map_err(|e| classify(&e))
+        })
+        .await
+    }
+
+    async fn slots(&self, identity: &Identity) -> Result<SlotSet, StoreError> {
+        let identity = identity.clone();
+        self.read_on(move |snapshot| {
+            check_identity(snapshot, &identity)?;
+            owned(snapshot)
+        })
+        .await
+    }
+
+    async fn write(
+        &self,
+        identity: &Identity,
+        batch: &[NewMessage],
+        _suspect: bool,
+    ) -> Result<Vec<Written>, StoreError> {
+        let (identity, batch) = (identity.clone(), batch.to_vec());
+        self.write_on(move |connection| {
+            let tx = immediate(connection)?;
+            check_identity(&tx, &identity)?;
+            let slots = batch.iter().map(|message| message.slot);
+            let slots = slots
+                .filter_map(|slot| view(&tx, slot).transpose().map(|view| Ok((slot, view?))))
+                .collect::<Result<_, _>>()?;
+            let heads = batch
+                .iter()
+                .map(|message| Ok((message.dialog, last_seq(&tx, message.slot, message.dialog)?)))
+                .collect::<Result<_, StoreError>>()?;
+            // A look-up is a step in the same process: there is nothing to gain by waiting for the duplicate key.
+            let keys = known_keys(&tx, &batch)?;
+            let now = now();
+            let plan = BatchPlan::new(&batch, &slots, &heads, &keys, now);
+            insert(&tx, &batch, &plan, now).map_err(|e| classify(&e))?;
+            tx.commit().map_err(|e| classify(&e))?;
+            Ok(plan.outcomes)
+        })
+        .await
+    }
+
+    async fn page(
+        &self,
+        identity: &Identity,
+        dialog: DialogId,
+        range: Range,
+        limit: u32,
+    ) -> Result<Page, StoreError> {
+        let identity = identity.clone();
+        self.read_on(move |snapshot| {
+            check_identity(snapshot, &identity)?;
+            let slot = Slot::of(dialog);
+            let (condition, bound, order) = match range {
+                Range::Newest => ("seq >= ?", 0, "DESC"),
+                Range::Before(seq) => ("seq < ?", seq.get(), "DESC"),
+                Range::After(seq) => ("seq > ?", seq.get(), "ASC"),
+            };
+            let mut messages = snapshot
+                .prepare_cached(&format!(
+                    "SELECT seq, author, client_key, text, created_at FROM messages
+                      WHERE slot = ? AND dialog = ? AND {condition} ORDER BY seq {order} LIMIT ?"
+                ))
+                .and_then(|mut select| {
+                    select
+                        .query_map(
+                            params![slot.get(), dialog.to_string(), clamp(bound), limit],
+                            |row| message(row, 0),
+                        )?
+                        .collect::<Result<Vec<_>, _>>()
+                })
+                .map_err(|e| classify(&e))?;
+            messages.sort_by_key(|message| message.seq);
+            Ok(Page {
+                slot: view(snapshot, slot)?,
+                last_seq: last_seq(snapshot, slot, dialog)?,
+                messages,
+            })
+        })
+        .await
+    }
+
+    async fn inbox(
+        &self,
+        identity: &Identity,
+        user: UserId,
+        below: Option<InboxCursor>,
+        limit: u32,
+    ) -> Result<InboxPart, StoreError> {
+        let identity = identity.clone();
+        self.read_on(move |snapshot| {
+            check_identity(snapshot, &identity)?;
+            let slots = owned(snapshot)?;
+            let (at, dialog) = below.map_or((i64::MAX, String::new()), |below| (below.last_at.micros(), below.dialog.to_string()));
+            let rows = snapshot
+                .prepare_cached(
+                    "SELECT t.dialog, t.last_at, t.read_seq, t.unread, m.seq, m.author, m.client_key, m.text, m.created_at
+                       FROM (SELECT d.slot, d.dialog, d.last_seq, d.last_at, u.read_seq,
+                                    (SELECT COUNT(*) FROM (SELECT 1 FROM messages x WHERE x.slot = d.slot AND x.dialog = d.dialog
+                                        AND x.seq > u.read_seq AND x.author <> u.user_id LIMIT ?5)) AS unread
+                               FROM members u
+                               JOIN slots s ON s.slot = u.slot AND s.state IN ('owner', 'sealed')
+                               JOIN dialogs d ON d.slot = u.slot AND d.dialog = u.dialog
+                              WHERE u.user_id = ?1 AND d.last_seq > 0 AND (d.last_at, d.dialog) < (?2, ?3)
+                              ORDER BY d.last_at DESC, d.dialog DESC LIMIT ?4) t
+                       JOIN messages m ON m.slot = t.slot AND m.dialog = t.dialog AND m.seq = t.last_seq
+                      ORDER BY t.last_at DESC, t.dialog DESC",
+                )
+                .and_then(|mut select| {
+                    select
+                        .query_map(params![user.get(), at, dialog, limit, UNREAD_CAP], |row| {
+                            Ok((row.get::<_, String>(0)?, row.get(1)?, row.get::<_, u64>(2)?, row.get(3)?, message(row, 4)?))
+                        })?
+                        .collect::<Result<Vec<_>, _>>()
+                })
+                .map_err(|e| classify(&e))?;
+            let rows = rows
+                .into_iter()
+                .map(|(dialog, last_at, read_seq, unread, last)| {
+                    let dialog = dialog.parse().map_err(|_| corrupt("dialogs.dialog"))?;
+                    Ok(InboxRow { dialog, last_at: Timestamp::from_micros(last_at), last, read_seq: Seq::new(read_seq), unread })
+                })
+                .collect::<Result<_, StoreError>>()?;
+            Ok(InboxPart { rows, slots })
+        })
+        .await
+    }
+
+    async fn mark_read(
+        &self,
+        identity: &Identity,
+        dialog: DialogId,
+        user: UserId,
+        seq: Seq,
+    ) -> Result<Marked, StoreError> {
+        let identity = identity.clone();
+        self.write_on(move |connection| {
+            let tx = immediate(connection)?;
+            check_identity(&tx, &identity)?;
+            let slot = Slot::of(dialog);
+            let view = view(&tx, slot)?;
+            if !view.is_some_and(|view| view.state.takes_writes()) {
+                return Ok(Marked::NotOwner(view.map(|view| view.state)));
+            }
+            let seq = seq.min(last_seq(&tx, slot, dialog)?);
+            let read: Option<u64> = tx
+                .query_row(
+                    "UPDATE members SET read_seq = MAX(read_seq, ?) WHERE slot = ? AND dialog = ? AND user_id = ? RETURNING read_seq",
+                    params![clamp(seq.get()), slot.get(), dialog.to_string(), user.get()],
+                    |row| row.get(0),
+                )
+                .optional()
+                .map_err(|e| classify(&e))?;
+            tx.commit().map_err(|e| classify(&e))?;
+            Ok(read.map_or(Marked::NoDialog, |seq| Marked::At(Seq::new(seq))))
+        })
+        .await
+    }
+
+    async fn counts(&self) -> Result<Counts, StoreError> {
+        self.read_on(|snapshot| {
+            snapshot
+                .query_row(
+                    "SELECT (SELECT COUNT(*) FROM slots WHERE state = 'owner'),
+                            (SELECT COUNT(*) FROM dialogs JOIN slots USING (slot) WHERE state = 'owner' AND last_seq > 0),
+                            (SELECT COUNT(*) FROM messages JOIN slots USING (slot) WHERE state = 'owner')",
+                    [],
+                    |row| Ok(Counts { slots: row.get(0)?, dialogs: row.get(1)?, messages: row.get(2)? }),
+                )
+                .map_err(|e| classify(&e))
+        })
+        .await
+    }
+}
+
+fn immediate(connection: &mut Connection) -> Result<Transaction<'_>, StoreError> {
+    connection
+        .transaction_with_behavior(TransactionBehavior::Immediate)
+        .map_err(|e| classify(&e))
+}
+
+fn select_meta(tx: &Transaction<'_>) -> Result<Option<Meta>, StoreError> {
+    let row = tx
+        .query_row(
+            "SELECT cluster_id, shard_name, slot_algorithm, doc_version, doc_phase, doc_hash, doc FROM meta WHERE id = 1",
+            [],
+            |row| {
+                Ok((
+                    Meta {
+                        cluster_id: row.get(0)?,
+                        shard_name: row.get(1)?,
+                        slot_algorithm: row.get(2)?,
+                        doc_version: row.get(3)?,
+                        doc_phase: Phase::Founding,
+                        doc_hash: row.get(5)?,
+                        doc: row.get(6)?,
+                    },
+                    row.get::<_, String>(4)?,
+                ))
+            },
+        )
+        .optional()
+        .map_err(|e| classify(&e))?;
+    row.map(|(meta, phase)| {
+        Ok(Meta {
+            doc_phase: Phase::parse(&phase)?,
+            ..meta
+        })
+    })
+    .transpose()
+}
+
+fn check_identity(tx: &Transaction<'_>, expected: &Identity) -> Result<(), StoreError> {
+    let found = tx
+        .prepare_cached("SELECT cluster_id, shard_name FROM meta WHERE id = 1")
+        .and_then(|mut select| {
+            select
+                .query_row([], |row| {
+                    Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?))
+                })
+                .optional()
+        })
+        .map_err(|e| classify(&e))?;
+    match found {
+        Some((cluster_id, shard_name))
+            if cluster_id == expected.cluster_id && shard_name == expected.shard_name =>
+        {
+            Ok(())
+        }
+        Some((cluster_id, shard_name)) => Err(StoreError::WrongIdentity(format!(
+            "the file is {shard_name} of cluster {cluster_id}, not {} of {}",
+            expected.shard_name, expected.cluster_id
+        ))),
+        None => Err(StoreError::WrongIdentity(
+            "the file is empty: it was wiped, or the url leads to another".into(),
+        )),
+    }
+}
+
+fn owned(tx: &Transaction<'_>) -> Result<SlotSet, StoreError> {
+    let mut slots = SlotSet::empty();
+    tx.prepare_cached("SELECT slot FROM slots WHERE state IN ('owner', 'sealed')")
+        .and_then(|mut select| {
+            let mut rows = select.query([])?;
+            while let Some(row) = rows.next()? {
+                if let Some(slot) = Slot::new(row.get(0)?) {
+                    slots.insert(slot);
+                }
+            }
+            Ok(slots)
+        })
+        .map_err(|e| classify(&e))
+}
+
+fn view(tx: &Transaction<'_>, slot: Slot) -> Result<Option<SlotView>, StoreError> {
+    let row = tx
+        .prepare_cached("SELECT state, generation, history FROM slots WHERE slot = ?")
+        .and_then(|mut select| {
+            select
+                .query_row([slot.get()], |row| {
+                    Ok((
+                        row.get::<_, String>(0)?,
+                        row.get(1)?,
+                        row.get::<_, String>(2)?,
+                    ))
+                })
+                .optional()
+        })
+        .map_err(|e| classify(&e))?;
+    row.map(|(state, generation, history)| {
+        let state = state.parse().map_err(|_| corrupt("slots.state"))?;
+        Ok(SlotView {
+            state,
+            generation,
+            complete: history == COMPLETE,
+        })
+    })
+    .transpose()
+}
+
+fn last_seq(tx: &Transaction<'_>, slot: Slot, dialog: DialogId) -> Result<Seq, StoreError> {
+    tx.prepare_cached("SELECT last_seq FROM dialogs WHERE slot = ? AND dialog = ?")
+        .and_then(|mut select| {
+            select
+                .query_row(params![slot.get(), dialog.to_string()], |row| row.get(0))
+                .optional()
+        })
+        .map(|seq| Seq::new(seq.unwrap_or(0)))
+        .map_err(|e| classify(&e))
+}
+
+fn known_keys(
+    tx: &Transaction<'_>,
+    batch: &[NewMessage],
+) -> Result<HashMap<(DialogId, UserId, Key), Known>, StoreError> {
+    let mut keys = HashMap::new();
+    let mut select = tx
+        .prepare_cached(
+            "SELECT seq, created_at, text_hash FROM messages WHERE slot = ? AND dialog = ? AND author = ? AND client_key = ?",
+        )
+        .map_err(|e| classify(&e))?;
+    for message in batch {
+        let known = select
+            .query_row(
+                params![
+                    message.slot.get(),
+                    message.dialog.to_string(),
+                    message.author.get(),
+                    message.key.as_str().as_bytes()
+                ],
+                |row| {
+                    let place = Place {
+                        seq: Seq::new(row.get(0)?),
+                        at: Timestamp::from_micros(row.get(1)?),
+                    };
+                    Ok(Known {
+                        place,
+                        hash: TextHash(row.get(2)?),
+                    })
+                },
+            )
+            .optional()
+            .map_err(|e| classify(&e))?;
+        if let Some(known) = known {
+            keys.insert((message.dialog, message.author, message.key.clone()), known);
+        }
+    }
+    Ok(keys)
+}
+
+fn insert(
+    tx: &Transaction<'_>,
+    batch: &[NewMessage],
+    plan: &BatchPlan,
+    now: Timestamp,
+) -> rusqlite::Result<()> {
+    let mut message = tx.prepare_cached(
+        "INSERT INTO messages (slot, dialog, seq, author, client_key, text_hash, kind, text, created_at)
+         VALUES (?, ?, ?, ?, ?, ?, 'text', ?, ?)",
+    )?;
+    for row in &plan.rows {
+        let new = &batch[row.index];
+        message.execute(params![
+            new.slot.get(),
+            new.dialog.to_string(),
+            row.seq.get(),
+            new.author.get(),
+            new.key.as_str().as_bytes(),
+            new.hash.0,
+            new.text.as_str(),
+            now.micros()
+        ])?;
+    }
+    let mut head = tx.prepare_cached(
+        "INSERT INTO dialogs (slot, dialog, last_seq, last_at) VALUES (?, ?, ?, ?)
+         ON CONFLICT DO UPDATE SET last_seq = excluded.last_seq, last_at = excluded.last_at",
+    )?;
+    let mut member =
+        tx.prepare_cached("INSERT OR IGNORE INTO members (slot, dialog, user_id, read_seq, joined_at) VALUES (?, ?, ?, 0, ?)")?;
+    for ((slot, dialog), seq) in &plan.heads {
+        let name = dialog.to_string();
+        head.execute(params![slot.get(), name, seq.get(), now.micros()])?;
+        for user in dialog.members() {
+            member.execute(params![slot.get(), name, user.get(), now.micros()])?;
+        }
+    }
+    Ok(())
+}
+
+/// The columns seq, author, client_key, text, created_at, from `first` on.
+fn message(row: &rusqlite::Row<'_>, first: usize) -> rusqlite::Result<StoredMessage> {
+    let author: u64 = row.get(first + 1)?;
+    let key: Option<Vec<u8>> = row.get(first + 2)?;
+    Ok(StoredMessage {
+        seq: Seq::new(row.get(first)?),
+        author: UserId::new(author)
+            .map_err(|e| rusqlite::Error::ToSqlConversionFailure(Box::new(e)))?,
+        key: key.map(|key| String::from_utf8_lossy(&key).into_owned()),
+        text: row.get(first + 3)?,
+        at: Timestamp::from_micros(row.get(first + 4)?),
+    })
+}
+
+/// SQLite's integers are signed; no seq comes near the end of them, but a request may.
+fn clamp(seq: u64) -> i64 {
+    i64::try_from(seq).unwrap_or(i64::MAX)
+}
+
+fn corrupt(column: &str) -> StoreError {
+    StoreError::Refused(format!("{column} holds what this version never writes"))
+}
+
+fn classify(e: &rusqlite::Error) -> StoreError {
+    match e.sqlite_error_code() {
+        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => {
+            StoreError::Conflict(e.to_string())
+        }
+        Some(ErrorCode::CannotOpen | ErrorCode::NotADatabase | ErrorCode::SystemIoFailure) => {
+            StoreError::Unreachable(e.to_string())
+        }
+        // Other messages name tables and columns at most: values are bound, never part of a statement.
+        _ => StoreError::Refused(e.to_string()),
+    }
+}

@@ -1,0 +1,524 @@
+//! The text of `shards.toml` -> [`Topology`], and the [`Document`] that the shards keep of it: names, states, weights and
+//! pins, never a URL.
+
+use crate::dialog::DialogId;
+use crate::ring::Placement;
+use serde::{Deserialize, Serialize};
+use siphasher::sip128::{Hasher128, SipHasher24};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::hash::Hasher;
+use toml::Spanned;
+
+/// The largest weight: a thousand points each for the ring to sort.
+const MAX_WEIGHT: i64 = 100;
+
+/// A `shards.toml` that was read and makes sense in itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Topology {
+    /// By name.
+    pub shards: BTreeMap<String, Shard>,
+    /// Exceptions to the ring: the slot of a dialog, and the shard it is pinned to.
+    pub pins: Vec<(DialogId, String)>,
+}
+
+/// One `[[shard]]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shard {
+    /// Where its database is.
+    pub url: StoreUrl,
+    /// Its share relative to the others'.
+    pub weight: u32,
+    /// What the operator wants of it.
+    pub state: ShardState,
+}
+
+/// The `state` of a `[[shard]]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "lowercase")]
+pub enum ShardState {
+    /// Takes its share of the slots.
+    #[default]
+    Active,
+    /// Off the ring: its slots are wanted elsewhere.
+    Draining,
+    /// Given up: others take its slots over without it.
+    Down,
+}
+
+/// A shard's database: `mysql://user:password@host:port/database` or `sqlite:path`. Holds a password, and never shows it.
+#[derive(Clone, PartialEq, Eq)]
+pub enum StoreUrl {
+    /// A MySQL or MariaDB database.
+    Mysql(String),
+    /// A file, made when it is missing.
+    Sqlite(String),
+}
+
+impl StoreUrl {
+    fn parse(url: &str) -> Option<Self> {
+        if url.starts_with("mysql://") {
+            Some(StoreUrl::Mysql(url.to_owned()))
+        } else {
+            url.strip_prefix("sqlite:")
+                .filter(|path| !path.is_empty())
+                .map(|path| StoreUrl::Sqlite(path.to_owned()))
+        }
+    }
+}
+
+impl fmt::Debug for StoreUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            StoreUrl::Mysql(url) => {
+                // user:password@ lies between the scheme and the last @
+                let rest = url.rsplit_once('@').map_or(url.as_str(), |(_, rest)| rest);
+                write!(f, "mysql://…@{rest}")
+            }
+            StoreUrl::Sqlite(path) => write!(f, "sqlite:{path}"),
+        }
+    }
+}
+
+/// Why a file was refused: one line that says what and where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BadFile {
+    /// The line of the file, from 1, where one is to blame.
+    pub line: Option<usize>,
+    /// What is wrong and how to mend it.
+    pub what: String,
+}
+
+impl std::error::Error for BadFile {}
+
+impl fmt::Display for BadFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.line {
+            Some(line) => write!(f, "line {line}: {}", self.what),
+            None => f.write_str(&self.what),
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    #[serde(default)]
+    shard: Vec<FileShard>,
+    #[serde(default)]
+    pin: Vec<FilePin>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileShard {
+    name: Spanned<String>,
+    url: Spanned<String>,
+    weight: Option<Spanned<i64>>,
+    #[serde(default)]
+    state: ShardState,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FilePin {
+    dialog: Spanned<String>,
+    shard: Spanned<String>,
+}
+
+impl Topology {
+    /// Reads the text of a `shards.toml`; `env` answers for `${VAR}` in a URL.
+    ///
+    /// # Errors
+    /// [`BadFile`] with the line, for a text that is not TOML, an unknown key, a doubled or ill-formed name, a doubled or
+    /// ill-formed URL, a missing variable, a weight outside 1 … 100, a pin to nowhere, or no active shard.
+    pub fn parse(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Self, BadFile> {
+        let line_of = |offset: usize| {
+            Some(
+                1 + text.as_bytes()[..offset.min(text.len())]
+                    .iter()
+                    .filter(|b| **b == b'\n')
+                    .count(),
+            )
+        };
+        let bad = |at: std::ops::Range<usize>, what: String| BadFile {
+            line: line_of(at.start),
+            what,
+        };
+        let file: File = toml::from_str(text).map_err(|e| BadFile {
+            line: e.span().and_then(|span| line_of(span.start)),
+            what: e.message().to_owned(),
+        })?;
+
+        let mut shards = BTreeMap::<String, Shard>::new();
+        for FileShard {
+            name,
+            url,
+            weight,
+            state,
+        } in file.shard
+        {
+            let at = name.span();
+            let name = name.into_inner();
+            if !is_name(&name) {
+                return Err(bad(
+                    at,
+                    format!(
+                        "'{name}' is no name for a shard: use 1 to 64 of a-z, A-Z, 0-9, '-' and '_'"
+                    ),
+                ));
+            }
+            let url_at = url.span();
+            let expanded = expand(url.get_ref(), env)
+                .map_err(|what| bad(url_at.clone(), format!("the url of {name} {what}")))?;
+            let url = StoreUrl::parse(&expanded).ok_or_else(|| {
+                bad(
+                    url_at.clone(),
+                    format!("the url of {name} must begin with mysql:// or be sqlite: and a path"),
+                )
+            })?;
+            if let Some((other, _)) = shards.iter().find(|(_, shard)| shard.url == url) {
+                return Err(bad(
+                    url_at,
+                    format!(
+                        "{name} and {other} have the same url; every shard needs a database of its own"
+                    ),
+                ));
+            }
+            let weight = match weight {
+                None => 1,
+                Some(weight) if (1..=MAX_WEIGHT).contains(weight.get_ref()) => {
+                    *weight.get_ref() as u32
+                }
+                Some(weight) => {
+                    let what = format!(
+                        "weight {} of {name} must be from 1 to {MAX_WEIGHT}; to empty a shard, set state = \"draining\"",
+                        weight.get_ref()
+                    );
+                    return Err(bad(weight.span(), what));
+                }
+            };
+            if shards
+                .insert(name.clone(), Shard { url, weight, state })
+                .is_some()
+            {
+                return Err(bad(
+                    at,
+                    format!("a second shard named {name}; every name is used once"),
+                ));
+            }
+        }
+        if !shards
+            .values()
+            .any(|shard| shard.state == ShardState::Active)
+        {
+            return Err(BadFile {
+                line: None,
+                what: "no active shard; at least one [[shard]] must have state = \"active\"".into(),
+            });
+        }
+
+        let mut pins = Vec::new();
+        for FilePin { dialog, shard } in file.pin {
+            let id: DialogId = dialog
+                .get_ref()
+                .parse()
+                .map_err(|e| bad(dialog.span(), format!("pin '{}': {e}", dialog.get_ref())))?;
+            let target = shard.get_ref();
+            match shards.get(target) {
+                Some(found) if found.state == ShardState::Active => pins.push((id, target.clone())),
+                Some(_) => {
+                    return Err(bad(
+                        shard.span(),
+                        format!("the pin of {id} names {target}, which is not active"),
+                    ));
+                }
+                None => {
+                    return Err(bad(
+                        shard.span(),
+                        format!("the pin of {id} names {target}, and there is no such shard"),
+                    ));
+                }
+            }
+        }
+        Ok(Self { shards, pins })
+    }
+
+    /// What the shards keep of this file when they are founded with it.
+    #[must_use]
+    pub fn document(&self) -> Document {
+        Document {
+            algorithm: crate::ring::ALGORITHM.to_owned(),
+            generation: 0,
+            shards: self
+                .shards
+                .iter()
+                .map(|(name, shard)| {
+                    (
+                        name.clone(),
+                        Member {
+                            state: shard.state,
+                            weight: shard.weight,
+                            down_generation: 0,
+                        },
+                    )
+                })
+                .collect(),
+            pins: self
+                .pins
+                .iter()
+                .map(|(dialog, shard)| Pin {
+                    dialog: dialog.to_string(),
+                    shard: shard.clone(),
+                })
+                .collect(),
+        }
+    }
+}
+
+fn is_name(name: &str) -> bool {
+    (1..=64).contains(&name.len())
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
+}
+
+/// Puts the values of `${VAR}` in their places.
+fn expand(url: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<String, String> {
+    let mut out = String::new();
+    let mut rest = url;
+    while let Some((before, after)) = rest.split_once("${") {
+        let (name, behind) = after.split_once('}').ok_or("has a ${ without its }")?;
+        out.push_str(before);
+        out.push_str(
+            &env(name).ok_or_else(|| {
+                format!("needs the environment variable {name}, which is not set")
+            })?,
+        );
+        rest = behind;
+    }
+    out.push_str(rest);
+    Ok(out)
+}
+
+/// What every shard keeps of the topology. Two instances agree on it by `hash`; no URL and no secret is in it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Document {
+    /// How dialogs are placed; see [`crate::ring::ALGORITHM`].
+    pub algorithm: String,
+    /// Counts the times a shard was declared down.
+    pub generation: u32,
+    /// By name.
+    pub shards: BTreeMap<String, Member>,
+    /// Exceptions to the ring.
+    pub pins: Vec<Pin>,
+}
+
+/// A shard, as the document knows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Member {
+    /// What the operator wants of it.
+    pub state: ShardState,
+    /// Its share relative to the others'.
+    pub weight: u32,
+    /// The generation in which it was last declared down.
+    pub down_generation: u32,
+}
+
+/// A pin, as the document knows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pin {
+    /// The dialog whose slot is pinned.
+    pub dialog: String,
+    /// The shard it is pinned to.
+    pub shard: String,
+}
+
+impl Document {
+    /// 32 hex digits over the content: equal for equal documents.
+    #[must_use]
+    pub fn hash(&self) -> String {
+        let mut hasher = SipHasher24::new();
+        hasher.write(self.to_json().as_bytes());
+        format!("{:032x}", hasher.finish128().as_u128())
+    }
+
+    /// The canonical text: maps in key order, fields in the order of this type.
+    #[must_use]
+    pub fn to_json(&self) -> String {
+        serde_json::to_string(self).expect("a document has only strings for keys")
+    }
+
+    /// The wanted shard of every slot; `None` when no shard is active or a pin names none of them.
+    #[must_use]
+    pub fn placement(&self) -> Option<Placement> {
+        let weights = self
+            .shards
+            .iter()
+            .filter(|(_, member)| member.state == ShardState::Active)
+            .map(|(name, member)| (name.clone(), member.weight))
+            .collect();
+        let pins: Vec<_> = self
+            .pins
+            .iter()
+            .map(|pin| Some((pin.dialog.parse().ok()?, pin.shard.clone())))
+            .collect::<Option<_>>()?;
+        Placement::new(&weights, &pins)
+    }
+
+    /// In one line, how a file's document differs from this one; `None` if it does not.
+    #[must_use]
+    pub fn difference(&self, file: &Document) -> Option<String> {
+        let mut parts = Vec::new();
+        for (name, member) in &file.shards {
+            match self.shards.get(name) {
+                None => parts.push(format!("{name} is new")),
+                Some(known) if known.state != member.state => {
+                    parts.push(format!("{name} becomes {:?}", member.state).to_lowercase())
+                }
+                Some(known) if known.weight != member.weight => {
+                    parts.push(format!("{name} weighs {}", member.weight))
+                }
+                Some(_) => {}
+            }
+        }
+        parts.extend(
+            self.shards
+                .keys()
+                .filter(|name| !file.shards.contains_key(*name))
+                .map(|name| format!("{name} is gone")),
+        );
+        if self.pins != file.pins {
+            parts.push("the pins differ".to_owned());
+        }
+        (!parts.is_empty()).then(|| parts.join(", "))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = include_str!("../../shards.toml");
+
+    fn env(name: &str) -> Option<String> {
+        (name == "SHARD_PASSWORD").then(|| "s3cret".to_owned())
+    }
+
+    fn refusal(text: &str) -> String {
+        Topology::parse(text, &env).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_file_that_is_shipped_is_good() {
+        let topology = Topology::parse(GOOD, &env).unwrap();
+        assert_eq!(
+            topology.shards.keys().collect::<Vec<_>>(),
+            ["shard1", "shard2", "shard3", "shard4"]
+        );
+        assert!(topology.document().placement().is_some());
+    }
+
+    #[test]
+    fn a_bad_file_is_refused_with_the_line_that_is_wrong() {
+        let shard = |name: &str, more: &str| {
+            format!("[[shard]]\nname = \"{name}\"\nurl = \"sqlite:{name}.db\"\n{more}\n")
+        };
+        for (text, expected) in [
+            (String::new(), "no active shard"),
+            ("[[shard]\n".into(), "line 1: "),
+            ("[[shard]]\nname = \"a\"\n".into(), "missing field `url`"),
+            (shard("a", "colour = 1"), "line 4: unknown field `colour`"),
+            (
+                shard("a", "") + &shard("a", "").replace("a.db", "b.db"),
+                "line 6: a second shard named a",
+            ),
+            (
+                shard("a", "") + &shard("b", "").replace("b.db", "a.db"),
+                "line 7: b and a have the same url",
+            ),
+            (
+                shard("a", "weight = 0"),
+                "line 4: weight 0 of a must be from 1",
+            ),
+            (
+                shard("a", "weight = -1"),
+                "line 4: weight -1 of a must be from 1",
+            ),
+            (
+                shard("a", "weight = 1000000"),
+                "line 4: weight 1000000 of a",
+            ),
+            (
+                shard("a", "state = \"sleepy\""),
+                "line 4: unknown variant `sleepy`",
+            ),
+            (shard("a", "state = \"draining\""), "no active shard"),
+            (shard("a b", ""), "line 2: 'a b' is no name"),
+            (
+                shard("a", "").replace("sqlite:", "postgres:"),
+                "line 3: the url of a must begin with",
+            ),
+            (
+                shard("a", "").replace("a.db", "${NOPE}"),
+                "line 3: the url of a needs the environment variable NOPE",
+            ),
+            (
+                shard("a", "").replace("a.db", "${NOPE"),
+                "line 3: the url of a has a ${ without its }",
+            ),
+            (
+                shard("a", "[[pin]]\ndialog = \"7_42\"\nshard = \"b\""),
+                "line 6: the pin of 7_42 names b, and there is no",
+            ),
+            (
+                shard("a", "[[pin]]\ndialog = \"42_7\"\nshard = \"a\""),
+                "line 5: pin '42_7'",
+            ),
+        ] {
+            assert!(
+                refusal(&text).contains(expected),
+                "{text}\n→ {}",
+                refusal(&text)
+            );
+        }
+    }
+
+    #[test]
+    fn no_prefix_of_the_file_panics_and_a_cut_one_never_parses_as_more_than_it_has() {
+        for end in (0..GOOD.len()).filter(|end| GOOD.is_char_boundary(*end)) {
+            if let Ok(cut) = Topology::parse(&GOOD[..end], &env) {
+                assert!(cut.shards.len() <= 4);
+            }
+        }
+    }
+
+    #[test]
+    fn a_password_is_never_shown() {
+        let shown = format!("{:?}", Topology::parse(GOOD, &env).unwrap());
+        assert!(
+            !shown.contains("s3cret") && shown.contains("shard1:3306"),
+            "{shown}"
+        );
+        let document = Topology::parse(GOOD, &env).unwrap().document().to_json();
+        assert!(
+            !document.contains("s3cret") && !document.contains("3306"),
+            "{document}"
+        );
+    }
+
+    #[test]
+    fn a_document_tells_how_a_file_differs_from_it() {
+        let document = Topology::parse(GOOD, &env).unwrap().document();
+        assert_eq!(document.difference(&document), None);
+        let edited = GOOD.replacen(
+            "name = \"shard4\"",
+            "state = \"draining\"\nname = \"shard9\"",
+            1,
+        );
+        let difference = document
+            .difference(&Topology::parse(&edited, &env).unwrap().document())
+            .unwrap();
+        assert_eq!(difference, "shard9 is new, shard4 is gone");
+    }
+}

@@ -1,0 +1,281 @@
+//! Batches the sends for one shard into transactions.
+//!
+//! A writer has a few lanes, and a slot always takes the same one. While a lane's transaction is in flight its next batch
+//! gathers, so batches size themselves: an idle lane adds no delay, a busy one spreads the cost of a commit over many.
+
+use crate::config;
+use crate::metrics::WriterMetrics;
+use crate::ownership::SlotState;
+use crate::store::{NewMessage, Place, Shard, ShardDown, StoreError, Written};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::runtime::Handle;
+use tokio::sync::{mpsc, oneshot};
+
+/// A send on its way.
+pub struct Job {
+    /// What to store.
+    pub message: NewMessage,
+    /// The session it came from, which gets `sent` and not `message`; `None` for REST.
+    pub origin: Option<u64>,
+    /// After this, whoever waits is told that it is not through.
+    pub deadline: Instant,
+    /// Where the answer goes.
+    pub answer: oneshot::Sender<Answer>,
+}
+
+/// What became of a send.
+#[derive(Debug)]
+pub enum Answer {
+    /// It is stored; `repeat` if it was before.
+    Stored {
+        /// Where.
+        place: Place,
+        /// Whether an earlier send with this key had stored it.
+        repeat: bool,
+    },
+    /// The key stands for another text.
+    KeyReused,
+    /// This shard does not own the slot: here is the message back, to be sent where it belongs.
+    NotOwner(NewMessage, Option<SlotState>),
+    /// The shard does not answer.
+    ShardDown,
+    /// Not through in time, or refused by the database; the reason is in the log.
+    Unavailable,
+}
+
+/// A message that is committed, as delivery is told of it.
+pub struct Committed<'a> {
+    /// The message.
+    pub message: &'a NewMessage,
+    /// Where it lies.
+    pub place: Place,
+    /// The session it came from.
+    pub origin: Option<u64>,
+}
+
+/// Called after COMMIT and before the answer, on the database runtime: it must not wait.
+pub type OnCommit = Arc<dyn Fn(Committed<'_>) + Send + Sync>;
+
+/// The writer of one shard. A clone is a few references.
+#[derive(Clone)]
+pub struct Writer {
+    lanes: Vec<mpsc::Sender<Job>>,
+    metrics: WriterMetrics,
+}
+
+impl Writer {
+    /// Starts the lanes on the database runtime. They end when the last clone is gone and the queues are empty.
+    #[must_use]
+    pub fn start(
+        shard: &Shard,
+        settings: &config::Store,
+        metrics: WriterMetrics,
+        on_commit: &OnCommit,
+        runtime: &Handle,
+    ) -> Self {
+        let lanes = settings.lanes.max(1);
+        let lane = |_| {
+            let (sender, queue) = mpsc::channel((settings.queue_rows / lanes).max(1));
+            let lane = Lane {
+                shard: shard.clone(),
+                queue,
+                batch_rows: settings.batch_rows.max(1),
+                metrics: metrics.clone(),
+                on_commit: on_commit.clone(),
+            };
+            runtime.spawn(lane.run());
+            sender
+        };
+        Self {
+            lanes: (0..lanes).map(lane).collect(),
+            metrics: metrics.clone(),
+        }
+    }
+
+    /// Puts a send into its lane's queue, behind those that came before.
+    ///
+    /// # Errors
+    /// The job itself, if the queue is full.
+    pub fn submit(&self, job: Job) -> Result<(), Box<Job>> {
+        let lane = &self.lanes[job.message.slot.index() % self.lanes.len()];
+        match lane.try_send(job) {
+            Ok(()) => {
+                self.metrics.queue_rows.inc();
+                Ok(())
+            }
+            Err(mpsc::error::TrySendError::Full(job) | mpsc::error::TrySendError::Closed(job)) => {
+                Err(Box::new(job))
+            }
+        }
+    }
+}
+
+struct Lane {
+    shard: Shard,
+    queue: mpsc::Receiver<Job>,
+    batch_rows: usize,
+    metrics: WriterMetrics,
+    on_commit: OnCommit,
+}
+
+/// Between two tries of a transaction that met a conflict.
+const CONFLICT_PAUSE: Duration = Duration::from_millis(5);
+
+/// Between two tries of a transaction whose connection was lost.
+const LOST_PAUSE: Duration = Duration::from_millis(50);
+
+impl Lane {
+    async fn run(mut self) {
+        let mut jobs = Vec::with_capacity(self.batch_rows);
+        while self.queue.recv_many(&mut jobs, self.batch_rows).await > 0 {
+            self.metrics.queue_rows.dec_by(jobs.len() as i64);
+            let now = Instant::now();
+            let (batch, late): (Vec<_>, Vec<_>) =
+                jobs.drain(..).partition(|job| job.deadline > now);
+            late.into_iter()
+                .for_each(|job| answer(job.answer, Answer::Unavailable));
+            if !batch.is_empty() {
+                self.metrics.batch_rows.observe(batch.len() as f64);
+                self.carry_out(batch).await;
+            }
+        }
+    }
+
+    /// Stores a batch and answers everyone in it, whatever happens.
+    async fn carry_out(&self, jobs: Vec<Job>) {
+        let (messages, waiting) = split(jobs);
+        match self
+            .store(
+                &messages,
+                waiting.iter().map(|waiting| waiting.deadline).min(),
+            )
+            .await
+        {
+            Ok(written) => self.settle(messages, waiting, &written),
+            Err(ShardDown::Down(_)) => waiting
+                .into_iter()
+                .for_each(|waiting| answer(waiting.answer, Answer::ShardDown)),
+            // One message that the database will not have must not take the others with it.
+            Err(ShardDown::Failed(_, StoreError::Refused(_))) if waiting.len() > 1 => {
+                let messages = Arc::unwrap_or_clone(messages);
+                for (message, waiting) in messages.into_iter().zip(waiting) {
+                    let message = Arc::new(vec![message]);
+                    match self.store(&message, Some(waiting.deadline)).await {
+                        Ok(written) => self.settle(message, vec![waiting], &written),
+                        Err(ShardDown::Down(_)) => answer(waiting.answer, Answer::ShardDown),
+                        Err(e) => self.give_up(vec![waiting], &e),
+                    }
+                }
+            }
+            Err(e) => self.give_up(waiting, &e),
+        }
+    }
+
+    /// One transaction, repeated as a whole while that is safe and there is time: always with the same keys, so that a
+    /// commit whose answer was lost is found and not repeated.
+    async fn store(
+        &self,
+        messages: &Arc<Vec<NewMessage>>,
+        deadline: Option<Instant>,
+    ) -> Result<Vec<Written>, ShardDown> {
+        let mut suspect = false;
+        loop {
+            let failed = match self.shard.write(messages.clone(), suspect).await {
+                Err(ShardDown::Failed(shard, e)) => (shard, e),
+                settled => return settled,
+            };
+            let pause = match &failed.1 {
+                StoreError::Conflict(_) => CONFLICT_PAUSE,
+                StoreError::Lost(_) => {
+                    suspect = true;
+                    LOST_PAUSE
+                }
+                StoreError::Unreachable(_)
+                | StoreError::WrongIdentity(_)
+                | StoreError::Refused(_) => {
+                    return Err(ShardDown::Failed(failed.0, failed.1));
+                }
+            };
+            let pause = pause.mul_f64(1.0 + rand::random::<f64>());
+            if deadline.is_none_or(|deadline| Instant::now() + pause >= deadline) {
+                return Err(ShardDown::Failed(failed.0, failed.1));
+            }
+            tracing::debug!(shard = self.shard.name(), reason = %failed.1, "transaction repeated");
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    fn settle(&self, messages: Arc<Vec<NewMessage>>, waiting: Vec<Waiting>, written: &[Written]) {
+        let messages = Arc::unwrap_or_clone(messages);
+        for ((message, waiting), written) in messages.into_iter().zip(waiting).zip(written) {
+            let (place, repeat) = match *written {
+                Written::Stored(place) => (place, false),
+                Written::Repeat(place) => (place, true),
+                Written::KeyReused => {
+                    answer(waiting.answer, Answer::KeyReused);
+                    continue;
+                }
+                Written::NotOwner(state) => {
+                    answer(waiting.answer, Answer::NotOwner(message, state));
+                    continue;
+                }
+            };
+            if repeat {
+                self.metrics.repeats.inc()
+            } else {
+                self.metrics.stored.inc()
+            };
+            // A repeat is told again too: the instance that stored it may have died before it told anybody. Who has it
+            // already knows it by its seq.
+            (self.on_commit)(Committed {
+                message: &message,
+                place,
+                origin: waiting.origin,
+            });
+            answer(waiting.answer, Answer::Stored { place, repeat });
+        }
+    }
+
+    fn give_up(&self, waiting: Vec<Waiting>, e: &ShardDown) {
+        tracing::warn!(shard = self.shard.name(), sends = waiting.len(), reason = %e, "sends not stored in time");
+        waiting
+            .into_iter()
+            .for_each(|waiting| answer(waiting.answer, Answer::Unavailable));
+    }
+}
+
+struct Waiting {
+    origin: Option<u64>,
+    deadline: Instant,
+    answer: oneshot::Sender<Answer>,
+}
+
+fn split(jobs: Vec<Job>) -> (Arc<Vec<NewMessage>>, Vec<Waiting>) {
+    let (messages, waiting) = jobs
+        .into_iter()
+        .map(
+            |Job {
+                 message,
+                 origin,
+                 deadline,
+                 answer,
+             }| {
+                (
+                    message,
+                    Waiting {
+                        origin,
+                        deadline,
+                        answer,
+                    },
+                )
+            },
+        )
+        .unzip();
+    (Arc::new(messages), waiting)
+}
+
+/// Whoever asked may have gone; what is stored stays stored.
+fn answer(to: oneshot::Sender<Answer>, answer: Answer) {
+    let _ = to.send(answer);
+}

@@ -1,0 +1,27 @@
+//! The frames of the `chat.v1` subprotocol, the bodies of the REST API, and the error codes both share.
+//!
+//! One JSON object a text frame, told apart by `type`. Unknown fields are ignored, so that either side may be newer.
+//! `docs/PROTOCOL.md` describes every frame in prose; a test of the server holds that page and these types together.
+//!
+//! This crate knows serde and nothing else: the server, the Rust client and the tests all speak through it.
+
+mod close;
+mod error;
+mod frame;
+mod rest;
+
+pub use close::Close;
+pub use error::{ErrorBody, ErrorCode};
+pub use frame::{ClientFrame, InboxEntry, Limits, Message, ServerFrame};
+pub use rest::{
+    DevTokenRequest, HistoryPage, InboxPage, ReadMark, ReadRequest, SendRequest, Sent, Token,
+};
+
+/// The WebSocket subprotocol a client offers and the server echoes.
+pub const PROTOCOL: &str = "chat.v1";
+
+/// A browser cannot set headers on a WebSocket: it offers `bearer.<jwt>` as a second subprotocol instead.
+pub const BEARER_PROTOCOL_PREFIX: &str = "bearer.";
+
+/// The largest user id: 2^53 - 1, the largest integer that JavaScript holds exactly.
+pub const MAX_USER_ID: u64 = (1 << 53) - 1;
