@@ -1,1 +1,33 @@
+//! The client of the dialog messaging service: [`Client`] keeps a WebSocket open through everything, and repeats what was
+//! not answered; [`Api`] asks over REST. The binary `chat-client` is built from these.
 
+mod access;
+mod api;
+mod client;
+mod connection;
+
+pub use access::{Access, TokenSource};
+pub use api::Api;
+pub use client::{Client, Event, Events};
+
+use chat_wire::ErrorBody;
+
+/// Why a request got no answer of its kind.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum ClientError {
+    /// The server said no, for good.
+    #[error("{}: {}", .0.code, .0.message)]
+    Refused(Box<ErrorBody>),
+    /// The server cannot be reached, or speaks another language.
+    #[error("{0}")]
+    Connection(String),
+    /// The client was closed before the answer came.
+    #[error("the client is closed")]
+    Closed,
+}
+
+/// Makes this process able to speak TLS. Call it once, before anything else of this crate; a second call does nothing.
+pub fn init() {
+    // One provider for all of the process; that it is there already is fine.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+}

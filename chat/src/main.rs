@@ -9,6 +9,7 @@ use chat::metrics::Metrics;
 use chat::ring::{SLOTS, Slot};
 use chat::server::{Server, read_topology};
 use clap::{Parser, Subcommand};
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
@@ -66,6 +67,7 @@ async fn main() -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(&settings.log.filter).context("log.filter")?;
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr);
     match settings.log.format {
         LogFormat::Text => log.with_target(false).init(),

@@ -1,0 +1,102 @@
+//! Where the server is, and who we say we are.
+
+use crate::ClientError;
+use serde::Serialize;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// How a user's token is come by.
+#[derive(Clone)]
+pub enum TokenSource {
+    /// It is given.
+    Given(String),
+    /// Minted here with the server's HS256 secret: for tests and load, where the secret is at hand.
+    Secret(String),
+    /// Asked of a server in embedded mode.
+    Dev,
+}
+
+/// A server, and a way to be somebody there. A clone is cheap.
+#[derive(Clone)]
+pub struct Access {
+    base: String,
+    tokens: TokenSource,
+    http: reqwest::Client,
+}
+
+/// How long a token minted here lasts.
+const LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
+
+#[derive(Serialize)]
+struct Claims {
+    sub: String,
+    exp: u64,
+}
+
+impl Access {
+    /// `url` is `http://…` or `https://…`, without a path.
+    #[must_use]
+    pub fn new(url: &str, tokens: TokenSource) -> Self {
+        Self {
+            base: url.trim_end_matches('/').to_owned(),
+            tokens,
+            http: reqwest::Client::new(),
+        }
+    }
+
+    /// The URL of a path on the server.
+    #[must_use]
+    pub fn url(&self, path: &str) -> String {
+        format!("{}{path}", self.base)
+    }
+
+    /// The URL of the WebSocket.
+    #[must_use]
+    pub fn socket_url(&self) -> String {
+        let url = self.url("/v1/ws");
+        match url.strip_prefix("https") {
+            Some(rest) => format!("wss{rest}"),
+            None => format!("ws{}", url.trim_start_matches("http")),
+        }
+    }
+
+    /// The HTTP client, with its connections.
+    #[must_use]
+    pub fn http(&self) -> &reqwest::Client {
+        &self.http
+    }
+
+    /// A token of `user`.
+    ///
+    /// # Errors
+    /// If the server is asked and does not give one.
+    pub async fn token(&self, user: u64) -> Result<String, ClientError> {
+        match &self.tokens {
+            TokenSource::Given(token) => Ok(token.clone()),
+            TokenSource::Secret(secret) => {
+                mint(secret, user).map_err(|e| ClientError::Connection(e.to_string()))
+            }
+            TokenSource::Dev => {
+                let request = self
+                    .http
+                    .post(self.url("/v1/dev/token"))
+                    .json(&chat_wire::DevTokenRequest { user });
+                let token: chat_wire::Token = crate::api::answer(request).await?;
+                Ok(token.token)
+            }
+        }
+    }
+}
+
+fn mint(secret: &str, user: u64) -> Result<String, Box<dyn std::error::Error>> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
+    let claims = Claims {
+        sub: user.to_string(),
+        exp: (now + LIFETIME).as_secs(),
+    };
+    let key = jsonwebtoken::EncodingKey::from_secret(secret.as_bytes());
+    Ok(jsonwebtoken::encode(
+        &jsonwebtoken::Header::default(),
+        &claims,
+        &key,
+    )?)
+}

@@ -1,0 +1,98 @@
+//! One WebSocket connection: frames out, frames in.
+
+use crate::{Access, ClientError};
+use chat_wire::ServerFrame;
+use futures_util::{SinkExt, StreamExt};
+use tokio::net::TcpStream;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest;
+use tokio_tungstenite::tungstenite::http::HeaderValue;
+use tokio_tungstenite::tungstenite::protocol::CloseFrame;
+use tokio_tungstenite::tungstenite::{Message, Utf8Bytes};
+use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
+
+/// An open connection.
+pub struct Connection {
+    socket: WebSocketStream<MaybeTlsStream<TcpStream>>,
+}
+
+/// What came.
+pub enum Incoming {
+    /// A frame.
+    Frame(Box<ServerFrame>),
+    /// The connection is over; the code, if the server gave one.
+    Closed(Option<u16>, String),
+}
+
+impl Connection {
+    /// Connects as `user`. Whether the server takes us is said by its first frame.
+    pub async fn open(access: &Access, user: u64) -> Result<Self, ClientError> {
+        let connection =
+            |e: tokio_tungstenite::tungstenite::Error| ClientError::Connection(e.to_string());
+        let token = access.token(user).await?;
+        let mut request = access
+            .socket_url()
+            .into_client_request()
+            .map_err(connection)?;
+        let bearer = HeaderValue::try_from(format!("Bearer {token}"));
+        let bearer = bearer.map_err(|_| {
+            ClientError::Connection("the token has characters that no token has".into())
+        })?;
+        request.headers_mut().insert("authorization", bearer);
+        request.headers_mut().insert(
+            "sec-websocket-protocol",
+            HeaderValue::from_static(chat_wire::PROTOCOL),
+        );
+        let (socket, _) = tokio_tungstenite::connect_async_with_config(request, None, true)
+            .await
+            .map_err(connection)?;
+        Ok(Self { socket })
+    }
+
+    /// Queues frames and sends them together.
+    pub async fn send(
+        &mut self,
+        frames: impl IntoIterator<Item = Utf8Bytes>,
+    ) -> Result<(), ClientError> {
+        let connection =
+            |e: tokio_tungstenite::tungstenite::Error| ClientError::Connection(e.to_string());
+        for frame in frames {
+            self.socket
+                .feed(Message::Text(frame))
+                .await
+                .map_err(connection)?;
+        }
+        self.socket.flush().await.map_err(connection)
+    }
+
+    /// The next frame. Pings are answered on the way; frames of a newer server that are not understood are passed over.
+    ///
+    /// # Cancel safety
+    /// Safe.
+    pub async fn next(&mut self) -> Incoming {
+        loop {
+            match self.socket.next().await {
+                Some(Ok(Message::Text(text))) => {
+                    if let Ok(frame) = serde_json::from_str(&text) {
+                        return Incoming::Frame(Box::new(frame));
+                    }
+                }
+                Some(Ok(Message::Close(Some(CloseFrame { code, reason })))) => {
+                    return Incoming::Closed(Some(code.into()), reason.to_string());
+                }
+                Some(Ok(Message::Close(None))) | None => {
+                    return Incoming::Closed(None, "closed".into());
+                }
+                Some(Ok(
+                    Message::Binary(_) | Message::Ping(_) | Message::Pong(_) | Message::Frame(_),
+                )) => {}
+                Some(Err(e)) => return Incoming::Closed(None, e.to_string()),
+            }
+        }
+    }
+
+    /// Says goodbye.
+    pub async fn close(mut self) {
+        // The server may have gone already.
+        let _ = self.socket.close(None).await;
+    }
+}

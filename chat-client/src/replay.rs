@@ -1,0 +1,167 @@
+//! Real conversations, sent as they were: in order per dialog, many users at once.
+
+use anyhow::{Context, bail};
+use chat_client::{Access, Api, Client};
+use chat_wire::Message;
+use clap::Args;
+use futures_util::{StreamExt, TryStreamExt, stream};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+#[derive(Args)]
+pub struct Options {
+    /// JSON lines with from, to and text.
+    file: PathBuf,
+    /// Dialogs that are under way at once.
+    #[arg(long, default_value_t = 256)]
+    at_once: usize,
+    /// Afterwards read every dialog back, as both users, through every instance, in both directions, and compare.
+    #[arg(long)]
+    check: bool,
+    /// Only read back and compare.
+    #[arg(long)]
+    check_only: bool,
+}
+
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
+struct Line {
+    from: u64,
+    to: u64,
+    text: String,
+}
+
+type Dialogs = BTreeMap<(u64, u64), Vec<Line>>;
+
+pub async fn run(servers: &[Access], options: Options) -> anyhow::Result<()> {
+    let dialogs = read(&options.file)?;
+    let lines: usize = dialogs.values().map(Vec::len).sum();
+    if !options.check_only {
+        let begun = std::time::Instant::now();
+        send(servers, &dialogs, lines, options.at_once).await?;
+        let seconds = begun.elapsed().as_secs_f64();
+        println!(
+            "sent      {lines} messages of {} dialogs in {seconds:.1} s ({:.0}/s)",
+            dialogs.len(),
+            lines as f64 / seconds
+        );
+    }
+    if options.check || options.check_only {
+        let read = check(servers, &dialogs).await?;
+        println!(
+            "compared  {read} messages: every dialog as both its users, through {} instances, upwards and downwards: all as in the file",
+            servers.len()
+        );
+    }
+    Ok(())
+}
+
+fn read(file: &Path) -> anyhow::Result<Dialogs> {
+    let text = std::fs::read_to_string(file).with_context(|| file.display().to_string())?;
+    let mut dialogs = Dialogs::new();
+    for (number, line) in text.lines().enumerate() {
+        let line: Line = serde_json::from_str(line)
+            .with_context(|| format!("{}:{}", file.display(), number + 1))?;
+        dialogs
+            .entry((line.from.min(line.to), line.from.max(line.to)))
+            .or_default()
+            .push(line);
+    }
+    Ok(dialogs)
+}
+
+async fn send(
+    servers: &[Access],
+    dialogs: &Dialogs,
+    lines: usize,
+    at_once: usize,
+) -> anyhow::Result<()> {
+    let mut clients = BTreeMap::new();
+    for user in dialogs.keys().flat_map(|(low, high)| [*low, *high]) {
+        let server = &servers[user as usize % servers.len()];
+        clients
+            .entry(user)
+            .or_insert_with(|| Client::start(server.clone(), user).0);
+    }
+    let bar = bar(lines as u64);
+    // A line waits for the one before it in its dialog, whoever wrote it; the key says which line of the dialog it is, so
+    // that a file that is replayed twice is stored once.
+    stream::iter(dialogs.values())
+        .map(|lines| {
+            let (clients, bar) = (&clients, &bar);
+            async move {
+                for (number, line) in lines.iter().enumerate() {
+                    clients[&line.from]
+                        .send(line.to, format!("replay.{number}"), line.text.clone())
+                        .await?;
+                    bar.inc(1);
+                }
+                anyhow::Ok(())
+            }
+        })
+        .buffer_unordered(at_once)
+        .try_collect::<()>()
+        .await?;
+    bar.finish_and_clear();
+    Ok(())
+}
+
+async fn check(servers: &[Access], dialogs: &Dialogs) -> anyhow::Result<u64> {
+    let bar = bar((dialogs.len() * servers.len()) as u64);
+    let wanted = servers
+        .iter()
+        .flat_map(|server| dialogs.iter().map(move |dialog| (server, dialog)));
+    let counts = stream::iter(wanted)
+        .map(|(server, ((low, high), lines))| {
+            let bar = &bar;
+            async move {
+                let mut read = 0;
+                for (user, with) in [(*low, *high), (*high, *low)] {
+                    let api = Api::new(server.clone(), user).await?;
+                    for log in [api.log_upwards(with).await?, api.log_downwards(with).await?] {
+                        compare(&log, lines).with_context(|| {
+                            format!("dialog {low}_{high} as {user} through {}", server.url(""))
+                        })?;
+                        read += log.len() as u64;
+                    }
+                }
+                bar.inc(1);
+                anyhow::Ok(read)
+            }
+        })
+        .buffer_unordered(16)
+        .try_collect::<Vec<u64>>()
+        .await?;
+    bar.finish_and_clear();
+    Ok(counts.iter().sum())
+}
+
+fn compare(log: &[Message], lines: &[Line]) -> anyhow::Result<()> {
+    if log.len() != lines.len() {
+        bail!(
+            "{} messages, and {} lines in the file",
+            log.len(),
+            lines.len()
+        );
+    }
+    for (i, (message, line)) in log.iter().zip(lines).enumerate() {
+        if message.seq != i as u64 + 1
+            || message.from != line.from
+            || message.to != line.to
+            || message.text != line.text
+        {
+            bail!(
+                "message {} is not line {} of the dialog",
+                message.seq,
+                i + 1
+            );
+        }
+    }
+    Ok(())
+}
+
+pub fn bar(length: u64) -> ProgressBar {
+    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} {per_sec} {eta}");
+    ProgressBar::new(length).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
