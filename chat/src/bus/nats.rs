@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::runtime::Handle;
+use tokio::task::unconstrained;
 use tokio_util::task::AbortOnDropHandle;
 
 /// One instance's end of a NATS bus.
@@ -101,11 +102,9 @@ fn subject(user: UserId) -> String {
 impl Bus for NatsBus {
     fn publish(&self, user: UserId, payload: Bytes) {
         // Away, the client would keep it for a while and then throw it away; and its queue, once full, would make us wait.
+        // `unconstrained`: a batch publishes more than a task of tokio may do in one turn, and would seem to meet a full queue.
         let handed_over = self.connected.load(Ordering::Relaxed)
-            && matches!(
-                self.client.publish(subject(user), payload).now_or_never(),
-                Some(Ok(()))
-            );
+            && matches!(unconstrained(self.client.publish(subject(user), payload)).now_or_never(), Some(Ok(())));
         if handed_over {
             self.metrics.bus_published.inc()
         } else {

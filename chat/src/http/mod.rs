@@ -10,7 +10,7 @@ mod page;
 mod rest;
 mod ws;
 
-pub use auth::Tokens;
+pub use auth::{SAMPLE_SECRET, Tokens};
 pub use errors::ApiError;
 pub use line::{Counter, Line};
 

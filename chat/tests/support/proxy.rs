@@ -1,0 +1,112 @@
+//! A TCP proxy that breaks when it is told to: stands between an instance and a database.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+
+/// What happens to the bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// They pass.
+    Pass,
+    /// Connections are accepted, and nothing passes in either direction.
+    Hang,
+    /// Connections are closed, and none is accepted.
+    Cut,
+    /// What the client says passes; once it has said COMMIT, the connection is cut before the answer.
+    CutReplyToCommit,
+    /// What the client says passes; once it has said COMMIT, nothing comes back any more.
+    SwallowReplyToCommit,
+}
+
+#[derive(Clone)]
+pub struct Proxy {
+    pub port: u16,
+    mode: Arc<watch::Sender<Mode>>,
+    commits: Arc<AtomicU64>,
+}
+
+impl Proxy {
+    pub async fn to(target: String) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let proxy = Self {
+            port: listener.local_addr().unwrap().port(),
+            mode: Arc::new(watch::Sender::new(Mode::Pass)),
+            commits: Arc::default(),
+        };
+        let accepting = proxy.clone();
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                if *accepting.mode.borrow() != Mode::Cut {
+                    tokio::spawn(accepting.clone().carry(client, target.clone()));
+                }
+            }
+        });
+        proxy
+    }
+
+    pub fn set(&self, mode: Mode) {
+        self.mode.send_replace(mode);
+    }
+
+    /// How many times a client's COMMIT has passed while its answer was withheld.
+    pub fn commits_withheld(&self) -> u64 {
+        self.commits.load(Ordering::SeqCst)
+    }
+
+    async fn carry(self, client: TcpStream, target: String) {
+        let Ok(server) = TcpStream::connect(target).await else { return };
+        let (mut client_in, mut client_out) = client.into_split();
+        let (mut server_in, mut server_out) = server.into_split();
+        let committing = AtomicBool::new(false);
+        let upwards = async {
+            let mut buffer = vec![0; 65_536];
+            let mut tail = Vec::new();
+            while let Ok(n @ 1..) = client_in.read(&mut buffer).await {
+                self.passing().await;
+                // The word may be cut in two.
+                tail.extend_from_slice(&buffer[..n]);
+                let says_commit = tail.windows(8).any(|window| window == b"; COMMIT");
+                let inserts = tail.windows(13).any(|window| window == b"INSERT INTO m");
+                tail.drain(..tail.len().saturating_sub(7));
+                let withhold = matches!(*self.mode.borrow(), Mode::CutReplyToCommit | Mode::SwallowReplyToCommit);
+                if says_commit && inserts && withhold {
+                    committing.store(true, Ordering::SeqCst);
+                }
+                if server_out.write_all(&buffer[..n]).await.is_err() {
+                    break;
+                }
+            }
+        };
+        let downwards = async {
+            let mut buffer = vec![0; 65_536];
+            while let Ok(n @ 1..) = server_in.read(&mut buffer).await {
+                self.passing().await;
+                if committing.load(Ordering::SeqCst) {
+                    // The answer is here, so the commit is done.
+                    self.commits.fetch_add(1, Ordering::SeqCst);
+                    if *self.mode.borrow() == Mode::CutReplyToCommit {
+                        break;
+                    }
+                    std::future::pending::<()>().await;
+                }
+                if client_out.write_all(&buffer[..n]).await.is_err() {
+                    break;
+                }
+            }
+        };
+        let mut mode = self.mode.subscribe();
+        tokio::select! {
+            () = upwards => {}
+            () = downwards => {}
+            _ = mode.wait_for(|mode| *mode == Mode::Cut) => {}
+        }
+    }
+
+    async fn passing(&self) {
+        let mut mode = self.mode.subscribe();
+        let _ = mode.wait_for(|mode| *mode != Mode::Hang).await;
+    }
+}

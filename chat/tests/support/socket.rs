@@ -1,0 +1,86 @@
+//! A WebSocket, a frame at a time.
+
+use super::PATIENCE;
+use super::instance::Instance;
+use chat_wire::{ErrorBody, ServerFrame};
+use futures_util::{SinkExt, StreamExt};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest;
+use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
+
+pub struct Socket(pub WebSocketStream<MaybeTlsStream<TcpStream>>);
+
+impl Socket {
+    /// Connects with these headers; the server's first frame has not been read.
+    pub async fn open(url: &str, headers: &[(&'static str, String)]) -> Self {
+        let mut request = format!("{}/v1/ws", url.replace("http", "ws")).into_client_request().unwrap();
+        for (name, value) in headers {
+            request.headers_mut().insert(*name, value.parse().unwrap());
+        }
+        Self(tokio_tungstenite::connect_async(request).await.unwrap().0)
+    }
+
+    /// Connects as `user` and takes the welcome.
+    pub async fn of(instance: &Instance, user: u64) -> Self {
+        let token = instance.access().token(user).await.unwrap();
+        let mut socket = Self::open(&instance.url, &[("authorization", format!("Bearer {token}"))]).await;
+        let welcome = socket.next().await;
+        assert!(matches!(&welcome, ServerFrame::Welcome { user: welcomed, .. } if *welcomed == user), "{welcome:?}");
+        socket
+    }
+
+    pub async fn send(&mut self, frame: serde_json::Value) {
+        self.0.send(Message::Text(frame.to_string().into())).await.unwrap();
+    }
+
+    pub async fn send_text(&mut self, key: &str, to: u64, text: &str) {
+        self.send(serde_json::json!({"type": "send", "key": key, "to": to, "text": text})).await;
+    }
+
+    /// The next frame, of whatever kind.
+    pub async fn next(&mut self) -> ServerFrame {
+        loop {
+            match timeout(PATIENCE, self.0.next()).await.expect("a frame in time").expect("an open connection").unwrap() {
+                Message::Text(text) => return serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}")),
+                Message::Close(close) => panic!("closed: {close:?}"),
+                Message::Binary(_) | Message::Ping(_) | Message::Pong(_) | Message::Frame(_) => {}
+            }
+        }
+    }
+
+    pub async fn error(&mut self) -> ErrorBody {
+        match self.next().await {
+            ServerFrame::Error(body) => body,
+            other => panic!("no error, but {other:?}"),
+        }
+    }
+
+    pub async fn sent(&mut self) -> (String, u64) {
+        match self.next().await {
+            ServerFrame::Sent { key, seq, .. } => (key, seq),
+            other => panic!("not sent, but {other:?}"),
+        }
+    }
+
+    pub async fn message(&mut self) -> chat_wire::Message {
+        match self.next().await {
+            ServerFrame::Message(message) => message,
+            other => panic!("no message, but {other:?}"),
+        }
+    }
+
+    /// Reads until the connection is closed; returns what came before, and the code.
+    pub async fn until_closed(&mut self) -> (Vec<String>, Option<u16>) {
+        let mut before = Vec::new();
+        loop {
+            match timeout(PATIENCE, self.0.next()).await.expect("a close in time") {
+                Some(Ok(Message::Text(text))) => before.push(text.to_string()),
+                Some(Ok(Message::Close(close))) => return (before, close.map(|close| close.code.into())),
+                Some(Ok(_)) => {}
+                Some(Err(_)) | None => return (before, None),
+            }
+        }
+    }
+}
