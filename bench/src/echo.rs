@@ -23,5 +23,10 @@ async fn echo(request: HttpRequest, body: web::Payload) -> actix_web::Result<Htt
 
 /// Serves until the process ends.
 pub async fn serve(listen: &str) -> anyhow::Result<()> {
-    Ok(HttpServer::new(|| App::new().route("/v1/ws", web::get().to(echo))).bind(listen)?.run().await?)
+    Ok(
+        HttpServer::new(|| App::new().route("/v1/ws", web::get().to(echo)))
+            .bind(listen)?
+            .run()
+            .await?,
+    )
 }

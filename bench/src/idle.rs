@@ -25,28 +25,48 @@ pub struct Options {
 pub async fn run(options: Options) -> anyhow::Result<()> {
     chat_client::init();
     let before = resident(options.pid)?;
-    let access = Access::new(&options.url, TokenSource::Secret(options.secret.clone().unwrap_or_default()));
+    let access = Access::new(
+        &options.url,
+        TokenSource::Secret(options.secret.clone().unwrap_or_default()),
+    );
     let mut sockets = Vec::new();
     for user in 1..=options.sessions {
         let mut request = access.socket_url().into_client_request()?;
         if options.secret.is_some() {
-            request.headers_mut().insert("authorization", format!("Bearer {}", access.token(user).await?).parse()?);
+            request.headers_mut().insert(
+                "authorization",
+                format!("Bearer {}", access.token(user).await?).parse()?,
+            );
         }
         let (mut socket, _) = tokio_tungstenite::connect_async(request).await?;
         if options.secret.is_some() {
-            socket.next().await.ok_or_else(|| anyhow::anyhow!("closed"))??;
+            socket
+                .next()
+                .await
+                .ok_or_else(|| anyhow::anyhow!("closed"))??;
         }
         sockets.push(socket);
     }
     tokio::time::sleep(Duration::from_secs(options.settle_seconds)).await;
     let after = resident(options.pid)?;
-    println!("{:.1}", (after - before) as f64 / options.sessions as f64 / 1024.0);
+    println!(
+        "{:.1}",
+        (after - before) as f64 / options.sessions as f64 / 1024.0
+    );
     Ok(())
 }
 
 /// Bytes of memory of a process that are resident.
 fn resident(pid: u32) -> anyhow::Result<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).ok_or_else(|| anyhow::anyhow!("no VmRSS"))?;
-    Ok(line.split_whitespace().nth(1).unwrap_or("0").parse::<u64>()? * 1024)
+    let line = status
+        .lines()
+        .find(|line| line.starts_with("VmRSS:"))
+        .ok_or_else(|| anyhow::anyhow!("no VmRSS"))?;
+    Ok(line
+        .split_whitespace()
+        .nth(1)
+        .unwrap_or("0")
+        .parse::<u64>()?
+        * 1024)
 }

@@ -3,8 +3,9 @@
 mod echo;
 mod idle;
 mod plain;
+mod saturate;
 
-use clap::{Parser, Subcommand};
+use clap::Parser;
 
 #[derive(Parser)]
 #[command(about = "Baselines for the benchmarks of the service")]
@@ -18,14 +19,8 @@ enum Cli {
     },
     /// Opens many WebSockets, waits, and prints what a process needs for each.
     Idle(idle::Options),
-    #[command(subcommand)]
-    Ratio(Ratio),
-}
-
-#[derive(Subcommand)]
-enum Ratio {
-    /// Prints acknowledged and delivered messages a second of a report of `chat-client load` over a plain rate.
-    Saturation { report: std::path::PathBuf, plain: f64 },
+    /// Keeps sends of many users under way and prints what is acknowledged and delivered a second.
+    Saturate(saturate::Options),
 }
 
 #[actix_web::main]
@@ -34,14 +29,6 @@ async fn main() -> anyhow::Result<()> {
         Cli::Plain(options) => plain::run(options).await,
         Cli::Echo { listen } => echo::serve(&listen).await,
         Cli::Idle(options) => idle::run(options).await,
-        Cli::Ratio(Ratio::Saturation { report, plain }) => {
-            let report: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(report)?)?;
-            let rate = |name: &str| report[name].as_f64().unwrap_or(f64::NAN);
-            let (acknowledged, delivered) = (rate("acknowledged_per_second"), rate("delivered_per_second"));
-            println!("plain INSERT   {plain:>9.0} rows/s");
-            println!("acknowledged   {acknowledged:>9.0} messages/s   ratio {:.2}", acknowledged / plain);
-            println!("delivered      {delivered:>9.0} messages/s   ratio {:.2}", delivered / plain);
-            Ok(())
-        }
+        Cli::Saturate(options) => saturate::run(options).await,
     }
 }

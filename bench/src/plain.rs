@@ -34,8 +34,22 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     }
     let begun = Instant::now();
     let until = begun + Duration::from_secs_f64(options.seconds);
-    let connections = options.urls.iter().flat_map(|url| (0..options.connections).map(move |connection| (url.clone(), connection as u64)));
-    let inserting: Vec<_> = connections.map(|(url, connection)| tokio::spawn(insert(url, connection, until, options.rows, options.connections as u64, options.dialogs, options.chars))).collect();
+    let connections = options.urls.iter().flat_map(|url| {
+        (0..options.connections).map(move |connection| (url.clone(), connection as u64))
+    });
+    let inserting: Vec<_> = connections
+        .map(|(url, connection)| {
+            tokio::spawn(insert(
+                url,
+                connection,
+                until,
+                options.rows,
+                options.connections as u64,
+                options.dialogs,
+                options.chars,
+            ))
+        })
+        .collect();
     let mut rows = 0;
     for connection in inserting {
         rows += connection.await??;
@@ -45,18 +59,30 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
 }
 
 /// Connection `c` of `n` writes the dialogs whose number is `c` modulo `n`, so that none waits for another.
-async fn insert(url: String, connection: u64, until: Instant, rows: usize, connections: u64, dialogs: u64, chars: usize) -> anyhow::Result<u64> {
+async fn insert(
+    url: String,
+    connection: u64,
+    until: Instant,
+    rows: usize,
+    connections: u64,
+    dialogs: u64,
+    chars: usize,
+) -> anyhow::Result<u64> {
     let mut conn = Conn::from_url(url).await?;
-    conn.query_drop("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED").await?;
+    conn.query_drop("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED")
+        .await?;
     let values = vec!["(?, ?, ?, ?, ?, ?, 'text', ?, ?)"; rows].join(",");
-    let sql = format!("INSERT INTO messages (slot, dialog, seq, author, client_key, text_hash, kind, text, created_at) VALUES {values}");
+    let sql = format!(
+        "INSERT INTO messages (slot, dialog, seq, author, client_key, text_hash, kind, text, created_at) VALUES {values}"
+    );
     let statement = conn.prep(sql).await?;
     let (mut inserted, mut number) = (0, 0u64);
     while Instant::now() < until {
         let mut params: Vec<Value> = Vec::with_capacity(rows * 8);
         for _ in 0..rows {
             // A step that is coprime to the number of dialogs visits them all, in no order of theirs.
-            let dialog = number.wrapping_mul(7919) % (dialogs / connections) * connections + connection;
+            let dialog =
+                number.wrapping_mul(7919) % (dialogs / connections) * connections + connection;
             number += 1;
             params.extend([
                 Value::from(dialog * 31 % 4096),

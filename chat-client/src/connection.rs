@@ -6,7 +6,7 @@ use futures_util::{SinkExt, StreamExt};
 use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::http::HeaderValue;
-use tokio_tungstenite::tungstenite::protocol::CloseFrame;
+use tokio_tungstenite::tungstenite::protocol::{CloseFrame, WebSocketConfig};
 use tokio_tungstenite::tungstenite::{Message, Utf8Bytes};
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
 
@@ -14,6 +14,9 @@ use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
 pub struct Connection {
     socket: WebSocketStream<MaybeTlsStream<TcpStream>>,
 }
+
+/// Some dozens of ordinary frames.
+const READ_BUFFER_BYTES: usize = 8192;
 
 /// What came.
 pub enum Incoming {
@@ -42,7 +45,9 @@ impl Connection {
             "sec-websocket-protocol",
             HeaderValue::from_static(chat_wire::PROTOCOL),
         );
-        let (socket, _) = tokio_tungstenite::connect_async_with_config(request, None, true)
+        // The default of 128 KiB is filled with zeros at every read.
+        let config = WebSocketConfig::default().read_buffer_size(READ_BUFFER_BYTES);
+        let (socket, _) = tokio_tungstenite::connect_async_with_config(request, Some(config), true)
             .await
             .map_err(connection)?;
         Ok(Self { socket })

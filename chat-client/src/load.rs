@@ -1,8 +1,7 @@
 //! Random users write to random others, at a rate that does not wait for answers.
 //!
 //! Latencies count from the moment a message was planned to be sent: a service that falls behind cannot hide it by slowing
-//! the generator down (no coordinated omission). With `--window` every user instead keeps so many sends under way, which
-//! finds the most that the service carries.
+//! the generator down (no coordinated omission).
 
 use crate::journal::{Acknowledged, Journal};
 use crate::report::{Latencies, Percentiles};
@@ -33,11 +32,8 @@ pub struct Options {
     #[arg(long, default_value_t = 100_000)]
     messages: u64,
     /// Messages a second, planned.
-    #[arg(long, default_value_t = 2000.0, conflicts_with = "window")]
+    #[arg(long, default_value_t = 2000.0)]
     rate: f64,
-    /// Instead of a rate: sends that each user keeps under way.
-    #[arg(long)]
-    window: Option<u64>,
     /// How many dialogs there are; by default, whatever pairs chance brings.
     #[arg(long)]
     dialogs: Option<u64>,
@@ -151,7 +147,7 @@ pub async fn run(servers: &[Access], options: Options) -> anyhow::Result<()> {
             .map(|_| pair(&mut chance, &options))
             .collect::<Vec<_>>()
     });
-    let mut next_pair = move |chance: &mut StdRng, options: &Options| match &pairs {
+    let next_pair = move |chance: &mut StdRng, options: &Options| match &pairs {
         Some(pairs) => {
             let (a, b) = pairs[chance.random_range(0..pairs.len())];
             if chance.random() { (a, b) } else { (b, a) }
@@ -180,37 +176,24 @@ pub async fn run(servers: &[Access], options: Options) -> anyhow::Result<()> {
         options.verify,
     ));
     let begun = Instant::now();
-    if let Some(window) = options.window {
-        saturate(
-            &run,
-            &clients,
-            window,
-            &options,
-            &mut chance,
-            &mut next_pair,
-            &acknowledged_out,
-        )
-        .await?;
-    } else {
-        for number in 0..options.messages {
-            let at = begun + Duration::from_secs_f64(number as f64 / options.rate);
-            if at > Instant::now() {
-                tokio::time::sleep_until(at.into()).await;
-            }
-            let (from, to) = next_pair(&mut chance, &options);
-            let client = clients[(from - options.first_user) as usize].clone();
-            tokio::spawn(send(
-                run.clone(),
-                client,
-                Planned {
-                    number,
-                    from,
-                    to,
-                    at,
-                },
-                acknowledged_out.clone(),
-            ));
+    for number in 0..options.messages {
+        let at = begun + Duration::from_secs_f64(number as f64 / options.rate);
+        if at > Instant::now() {
+            tokio::time::sleep_until(at.into()).await;
         }
+        let (from, to) = next_pair(&mut chance, &options);
+        let client = clients[(from - options.first_user) as usize].clone();
+        tokio::spawn(send(
+            run.clone(),
+            client,
+            Planned {
+                number,
+                from,
+                to,
+                at,
+            },
+            acknowledged_out.clone(),
+        ));
     }
     drop(acknowledged_out);
     let patience = Duration::from_secs(options.patience_seconds);
@@ -281,42 +264,6 @@ fn pair(chance: &mut StdRng, options: &Options) -> (u64, u64) {
     let other = chance.random_range(0..options.users - 1);
     let to = if other >= from { other + 1 } else { other };
     (options.first_user + from, options.first_user + to)
-}
-
-/// Keeps `window` sends of each user under way until the plan is used up.
-async fn saturate(
-    run: &Arc<Run>,
-    clients: &[Client],
-    window: u64,
-    options: &Options,
-    chance: &mut StdRng,
-    next_pair: &mut impl FnMut(&mut StdRng, &Options) -> (u64, u64),
-    acknowledged: &mpsc::Sender<Outcome>,
-) -> anyhow::Result<()> {
-    let free = Arc::new(tokio::sync::Semaphore::new(
-        (window * options.users) as usize,
-    ));
-    for number in 0..options.messages {
-        let place = free.clone().acquire_owned().await?;
-        let (from, to) = next_pair(chance, options);
-        let client = clients[(from - options.first_user) as usize].clone();
-        let sending = send(
-            run.clone(),
-            client,
-            Planned {
-                number,
-                from,
-                to,
-                at: Instant::now(),
-            },
-            acknowledged.clone(),
-        );
-        tokio::spawn(async move {
-            sending.await;
-            drop(place);
-        });
-    }
-    Ok(())
 }
 
 /// How a send ended.

@@ -17,33 +17,77 @@ async fn instance(settings: support::instance::Settings<'_>) -> (Databases, Inst
 #[tokio::test(flavor = "multi_thread")]
 async fn two_people_talk_and_both_read_the_same_history() {
     let (_databases, instance) = instance(&[]).await;
-    let (mut seven, mut other_tab, mut forty_two) =
-        (Socket::of(&instance, 7).await, Socket::of(&instance, 7).await, Socket::of(&instance, 42).await);
+    let (mut seven, mut other_tab, mut forty_two) = (
+        Socket::of(&instance, 7).await,
+        Socket::of(&instance, 7).await,
+        Socket::of(&instance, 42).await,
+    );
     seven.send_text("a", 42, "hello").await;
     assert_eq!(seven.sent().await, ("a".into(), 1));
     forty_two.send_text("a", 7, "hi").await;
     assert_eq!(forty_two.message().await.text, "hello");
     assert_eq!(forty_two.sent().await, ("a".into(), 2));
     // The tab that did not send hears both, the one that sent hears only the answer.
-    assert_eq!((other_tab.message().await.text.as_str(), other_tab.message().await.text.as_str()), ("hello", "hi"));
+    assert_eq!(
+        (
+            other_tab.message().await.text.as_str(),
+            other_tab.message().await.text.as_str()
+        ),
+        ("hello", "hi")
+    );
     assert_eq!(seven.message().await.from, 42);
 
-    seven.send(json!({"type": "history", "id": "h", "with": 42})).await;
-    let ServerFrame::History { id, page } = seven.next().await else { panic!() };
-    assert_eq!((id.as_deref(), page.first, page.last, page.more, page.gap), (Some("h"), 1, 2, false, false));
-    let told: Vec<_> = page.messages.iter().map(|m| (m.seq, m.from, m.to, m.text.as_str())).collect();
+    seven
+        .send(json!({"type": "history", "id": "h", "with": 42}))
+        .await;
+    let ServerFrame::History { id, page } = seven.next().await else {
+        panic!()
+    };
+    assert_eq!(
+        (id.as_deref(), page.first, page.last, page.more, page.gap),
+        (Some("h"), 1, 2, false, false)
+    );
+    let told: Vec<_> = page
+        .messages
+        .iter()
+        .map(|m| (m.seq, m.from, m.to, m.text.as_str()))
+        .collect();
     assert_eq!(told, [(1, 7, 42, "hello"), (2, 42, 7, "hi")]);
-    assert_eq!(instance.api(42).await.log_downwards(7).await.unwrap(), page.messages);
+    assert_eq!(
+        instance.api(42).await.log_downwards(7).await.unwrap(),
+        page.messages
+    );
 
-    forty_two.send(json!({"type": "read", "with": 7, "seq": 9})).await;
+    forty_two
+        .send(json!({"type": "read", "with": 7, "seq": 9}))
+        .await;
     for socket in [&mut forty_two, &mut seven, &mut other_tab] {
-        assert!(matches!(socket.next().await, ServerFrame::Read(mark) if (mark.user, mark.seq) == (42, 2)));
+        assert!(
+            matches!(socket.next().await, ServerFrame::Read(mark) if (mark.user, mark.seq) == (42, 2))
+        );
     }
     forty_two.send(json!({"type": "inbox", "id": "i"})).await;
-    let ServerFrame::Inbox { page, .. } = forty_two.next().await else { panic!() };
-    assert_eq!((page.dialogs[0].with, page.dialogs[0].read, page.dialogs[0].unread, page.incomplete.len()), (7, 2, 0, 0));
+    let ServerFrame::Inbox { page, .. } = forty_two.next().await else {
+        panic!()
+    };
+    assert_eq!(
+        (
+            page.dialogs[0].with,
+            page.dialogs[0].read,
+            page.dialogs[0].unread,
+            page.incomplete.len()
+        ),
+        (7, 2, 0, 0)
+    );
     let inbox = instance.api(7).await.inbox(10, None).await.unwrap();
-    assert_eq!((inbox.dialogs[0].with, inbox.dialogs[0].read, inbox.dialogs[0].unread), (42, 0, 1));
+    assert_eq!(
+        (
+            inbox.dialogs[0].with,
+            inbox.dialogs[0].read,
+            inbox.dialogs[0].unread
+        ),
+        (42, 0, 1)
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -51,11 +95,19 @@ async fn pages_add_up_to_the_dialog_in_both_directions_and_inboxes_to_all_dialog
     let (_databases, instance) = instance(&[("LIMITS__SENDS_BURST", "10000")]).await;
     let api = instance.api(7).await;
     for n in 0..430 {
-        api.send(42, &format!("k{n}"), &format!("{n}")).await.unwrap();
+        api.send(42, &format!("k{n}"), &format!("{n}"))
+            .await
+            .unwrap();
     }
-    let (up, down) = (api.log_upwards(42).await.unwrap(), api.log_downwards(42).await.unwrap());
+    let (up, down) = (
+        api.log_upwards(42).await.unwrap(),
+        api.log_downwards(42).await.unwrap(),
+    );
     assert_eq!(up, down);
-    assert_eq!(up.iter().map(|m| m.seq).collect::<Vec<_>>(), (1..=430).collect::<Vec<_>>());
+    assert_eq!(
+        up.iter().map(|m| m.seq).collect::<Vec<_>>(),
+        (1..=430).collect::<Vec<_>>()
+    );
 
     for peer in 100..125 {
         api.send(peer, "k", "x").await.unwrap();
@@ -82,35 +134,126 @@ async fn every_mistake_is_answered_with_its_code_and_the_connection_stays() {
         ("{".to_owned(), ErrorCode::BadRequest, None),
         ("[]".to_owned(), ErrorCode::BadRequest, None),
         (deep, ErrorCode::BadRequest, None),
-        (r#"{"type":"dance","id":"x"}"#.to_owned(), ErrorCode::BadRequest, None),
-        (r#"{"type":"send","key":"k"}"#.to_owned(), ErrorCode::BadRequest, Some("k")),
-        (r#"{"type":"send","key":"k","to":"42","text":"x"}"#.to_owned(), ErrorCode::BadRequest, Some("k")),
-        (r#"{"type":"send","key":"k","to":-1,"text":"x"}"#.to_owned(), ErrorCode::BadRequest, Some("k")),
-        (r#"{"type":"send","key":"k","to":42,"text":"\ud800"}"#.to_owned(), ErrorCode::BadRequest, None),
-        (json!({"type": "send", "key": "k", "to": 0, "text": "x"}).to_string(), ErrorCode::BadUser, Some("k")),
-        (json!({"type": "send", "key": "k", "to": 1u64 << 53, "text": "x"}).to_string(), ErrorCode::BadUser, Some("k")),
-        (json!({"type": "send", "key": "k", "to": 42, "text": ""}).to_string(), ErrorCode::TextEmpty, Some("k")),
-        (json!({"type": "send", "key": "k", "to": 42, "text": long}).to_string(), ErrorCode::TextTooLong, Some("k")),
-        (json!({"type": "send", "key": "", "to": 42, "text": "x"}).to_string(), ErrorCode::BadRequest, Some("")),
-        (json!({"type": "send", "key": "k".repeat(65), "to": 42, "text": "x"}).to_string(), ErrorCode::BadRequest, Some(&*"k".repeat(65))),
-        (json!({"type": "history", "with": 42, "before": 1, "after": 1}).to_string(), ErrorCode::BadRequest, None),
-        (json!({"type": "history", "with": 42, "limit": 0}).to_string(), ErrorCode::BadRequest, None),
-        (json!({"type": "inbox", "cursor": "nonsense"}).to_string(), ErrorCode::BadRequest, None),
-        (json!({"type": "ping", "id": "x".repeat(65)}).to_string(), ErrorCode::BadRequest, None),
-        (json!({"type": "read", "with": 999, "seq": 1}).to_string(), ErrorCode::NotFound, None),
-        (json!({"type": "auth", "token": "nonsense"}).to_string(), ErrorCode::Unauthenticated, None),
+        (
+            r#"{"type":"dance","id":"x"}"#.to_owned(),
+            ErrorCode::BadRequest,
+            None,
+        ),
+        (
+            r#"{"type":"send","key":"k"}"#.to_owned(),
+            ErrorCode::BadRequest,
+            Some("k"),
+        ),
+        (
+            r#"{"type":"send","key":"k","to":"42","text":"x"}"#.to_owned(),
+            ErrorCode::BadRequest,
+            Some("k"),
+        ),
+        (
+            r#"{"type":"send","key":"k","to":-1,"text":"x"}"#.to_owned(),
+            ErrorCode::BadRequest,
+            Some("k"),
+        ),
+        (
+            r#"{"type":"send","key":"k","to":42,"text":"\ud800"}"#.to_owned(),
+            ErrorCode::BadRequest,
+            None,
+        ),
+        (
+            json!({"type": "send", "key": "k", "to": 0, "text": "x"}).to_string(),
+            ErrorCode::BadUser,
+            Some("k"),
+        ),
+        (
+            json!({"type": "send", "key": "k", "to": 1u64 << 53, "text": "x"}).to_string(),
+            ErrorCode::BadUser,
+            Some("k"),
+        ),
+        (
+            json!({"type": "send", "key": "k", "to": 42, "text": ""}).to_string(),
+            ErrorCode::TextEmpty,
+            Some("k"),
+        ),
+        (
+            json!({"type": "send", "key": "k", "to": 42, "text": long}).to_string(),
+            ErrorCode::TextTooLong,
+            Some("k"),
+        ),
+        (
+            json!({"type": "send", "key": "", "to": 42, "text": "x"}).to_string(),
+            ErrorCode::BadRequest,
+            Some(""),
+        ),
+        (
+            json!({"type": "send", "key": "k".repeat(65), "to": 42, "text": "x"}).to_string(),
+            ErrorCode::BadRequest,
+            Some(&*"k".repeat(65)),
+        ),
+        (
+            json!({"type": "history", "with": 42, "before": 1, "after": 1}).to_string(),
+            ErrorCode::BadRequest,
+            None,
+        ),
+        (
+            json!({"type": "history", "with": 42, "limit": 0}).to_string(),
+            ErrorCode::BadRequest,
+            None,
+        ),
+        (
+            json!({"type": "inbox", "cursor": "nonsense"}).to_string(),
+            ErrorCode::BadRequest,
+            None,
+        ),
+        (
+            json!({"type": "ping", "id": "x".repeat(65)}).to_string(),
+            ErrorCode::BadRequest,
+            None,
+        ),
+        (
+            json!({"type": "read", "with": 999, "seq": 1}).to_string(),
+            ErrorCode::NotFound,
+            None,
+        ),
+        (
+            json!({"type": "auth", "token": "nonsense"}).to_string(),
+            ErrorCode::Unauthenticated,
+            None,
+        ),
     ] {
         use futures_util::SinkExt;
-        socket.0.send(tokio_tungstenite::tungstenite::Message::Text(frame.clone().into())).await.unwrap();
+        socket
+            .0
+            .send(tokio_tungstenite::tungstenite::Message::Text(
+                frame.clone().into(),
+            ))
+            .await
+            .unwrap();
         let error = socket.error().await;
-        assert_eq!((error.code, error.key.as_deref()), (code, key), "{frame} → {error:?}");
+        assert_eq!(
+            (error.code, error.key.as_deref()),
+            (code, key),
+            "{frame} → {error:?}"
+        );
         assert!(!error.retryable);
     }
     use futures_util::SinkExt;
-    socket.0.send(tokio_tungstenite::tungstenite::Message::Binary(vec![1, 2, 3].into())).await.unwrap();
+    socket
+        .0
+        .send(tokio_tungstenite::tungstenite::Message::Binary(
+            vec![1, 2, 3].into(),
+        ))
+        .await
+        .unwrap();
     assert_eq!(socket.error().await.code, ErrorCode::BadRequest);
-    socket.send(json!({"type": "ping", "id": "still here", "unknown": "fields are ignored"})).await;
-    assert_eq!(socket.next().await, ServerFrame::Pong { id: Some("still here".into()) });
+    socket
+        .send(json!({"type": "ping", "id": "still here", "unknown": "fields are ignored"}))
+        .await;
+    assert_eq!(
+        socket.next().await,
+        ServerFrame::Pong {
+            id: Some("still here".into())
+        }
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -122,23 +265,88 @@ async fn rest_answers_mistakes_with_the_same_codes_and_fitting_statuses() {
     let long = json!({"key": "k", "text": "x".repeat(4001)});
     for (request, status, code) in [
         (http.get(url("/v1/dialogs")), 401, "unauthenticated"),
-        (http.get(url("/v1/dialogs")).bearer_auth("nonsense"), 401, "unauthenticated"),
-        (http.get(url("/v1/nothing")).bearer_auth(&token), 404, "not_found"),
-        (http.get(url("/v1/dialogs/0/messages")).bearer_auth(&token), 400, "bad_user"),
-        (http.get(url("/v1/dialogs/seven/messages")).bearer_auth(&token), 400, "bad_user"),
-        (http.get(url("/v1/dialogs/42/messages?before=x")).bearer_auth(&token), 400, "bad_request"),
-        (http.get(url("/v1/dialogs/42/messages?before=1&after=1")).bearer_auth(&token), 400, "bad_request"),
-        (http.post(url("/v1/dialogs/42/messages")).bearer_auth(&token).body("{"), 400, "bad_request"),
-        (http.post(url("/v1/dialogs/42/messages")).bearer_auth(&token).json(&long), 400, "text_too_long"),
-        (http.post(url("/v1/dialogs/42/messages")).bearer_auth(&token).json(&json!({"key": "k", "text": ""})), 400, "text_empty"),
-        (http.post(url("/v1/dialogs/42/messages")).bearer_auth(&token).json(&json!({"key": "k", "text": "x".repeat(100_000)})), 413, "frame_too_large"),
-        (http.put(url("/v1/dialogs/42/read")).bearer_auth(&token).json(&json!({"seq": 1})), 404, "not_found"),
-        (http.post(url("/v1/dev/token")).json(&json!({"user": 7})), 404, "not_found"),
+        (
+            http.get(url("/v1/dialogs")).bearer_auth("nonsense"),
+            401,
+            "unauthenticated",
+        ),
+        (
+            http.get(url("/v1/nothing")).bearer_auth(&token),
+            404,
+            "not_found",
+        ),
+        (
+            http.get(url("/v1/dialogs/0/messages")).bearer_auth(&token),
+            400,
+            "bad_user",
+        ),
+        (
+            http.get(url("/v1/dialogs/seven/messages"))
+                .bearer_auth(&token),
+            400,
+            "bad_user",
+        ),
+        (
+            http.get(url("/v1/dialogs/42/messages?before=x"))
+                .bearer_auth(&token),
+            400,
+            "bad_request",
+        ),
+        (
+            http.get(url("/v1/dialogs/42/messages?before=1&after=1"))
+                .bearer_auth(&token),
+            400,
+            "bad_request",
+        ),
+        (
+            http.post(url("/v1/dialogs/42/messages"))
+                .bearer_auth(&token)
+                .body("{"),
+            400,
+            "bad_request",
+        ),
+        (
+            http.post(url("/v1/dialogs/42/messages"))
+                .bearer_auth(&token)
+                .json(&long),
+            400,
+            "text_too_long",
+        ),
+        (
+            http.post(url("/v1/dialogs/42/messages"))
+                .bearer_auth(&token)
+                .json(&json!({"key": "k", "text": ""})),
+            400,
+            "text_empty",
+        ),
+        (
+            http.post(url("/v1/dialogs/42/messages"))
+                .bearer_auth(&token)
+                .json(&json!({"key": "k", "text": "x".repeat(100_000)})),
+            413,
+            "frame_too_large",
+        ),
+        (
+            http.put(url("/v1/dialogs/42/read"))
+                .bearer_auth(&token)
+                .json(&json!({"seq": 1})),
+            404,
+            "not_found",
+        ),
+        (
+            http.post(url("/v1/dev/token")).json(&json!({"user": 7})),
+            404,
+            "not_found",
+        ),
     ] {
         let response = request.send().await.unwrap();
         let (found, url) = (response.status().as_u16(), response.url().clone());
         let body: serde_json::Value = response.json().await.unwrap();
-        assert_eq!((found, body["code"].as_str()), (status, Some(code)), "{url} {body}");
+        assert_eq!(
+            (found, body["code"].as_str()),
+            (status, Some(code)),
+            "{url} {body}"
+        );
     }
 }
 
@@ -152,20 +360,39 @@ async fn a_key_is_stored_once_and_not_for_another_text() {
     }
     socket.send_text("k", 42, "something else").await;
     let error = socket.error().await;
-    assert_eq!((error.code, error.retryable, error.key.as_deref()), (ErrorCode::KeyReused, false, Some("k")));
+    assert_eq!(
+        (error.code, error.retryable, error.key.as_deref()),
+        (ErrorCode::KeyReused, false, Some("k"))
+    );
     let http = reqwest::Client::new();
     let token = instance.access().token(7).await.unwrap();
     let post = async |key: &str| {
         let url = format!("{}/v1/dialogs/42/messages", instance.url);
-        http.post(url).bearer_auth(&token).json(&json!({"key": key, "text": "hello"})).send().await.unwrap().status().as_u16()
+        http.post(url)
+            .bearer_auth(&token)
+            .json(&json!({"key": key, "text": "hello"}))
+            .send()
+            .await
+            .unwrap()
+            .status()
+            .as_u16()
     };
-    assert_eq!((post("k").await, post("new").await, post("new").await), (200, 201, 200));
+    assert_eq!(
+        (post("k").await, post("new").await, post("new").await),
+        (200, 201, 200)
+    );
     assert_eq!(databases.total("SELECT COUNT(*) FROM messages").await, 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn limits_say_which_one_it_was_and_when_to_try_again() {
-    let (_databases, instance) = instance(&[("LIMITS__SENDS_PER_SECOND", "5"), ("LIMITS__SENDS_BURST", "3"), ("LIMITS__FRAMES_PER_SECOND", "30"), ("LIMITS__SESSIONS_PER_USER", "2")]).await;
+    let (_databases, instance) = instance(&[
+        ("LIMITS__SENDS_PER_SECOND", "5"),
+        ("LIMITS__SENDS_BURST", "3"),
+        ("LIMITS__FRAMES_PER_SECOND", "30"),
+        ("LIMITS__SESSIONS_PER_USER", "2"),
+    ])
+    .await;
     let mut socket = Socket::of(&instance, 7).await;
     for n in 0..4 {
         socket.send_text(&format!("k{n}"), 42, "x").await;
@@ -175,7 +402,10 @@ async fn limits_say_which_one_it_was_and_when_to_try_again() {
         match socket.next().await {
             ServerFrame::Sent { .. } => {}
             ServerFrame::Error(error) => {
-                assert_eq!((error.code, error.retryable), (ErrorCode::RateLimited, true));
+                assert_eq!(
+                    (error.code, error.retryable),
+                    (ErrorCode::RateLimited, true)
+                );
                 assert!((1..=1000).contains(&error.retry_after_ms.unwrap()));
                 limited += 1;
             }
@@ -185,24 +415,49 @@ async fn limits_say_which_one_it_was_and_when_to_try_again() {
     assert_eq!(limited, 1);
     let _second = Socket::of(&instance, 7).await;
     let token = instance.access().token(7).await.unwrap();
-    let mut third = Socket::open(&instance.url, &[("authorization", format!("Bearer {token}"))]).await;
-    assert_eq!(third.until_closed().await.1, Some(Close::TooManyConnections.code()));
+    let mut third = Socket::open(
+        &instance.url,
+        &[("authorization", format!("Bearer {token}"))],
+    )
+    .await;
+    assert_eq!(
+        third.until_closed().await.1,
+        Some(Close::TooManyConnections.code())
+    );
     for _ in 0..40 {
         socket.send(json!({"type": "ping"})).await;
     }
-    assert_eq!(socket.until_closed().await.1, Some(Close::TooManyFrames.code()));
+    assert_eq!(
+        socket.until_closed().await.1,
+        Some(Close::TooManyFrames.code())
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn connections_of_one_address_are_counted() {
     let (_databases, instance) = instance(&[("LIMITS__CONNECTIONS_PER_IP", "2")]).await;
-    let (one, _two) = (Socket::of(&instance, 7).await, Socket::of(&instance, 8).await);
+    let (one, _two) = (
+        Socket::of(&instance, 7).await,
+        Socket::of(&instance, 8).await,
+    );
     let token = instance.access().token(9).await.unwrap();
-    let knock = async || Socket::open(&instance.url, &[("authorization", format!("Bearer {token}"))]).await.until_closed().await;
+    let knock = async || {
+        Socket::open(
+            &instance.url,
+            &[("authorization", format!("Bearer {token}"))],
+        )
+        .await
+        .until_closed()
+        .await
+    };
     assert_eq!(knock().await.1, Some(Close::TooManyConnections.code()));
     drop(one);
     until("a place is free again", async || {
-        let mut socket = Socket::open(&instance.url, &[("authorization", format!("Bearer {token}"))]).await;
+        let mut socket = Socket::open(
+            &instance.url,
+            &[("authorization", format!("Bearer {token}"))],
+        )
+        .await;
         use futures_util::StreamExt;
         let first = socket.0.next().await.unwrap().unwrap();
         first.to_text().unwrap().contains("welcome").then_some(())
@@ -214,37 +469,78 @@ async fn connections_of_one_address_are_counted() {
 async fn a_token_is_renewed_in_time_or_closes_the_session() {
     let (_databases, instance) = instance(&[]).await;
     let mint = |user: u64, seconds: u64| {
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+        let now = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .unwrap()
+            .as_secs();
         let claims = json!({"sub": user.to_string(), "exp": now + seconds});
         let key = jsonwebtoken::EncodingKey::from_secret(SECRET.as_bytes());
         jsonwebtoken::encode(&jsonwebtoken::Header::default(), &claims, &key).unwrap()
     };
-    let open = async |token: String| Socket::open(&instance.url, &[("authorization", format!("Bearer {token}"))]).await;
+    let open = async |token: String| {
+        Socket::open(
+            &instance.url,
+            &[("authorization", format!("Bearer {token}"))],
+        )
+        .await
+    };
     let (mut renewed, mut forgotten) = (open(mint(7, 3)).await, open(mint(7, 3)).await);
     renewed.next().await;
-    renewed.send(json!({"type": "auth", "token": mint(8, 60)})).await;
+    renewed
+        .send(json!({"type": "auth", "token": mint(8, 60)}))
+        .await;
     assert_eq!(renewed.error().await.code, ErrorCode::Forbidden);
-    renewed.send(json!({"type": "auth", "token": mint(7, 60)})).await;
-    assert!(matches!(renewed.next().await, ServerFrame::Authenticated { .. }));
+    renewed
+        .send(json!({"type": "auth", "token": mint(7, 60)}))
+        .await;
+    assert!(matches!(
+        renewed.next().await,
+        ServerFrame::Authenticated { .. }
+    ));
     let (before, code) = forgotten.until_closed().await;
     assert_eq!(code, Some(Close::Unauthenticated.code()));
     assert!(before.last().unwrap().contains("expired"), "{before:?}");
     renewed.send(json!({"type": "ping", "id": "x"})).await;
-    assert_eq!(renewed.next().await, ServerFrame::Pong { id: Some("x".into()) });
+    assert_eq!(
+        renewed.next().await,
+        ServerFrame::Pong {
+            id: Some("x".into())
+        }
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_browser_brings_its_token_as_a_subprotocol_and_only_from_an_origin_that_is_allowed() {
-    let (_databases, instance) = instance(&[("AUTH__ALLOWED_ORIGINS", "https://app.example.org,https://two.example.org")]).await;
+    let (_databases, instance) = instance(&[(
+        "AUTH__ALLOWED_ORIGINS",
+        "https://app.example.org,https://two.example.org",
+    )])
+    .await;
     let token = instance.access().token(7).await.unwrap();
     let own = instance.url.clone();
-    for (origin, allowed) in [(own.as_str(), true), ("https://two.example.org", true), ("https://evil.example.org", false), ("https://app.example.org.evil.org", false), ("null", false)] {
-        let headers = [("sec-websocket-protocol", format!("chat.v1, bearer.{token}")), ("origin", origin.to_owned())];
+    for (origin, allowed) in [
+        (own.as_str(), true),
+        ("https://two.example.org", true),
+        ("https://evil.example.org", false),
+        ("https://app.example.org.evil.org", false),
+        ("null", false),
+    ] {
+        let headers = [
+            ("sec-websocket-protocol", format!("chat.v1, bearer.{token}")),
+            ("origin", origin.to_owned()),
+        ];
         let mut socket = Socket::open(&instance.url, &headers).await;
         if allowed {
-            assert!(matches!(socket.next().await, ServerFrame::Welcome { user: 7, .. }), "{origin}");
+            assert!(
+                matches!(socket.next().await, ServerFrame::Welcome { user: 7, .. }),
+                "{origin}"
+            );
         } else {
-            assert_eq!(socket.until_closed().await.1, Some(Close::ForbiddenOrigin.code()), "{origin}");
+            assert_eq!(
+                socket.until_closed().await.1,
+                Some(Close::ForbiddenOrigin.code()),
+                "{origin}"
+            );
         }
     }
 }
@@ -255,24 +551,47 @@ async fn the_description_of_the_api_the_page_and_the_metrics_are_there() {
     let mut socket = Socket::of(&instance, 7).await;
     socket.send_text("a", 42, "hello").await;
     socket.sent().await;
-    let (status, api) = instance.get(&format!("{}/v1/openapi.json", instance.url)).await;
+    let (status, api) = instance
+        .get(&format!("{}/v1/openapi.json", instance.url))
+        .await;
     assert_eq!(status, 200);
-    for path in ["/v1/dialogs", "/v1/dialogs/{user}/messages", "/v1/dialogs/{user}/read"] {
+    for path in [
+        "/v1/dialogs",
+        "/v1/dialogs/{user}/messages",
+        "/v1/dialogs/{user}/read",
+    ] {
         assert!(api["paths"][path].is_object(), "{path}");
     }
     for (url, expected) in [
         (format!("{}/", instance.url), "<title>chat</title>"),
         (format!("{}/docs", instance.url), "swagger-ui"),
         (format!("{}/livez", instance.url), "ok"),
-        (format!("{}/metrics", instance.admin), "chat_messages_stored_total{shard="),
+        (
+            format!("{}/metrics", instance.admin),
+            "chat_messages_stored_total{shard=",
+        ),
         (format!("{}/metrics", instance.admin), "chat_sessions 1"),
-        (format!("{}/admin/where/42/7", instance.admin), "\"dialog\":\"7_42\""),
-        (format!("{}/admin/topology", instance.admin), "\"version\":1"),
+        (
+            format!("{}/admin/where/42/7", instance.admin),
+            "\"dialog\":\"7_42\"",
+        ),
+        (
+            format!("{}/admin/topology", instance.admin),
+            "\"version\":1",
+        ),
     ] {
         let text = reqwest::get(&url).await.unwrap().text().await.unwrap();
         assert!(text.contains(expected), "{url}: {text}");
     }
-    assert_eq!(reqwest::get(format!("{}/metrics", instance.url)).await.unwrap().status().as_u16(), 404, "not on the public listener");
+    assert_eq!(
+        reqwest::get(format!("{}/metrics", instance.url))
+            .await
+            .unwrap()
+            .status()
+            .as_u16(),
+        404,
+        "not on the public listener"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -284,13 +603,18 @@ async fn an_instance_that_is_asked_to_stop_hands_its_sessions_over() {
     }
     // What was asked before is still answered.
     for (n, socket) in sockets.iter_mut().enumerate() {
-        socket.send_text("last", n as u64 + 100, "before the end").await;
+        socket
+            .send_text("last", n as u64 + 100, "before the end")
+            .await;
     }
     instance.terminate();
     for socket in &mut sockets {
         let (before, code) = socket.until_closed().await;
         assert_eq!(code, Some(Close::Restart.code()));
-        assert!(before.iter().any(|frame| frame.contains("\"sent\"")), "{before:?}");
+        assert!(
+            before.iter().any(|frame| frame.contains("\"sent\"")),
+            "{before:?}"
+        );
     }
     assert!(instance.ended().await.success());
 }
@@ -300,17 +624,47 @@ async fn what_must_be_mended_before_a_start_is_said_in_one_line() {
     let databases = Databases::new(Kind::Sqlite, 2).await;
     let good = databases.shards_file();
     let bad = databases.directory().join("bad.toml");
-    std::fs::write(&bad, "[[shard]]\nname = \"a\"\nurl = \"sqlite:x\"\ncolour = 1\n").unwrap();
-    let doubled = databases.shards_file_with(&[databases.url(0), databases.url(0).replace("sqlite:", "sqlite:./").replace("./", "/")]);
+    std::fs::write(
+        &bad,
+        "[[shard]]\nname = \"a\"\nurl = \"sqlite:x\"\ncolour = 1\n",
+    )
+    .unwrap();
+    let doubled = databases.shards_file_with(&[
+        databases.url(0),
+        databases
+            .url(0)
+            .replace("sqlite:", "sqlite:./")
+            .replace("./", "/"),
+    ]);
     let missing = databases.directory().join("nowhere.toml");
     let sample = chat::http::SAMPLE_SECRET;
     for (shards, settings, expected) in [
-        (&good, [("AUTH__SECRET", "")].as_slice(), "auth.secret is not set"),
-        (&good, &[("AUTH__SECRET", "short")], "auth.secret has 5 bytes"),
+        (
+            &good,
+            [("AUTH__SECRET", "")].as_slice(),
+            "auth.secret is not set",
+        ),
+        (
+            &good,
+            &[("AUTH__SECRET", "short")],
+            "auth.secret has 5 bytes",
+        ),
         (&good, &[("AUTH__SECRET", sample)], "the sample secret"),
-        (&good, &[("AUTH__ALGORITHM", "none")], "auth.algorithm 'none'"),
-        (&good, &[("AUTH__ALGORITHM", "EdDSA")], "auth.key_file is needed"),
-        (&good, &[("LIMITS__TEXT_CHARACTERS", "7")], "text_characters"),
+        (
+            &good,
+            &[("AUTH__ALGORITHM", "none")],
+            "auth.algorithm 'none'",
+        ),
+        (
+            &good,
+            &[("AUTH__ALGORITHM", "EdDSA")],
+            "auth.key_file is needed",
+        ),
+        (
+            &good,
+            &[("LIMITS__TEXT_CHARACTERS", "7")],
+            "text_characters",
+        ),
         (&good, &[("ADMIN_LISTEN", "0.0.0.0:0")], "set admin_token"),
         (&missing, &[], "nowhere.toml"),
         (&bad, &[], "bad.toml: line 4: unknown field `colour`"),
@@ -332,7 +686,10 @@ async fn a_shard_that_was_wiped_or_swapped_is_not_taken_for_itself() {
     assert!(refusal(&swapped, &[]).contains("leads to the database of"));
     let fresh = databases.add().await;
     let wiped = databases.shards_file_with(&[databases.url(0), databases.url(fresh)]);
-    assert!(refusal(&wiped, &[]).contains("the database of shard2 is empty, but it is a shard of this service"));
+    assert!(
+        refusal(&wiped, &[])
+            .contains("the database of shard2 is empty, but it is a shard of this service")
+    );
     let mut foreign = Databases::new(Kind::Sqlite, 2).await;
     foreign.add().await;
     drop(Instance::start(&foreign.shards_file(), &[]).await);
@@ -347,23 +704,59 @@ fn the_protocol_page_and_the_types_say_the_same() {
     let frames = |section: &str| -> Vec<String> {
         let from = page.find(section).unwrap_or_else(|| panic!("{section}"));
         let block = page[from..].split("```").nth(1).unwrap();
-        block.lines().filter(|line| line.starts_with('{')).map(str::to_owned).collect()
+        block
+            .lines()
+            .filter(|line| line.starts_with('{'))
+            .map(str::to_owned)
+            .collect()
     };
     let kinds = |frames: &[String]| -> std::collections::BTreeSet<String> {
-        frames.iter().map(|frame| serde_json::from_str::<serde_json::Value>(frame).unwrap()["type"].as_str().unwrap().to_owned()).collect()
+        frames
+            .iter()
+            .map(|frame| {
+                serde_json::from_str::<serde_json::Value>(frame).unwrap()["type"]
+                    .as_str()
+                    .unwrap()
+                    .to_owned()
+            })
+            .collect()
     };
-    let (client, server) = (frames("## From client to server"), frames("## From server to client"));
+    let (client, server) = (
+        frames("## From client to server"),
+        frames("## From server to client"),
+    );
     for frame in &client {
         serde_json::from_str::<ClientFrame>(frame).unwrap_or_else(|e| panic!("{frame}: {e}"));
     }
     for frame in &server {
-        let read: ServerFrame = serde_json::from_str(frame).unwrap_or_else(|e| panic!("{frame}: {e}"));
+        let read: ServerFrame =
+            serde_json::from_str(frame).unwrap_or_else(|e| panic!("{frame}: {e}"));
         let written = serde_json::to_value(&read).unwrap();
-        assert_eq!(written, serde_json::from_str::<serde_json::Value>(frame).unwrap(), "a field is missing or too many");
+        assert_eq!(
+            written,
+            serde_json::from_str::<serde_json::Value>(frame).unwrap(),
+            "a field is missing or too many"
+        );
     }
     let set = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
-    assert_eq!(kinds(&client), set(&["send", "history", "inbox", "read", "auth", "ping"]));
-    assert_eq!(kinds(&server), set(&["welcome", "sent", "message", "history", "inbox", "read", "authenticated", "pong", "error"]));
+    assert_eq!(
+        kinds(&client),
+        set(&["send", "history", "inbox", "read", "auth", "ping"])
+    );
+    assert_eq!(
+        kinds(&server),
+        set(&[
+            "welcome",
+            "sent",
+            "message",
+            "history",
+            "inbox",
+            "read",
+            "authenticated",
+            "pong",
+            "error"
+        ])
+    );
     for code in ErrorCode::ALL {
         assert!(page.contains(&format!("`{code}`")), "{code}");
     }

@@ -18,7 +18,10 @@ type Heard = Arc<Mutex<Vec<Bytes>>>;
 fn sink() -> (Sink, Heard) {
     let heard = Heard::default();
     let writes = heard.clone();
-    (Arc::new(move |payload| writes.lock().unwrap().push(payload)), heard)
+    (
+        Arc::new(move |payload| writes.lock().unwrap().push(payload)),
+        heard,
+    )
 }
 
 /// Two instances on one bus: each hears the other, in order, and never itself.
@@ -43,10 +46,17 @@ async fn others_hear_it_in_order_and_the_publisher_does_not(a: Arc<dyn Bus>, b: 
     }
     let numbers = |heard: &Heard| -> Vec<String> {
         let heard = heard.lock().unwrap();
-        heard.iter().map(|payload| String::from_utf8(payload.to_vec()).unwrap()).filter(|text| text != "warm-up").collect()
+        heard
+            .iter()
+            .map(|payload| String::from_utf8(payload.to_vec()).unwrap())
+            .filter(|text| text != "warm-up")
+            .collect()
     };
     let expected: Vec<String> = (0..100).map(|n| n.to_string()).collect();
-    until("b hears all", async || (numbers(&heard_b).len() >= 100).then_some(())).await;
+    until("b hears all", async || {
+        (numbers(&heard_b).len() >= 100).then_some(())
+    })
+    .await;
     assert_eq!(numbers(&heard_b), expected);
     assert_eq!(numbers(&heard_a), Vec::<String>::new(), "no echo");
 
@@ -83,8 +93,17 @@ async fn in_process() {
 #[tokio::test(flavor = "multi_thread")]
 async fn over_nats() {
     let connect = async || {
-        let bus = NatsBus::connect(&support::nats_url(), &tokio::runtime::Handle::current(), Metrics::new()).await.unwrap();
-        until("the bus is connected", async || (bus.state() == BusState::Connected).then_some(())).await;
+        let bus = NatsBus::connect(
+            &support::nats_url(),
+            &tokio::runtime::Handle::current(),
+            Metrics::new(),
+        )
+        .await
+        .unwrap();
+        until("the bus is connected", async || {
+            (bus.state() == BusState::Connected).then_some(())
+        })
+        .await;
         Arc::new(bus)
     };
     others_hear_it_in_order_and_the_publisher_does_not(connect().await, connect().await).await;
@@ -94,7 +113,9 @@ async fn over_nats() {
 async fn a_nats_that_is_away_hinders_nobody() {
     let metrics = Metrics::new();
     let runtime = tokio::runtime::Handle::current();
-    let bus = NatsBus::connect("nats://127.0.0.1:1", &runtime, metrics.clone()).await.unwrap();
+    let bus = NatsBus::connect("nats://127.0.0.1:1", &runtime, metrics.clone())
+        .await
+        .unwrap();
     assert_eq!(bus.state(), BusState::Away);
     let (sink, _) = sink();
     let listening = bus.listen(user(7), sink);

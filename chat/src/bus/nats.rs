@@ -104,7 +104,10 @@ impl Bus for NatsBus {
         // Away, the client would keep it for a while and then throw it away; and its queue, once full, would make us wait.
         // `unconstrained`: a batch publishes more than a task of tokio may do in one turn, and would seem to meet a full queue.
         let handed_over = self.connected.load(Ordering::Relaxed)
-            && matches!(unconstrained(self.client.publish(subject(user), payload)).now_or_never(), Some(Ok(())));
+            && matches!(
+                unconstrained(self.client.publish(subject(user), payload)).now_or_never(),
+                Some(Ok(()))
+            );
         if handed_over {
             self.metrics.bus_published.inc()
         } else {

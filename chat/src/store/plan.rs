@@ -28,7 +28,7 @@ pub struct Row {
 /// What a batch becomes.
 #[derive(Debug)]
 pub struct BatchPlan {
-    /// What to insert, in the order of the batch.
+    /// What to insert, in key order: (slot, dialog, seq).
     pub rows: Vec<Row>,
     /// The last seq of every dialog that gets a message, in key order.
     pub heads: BTreeMap<(Slot, DialogId), Seq>,
@@ -97,6 +97,9 @@ impl BatchPlan {
             });
             plan.outcomes.push(Written::Stored(place));
         }
+        // Keys that lie side by side are inserted one after the other, and every transaction takes them in the same order.
+        plan.rows
+            .sort_by_key(|row| (batch[row.index].slot, batch[row.index].dialog, row.seq));
         plan
     }
 }

@@ -56,15 +56,33 @@ impl Instance {
                 log.push('\n');
             }
         });
-        let mut instance = Self { child, log, url: String::new(), admin: String::new() };
+        let mut instance = Self {
+            child,
+            log,
+            url: String::new(),
+            admin: String::new(),
+        };
         let serving = until("the instance serves", async || {
             if let Some(status) = instance.child.try_wait().unwrap() {
                 panic!("the instance ended with {status}:\n{}", instance.log());
             }
-            instance.log().lines().find(|line| line.contains("serving address=")).map(str::to_owned)
+            instance
+                .log()
+                .lines()
+                .find(|line| line.contains("serving address="))
+                .map(str::to_owned)
         })
         .await;
-        let value = |name: &str| serving.split(&format!("{name}=")).nth(1).unwrap().split(' ').next().unwrap().to_owned();
+        let value = |name: &str| {
+            serving
+                .split(&format!("{name}="))
+                .nth(1)
+                .unwrap()
+                .split(' ')
+                .next()
+                .unwrap()
+                .to_owned()
+        };
         instance.url = format!("http://{}", value("address"));
         instance.admin = format!("http://{}", value("admin"));
         instance
@@ -102,7 +120,10 @@ impl Instance {
 
     /// SIGTERM.
     pub fn terminate(&self) {
-        let status = Command::new("kill").arg(self.child.id().to_string()).status().unwrap();
+        let status = Command::new("kill")
+            .arg(self.child.id().to_string())
+            .status()
+            .unwrap();
         assert!(status.success());
     }
 
@@ -114,8 +135,16 @@ impl Instance {
     /// Bytes of memory that are resident.
     pub fn resident(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
-        let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
-        line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
+        let line = status
+            .lines()
+            .find(|line| line.starts_with("VmRSS:"))
+            .unwrap();
+        line.split_whitespace()
+            .nth(1)
+            .unwrap()
+            .parse::<u64>()
+            .unwrap()
+            * 1024
     }
 }
 

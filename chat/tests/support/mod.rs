@@ -38,18 +38,26 @@ fn server_url(kind: Kind) -> Option<String> {
         Kind::Mariadb => "CHAT_TEST_MARIADB",
     };
     let url = std::env::var(variable);
-    Some(url.unwrap_or_else(|_| panic!("{variable} is not set: run the tests with ./test, which starts the servers")))
+    Some(url.unwrap_or_else(|_| {
+        panic!("{variable} is not set: run the tests with ./test, which starts the servers")
+    }))
 }
 
 /// `nats://…` of the NATS that `./test` started.
 pub fn nats_url() -> String {
-    std::env::var("CHAT_TEST_NATS").expect("CHAT_TEST_NATS is not set: run the tests with ./test, which starts the servers")
+    std::env::var("CHAT_TEST_NATS")
+        .expect("CHAT_TEST_NATS is not set: run the tests with ./test, which starts the servers")
 }
 
 impl Databases {
     pub async fn new(kind: Kind, count: usize) -> Self {
         let server = server_url(kind);
-        let mut databases = Self { kind, directory: tempfile::tempdir().unwrap(), server, names: Vec::new() };
+        let mut databases = Self {
+            kind,
+            directory: tempfile::tempdir().unwrap(),
+            server,
+            names: Vec::new(),
+        };
         for _ in 0..count {
             databases.add().await;
         }
@@ -70,7 +78,10 @@ impl Databases {
     pub fn url(&self, i: usize) -> String {
         match &self.server {
             Some(server) => format!("{server}/{}", self.names[i]),
-            None => format!("sqlite:{}", self.directory.path().join(&self.names[i]).display()),
+            None => format!(
+                "sqlite:{}",
+                self.directory.path().join(&self.names[i]).display()
+            ),
         }
     }
 
@@ -85,12 +96,19 @@ impl Databases {
 
     /// A shards.toml with all of them, named shard1, shard2, …
     pub fn shards_file(&self) -> PathBuf {
-        self.shards_file_with(&(0..self.names.len()).map(|i| self.url(i)).collect::<Vec<_>>())
+        self.shards_file_with(
+            &(0..self.names.len())
+                .map(|i| self.url(i))
+                .collect::<Vec<_>>(),
+        )
     }
 
     /// A shards.toml with these URLs, named shard1, shard2, …
     pub fn shards_file_with(&self, urls: &[String]) -> PathBuf {
-        let path = self.directory.path().join(format!("shards-{:x}.toml", rand::random::<u32>()));
+        let path = self
+            .directory
+            .path()
+            .join(format!("shards-{:x}.toml", rand::random::<u32>()));
         let text: String = urls
             .iter()
             .enumerate()
@@ -109,7 +127,10 @@ impl Databases {
     pub async fn number(&self, i: usize, sql: &str) -> i64 {
         if self.kind == Kind::Sqlite {
             let path = self.directory.path().join(&self.names[i]);
-            return rusqlite::Connection::open(path).unwrap().query_row(sql, [], |row| row.get(0)).unwrap();
+            return rusqlite::Connection::open(path)
+                .unwrap()
+                .query_row(sql, [], |row| row.get(0))
+                .unwrap();
         }
         let mut conn = mysql_async::Conn::from_url(self.url(i)).await.unwrap();
         let number = conn.query_first::<i64, _>(sql).await.unwrap().unwrap();
@@ -135,10 +156,15 @@ async fn execute(url: &str, sql: &str) {
 
 impl Drop for Databases {
     fn drop(&mut self) {
-        let (Some(server), names) = (self.server.clone(), std::mem::take(&mut self.names)) else { return };
+        let (Some(server), names) = (self.server.clone(), std::mem::take(&mut self.names)) else {
+            return;
+        };
         // Dropped inside and outside of runtimes: a thread of its own has one.
         let dropped = std::thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap();
             runtime.block_on(async {
                 for name in names {
                     execute(&server, &format!("DROP DATABASE {name}")).await;
@@ -159,7 +185,10 @@ pub async fn until<T>(what: &str, mut condition: impl AsyncFnMut() -> Option<T>)
         if let Some(found) = condition().await {
             return found;
         }
-        assert!(begun.elapsed() < PATIENCE, "not within {PATIENCE:?}: {what}");
+        assert!(
+            begun.elapsed() < PATIENCE,
+            "not within {PATIENCE:?}: {what}"
+        );
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }

@@ -57,7 +57,9 @@ impl Proxy {
     }
 
     async fn carry(self, client: TcpStream, target: String) {
-        let Ok(server) = TcpStream::connect(target).await else { return };
+        let Ok(server) = TcpStream::connect(target).await else {
+            return;
+        };
         let (mut client_in, mut client_out) = client.into_split();
         let (mut server_in, mut server_out) = server.into_split();
         let committing = AtomicBool::new(false);
@@ -71,7 +73,10 @@ impl Proxy {
                 let says_commit = tail.windows(8).any(|window| window == b"; COMMIT");
                 let inserts = tail.windows(13).any(|window| window == b"INSERT INTO m");
                 tail.drain(..tail.len().saturating_sub(7));
-                let withhold = matches!(*self.mode.borrow(), Mode::CutReplyToCommit | Mode::SwallowReplyToCommit);
+                let withhold = matches!(
+                    *self.mode.borrow(),
+                    Mode::CutReplyToCommit | Mode::SwallowReplyToCommit
+                );
                 if says_commit && inserts && withhold {
                     committing.store(true, Ordering::SeqCst);
                 }

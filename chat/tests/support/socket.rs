@@ -15,7 +15,9 @@ pub struct Socket(pub WebSocketStream<MaybeTlsStream<TcpStream>>);
 impl Socket {
     /// Connects with these headers; the server's first frame has not been read.
     pub async fn open(url: &str, headers: &[(&'static str, String)]) -> Self {
-        let mut request = format!("{}/v1/ws", url.replace("http", "ws")).into_client_request().unwrap();
+        let mut request = format!("{}/v1/ws", url.replace("http", "ws"))
+            .into_client_request()
+            .unwrap();
         for (name, value) in headers {
             request.headers_mut().insert(*name, value.parse().unwrap());
         }
@@ -25,25 +27,43 @@ impl Socket {
     /// Connects as `user` and takes the welcome.
     pub async fn of(instance: &Instance, user: u64) -> Self {
         let token = instance.access().token(user).await.unwrap();
-        let mut socket = Self::open(&instance.url, &[("authorization", format!("Bearer {token}"))]).await;
+        let mut socket = Self::open(
+            &instance.url,
+            &[("authorization", format!("Bearer {token}"))],
+        )
+        .await;
         let welcome = socket.next().await;
-        assert!(matches!(&welcome, ServerFrame::Welcome { user: welcomed, .. } if *welcomed == user), "{welcome:?}");
+        assert!(
+            matches!(&welcome, ServerFrame::Welcome { user: welcomed, .. } if *welcomed == user),
+            "{welcome:?}"
+        );
         socket
     }
 
     pub async fn send(&mut self, frame: serde_json::Value) {
-        self.0.send(Message::Text(frame.to_string().into())).await.unwrap();
+        self.0
+            .send(Message::Text(frame.to_string().into()))
+            .await
+            .unwrap();
     }
 
     pub async fn send_text(&mut self, key: &str, to: u64, text: &str) {
-        self.send(serde_json::json!({"type": "send", "key": key, "to": to, "text": text})).await;
+        self.send(serde_json::json!({"type": "send", "key": key, "to": to, "text": text}))
+            .await;
     }
 
     /// The next frame, of whatever kind.
     pub async fn next(&mut self) -> ServerFrame {
         loop {
-            match timeout(PATIENCE, self.0.next()).await.expect("a frame in time").expect("an open connection").unwrap() {
-                Message::Text(text) => return serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}")),
+            match timeout(PATIENCE, self.0.next())
+                .await
+                .expect("a frame in time")
+                .expect("an open connection")
+                .unwrap()
+            {
+                Message::Text(text) => {
+                    return serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"));
+                }
                 Message::Close(close) => panic!("closed: {close:?}"),
                 Message::Binary(_) | Message::Ping(_) | Message::Pong(_) | Message::Frame(_) => {}
             }
@@ -75,9 +95,14 @@ impl Socket {
     pub async fn until_closed(&mut self) -> (Vec<String>, Option<u16>) {
         let mut before = Vec::new();
         loop {
-            match timeout(PATIENCE, self.0.next()).await.expect("a close in time") {
+            match timeout(PATIENCE, self.0.next())
+                .await
+                .expect("a close in time")
+            {
                 Some(Ok(Message::Text(text))) => before.push(text.to_string()),
-                Some(Ok(Message::Close(close))) => return (before, close.map(|close| close.code.into())),
+                Some(Ok(Message::Close(close))) => {
+                    return (before, close.map(|close| close.code.into()));
+                }
                 Some(Ok(_)) => {}
                 Some(Err(_)) | None => return (before, None),
             }
