@@ -23,7 +23,6 @@ pub struct Options {
 }
 
 pub async fn run(options: Options) -> anyhow::Result<()> {
-    chat_client::init();
     let before = resident(options.pid)?;
     let access = Access::new(
         &options.url,

@@ -75,7 +75,6 @@ struct Head<'a> {
 const PATIENCE: Duration = Duration::from_secs(20);
 
 pub async fn run(options: Options) -> anyhow::Result<()> {
-    chat_client::init();
     let (users, messages) = (
         options.users,
         options.messages / options.users * options.users,

@@ -36,6 +36,8 @@ impl Access {
     /// `url` is `http://…` or `https://…`, without a path.
     #[must_use]
     pub fn new(url: &str, tokens: TokenSource) -> Self {
+        // TLS needs one provider in a process; that it is there already is fine.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         Self {
             base: url.trim_end_matches('/').to_owned(),
             tokens,

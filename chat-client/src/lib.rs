@@ -25,9 +25,3 @@ pub enum ClientError {
     #[error("the client is closed")]
     Closed,
 }
-
-/// Makes this process able to speak TLS. Call it once, before anything else of this crate; a second call does nothing.
-pub fn init() {
-    // One provider for all of the process; that it is there already is fine.
-    let _ = rustls::crypto::ring::default_provider().install_default();
-}

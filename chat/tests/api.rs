@@ -157,7 +157,7 @@ async fn every_mistake_is_answered_with_its_code_and_the_connection_stays() {
         (
             r#"{"type":"send","key":"k","to":42,"text":"\ud800"}"#.to_owned(),
             ErrorCode::BadRequest,
-            None,
+            Some("k"),
         ),
         (
             json!({"type": "send", "key": "k", "to": 0, "text": "x"}).to_string(),

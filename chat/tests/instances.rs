@@ -1,0 +1,531 @@
+//! Two instances over one NATS and several databases: what holds between them, and when parts die.
+
+mod support;
+
+use chat_client::{Api, ClientError};
+use chat_wire::{ErrorCode, ServerFrame};
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Instant;
+use support::instance::{Instance, access};
+use support::proxy::{Mode, Proxy};
+use support::socket::Socket;
+use support::{Databases, Kind, nats_url, until};
+
+async fn two(databases: &Databases) -> (Instance, Instance) {
+    let file = databases.shards_file();
+    two_on(&file).await
+}
+
+async fn two_on(file: &std::path::Path) -> (Instance, Instance) {
+    let nats = nats_url();
+    let settings = [("NATS_URL", nats.as_str())];
+    let (one, two) = tokio::join!(
+        Instance::start(file, &settings),
+        Instance::start(file, &settings)
+    );
+    for instance in [&one, &two] {
+        until("the bus is connected", async || {
+            (instance.ready().await.1["status"] == "ok").then_some(())
+        })
+        .await;
+    }
+    (one, two)
+}
+
+/// A dialog of user 7 that lies on `shard`.
+async fn peer_on(instance: &Instance, shard: &str) -> u64 {
+    for peer in 1000.. {
+        let (_, place) = instance
+            .get(&format!("{}/admin/where/7/{peer}", instance.admin))
+            .await;
+        if place["wanted"] == shard {
+            return peer;
+        }
+    }
+    unreachable!()
+}
+
+fn code(result: Result<chat_wire::Sent, ClientError>) -> Result<u64, ErrorCode> {
+    match result {
+        Ok(sent) => Ok(sent.seq),
+        Err(ClientError::Refused(body)) => {
+            assert_eq!(body.retryable, body.code.retryable());
+            Err(body.code)
+        }
+        Err(e) => panic!("{e}"),
+    }
+}
+
+/// Sends until it is stored, with one key, as a client does.
+async fn send_until_stored(api: &Api, to: u64, key: &str, text: &str) -> u64 {
+    until("the send is stored", async || {
+        code(api.send(to, key, text).await).ok()
+    })
+    .await
+}
+
+async fn talk_across(kind: Kind) {
+    let databases = Databases::new(kind, 4).await;
+    let (one, two) = two(&databases).await;
+    let (mut seven, mut tab, mut forty_two) = (
+        Socket::of(&one, 7).await,
+        Socket::of(&two, 7).await,
+        Socket::of(&two, 42).await,
+    );
+    // Interest takes a moment to reach the bus: a first message in each direction, repeated until it is heard.
+    for round in 0u64..20 {
+        seven
+            .send_text(&format!("a{round}"), 42, &format!("to 42, {round}"))
+            .await;
+        assert_eq!(seven.sent().await.1, 2 * round + 1);
+        if round > 0 {
+            assert_eq!(forty_two.message().await.text, format!("to 42, {round}"));
+            assert_eq!(
+                tab.message().await.seq,
+                2 * round + 1,
+                "the author's other tab on another instance"
+            );
+        }
+        forty_two
+            .send_text(&format!("b{round}"), 7, &format!("to 7, {round}"))
+            .await;
+        loop {
+            match forty_two.next().await {
+                ServerFrame::Sent { seq, .. } => break assert_eq!(seq, 2 * round + 2),
+                ServerFrame::Message(_) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+        if round > 0 {
+            assert_eq!(seven.message().await.seq, 2 * round + 2);
+            assert_eq!(tab.message().await.seq, 2 * round + 2);
+        } else {
+            until("interest has reached the bus", async || {
+                let count = async |instance: &Instance| {
+                    let text = reqwest::get(format!("{}/metrics", instance.admin))
+                        .await
+                        .unwrap()
+                        .text()
+                        .await
+                        .unwrap();
+                    text.lines()
+                        .find_map(|line| line.strip_prefix("chat_bus_received_total "))
+                        .unwrap()
+                        .parse::<u64>()
+                        .unwrap()
+                };
+                (count(&one).await > 0 || count(&two).await > 0).then_some(())
+            })
+            .await;
+            for socket in [&mut seven, &mut tab] {
+                drain(socket).await;
+            }
+        }
+    }
+    let logs = [(&one, 7, 42), (&one, 42, 7), (&two, 7, 42), (&two, 42, 7)];
+    let mut first = None;
+    for (instance, user, with) in logs {
+        let api = instance.api(user).await;
+        let (up, down) = (
+            api.log_upwards(with).await.unwrap(),
+            api.log_downwards(with).await.unwrap(),
+        );
+        assert_eq!(up, down);
+        assert_eq!(
+            up.iter().map(|m| m.seq).collect::<Vec<_>>(),
+            (1..=40).collect::<Vec<_>>()
+        );
+        assert_eq!(*first.get_or_insert(up.clone()), up);
+    }
+}
+
+/// Takes what is there, up to the answer to a ping.
+async fn drain(socket: &mut Socket) {
+    socket
+        .send(serde_json::json!({"type": "ping", "id": "drain"}))
+        .await;
+    while !matches!(socket.next().await, ServerFrame::Pong { .. }) {}
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_people_on_two_instances_talk_and_read_the_same_history_on_mysql() {
+    talk_across(Kind::Mysql).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_people_on_two_instances_talk_and_read_the_same_history_on_mariadb() {
+    talk_across(Kind::Mariadb).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn instances_that_start_at_the_same_moment_found_one_service() {
+    let databases = Databases::new(Kind::Mysql, 3).await;
+    let file = databases.shards_file();
+    let starts = (0..4).map(|_| Instance::start(&file, &[]));
+    let instances = futures_util::future::join_all(starts).await;
+    assert_eq!(
+        databases
+            .total("SELECT COUNT(*) FROM slots WHERE state = 'owner'")
+            .await,
+        4096
+    );
+    for instance in &instances {
+        assert_eq!(instance.ready().await.1["status"], "ok");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_retried_send_is_stored_once_through_whichever_instance() {
+    let databases = Databases::new(Kind::Mysql, 2).await;
+    let (one, two) = two(&databases).await;
+    let (first, second) = (one.api(7).await, two.api(7).await);
+    let (a, b) = tokio::join!(first.send(42, "k", "hello"), second.send(42, "k", "hello"));
+    let (a, b, c) = (
+        a.unwrap(),
+        b.unwrap(),
+        first.send(42, "k", "hello").await.unwrap(),
+    );
+    assert_eq!((&a, &b), (&b, &c));
+    assert_eq!(
+        code(second.send(42, "k", "something else").await),
+        Err(ErrorCode::KeyReused)
+    );
+    assert_eq!(databases.total("SELECT COUNT(*) FROM messages").await, 1);
+}
+
+/// The commit is done, its answer is withheld, and the instance is killed: nobody was told. The retry through the other
+/// instance gets the one place there is.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_instance_killed_between_commit_and_acknowledgement_has_stored_once() {
+    let databases = Databases::new(Kind::Mysql, 1).await;
+    let server = std::env::var("CHAT_TEST_MYSQL").unwrap();
+    let proxy = Proxy::to(server.rsplit('@').next().unwrap().to_owned()).await;
+    let mut killed = Instance::start(
+        &databases.shards_file_with(&[databases.url_through(0, proxy.port)]),
+        &[],
+    )
+    .await;
+    let other = Instance::start(&databases.shards_file(), &[]).await;
+
+    let api = killed.api(7).await;
+    assert_eq!(code(api.send(42, "before", "x").await), Ok(1));
+    proxy.set(Mode::SwallowReplyToCommit);
+    let hanging = tokio::spawn(async move { api.send(42, "k", "hello").await });
+    until("the commit is done", async || {
+        (proxy.commits_withheld() > 0).then_some(())
+    })
+    .await;
+    killed.kill();
+    assert!(
+        matches!(hanging.await.unwrap(), Err(ClientError::Connection(_))),
+        "nobody was told"
+    );
+    assert_eq!(
+        databases.number(0, "SELECT COUNT(*) FROM messages").await,
+        2
+    );
+
+    let api = other.api(7).await;
+    for _ in 0..3 {
+        assert_eq!(code(api.send(42, "k", "hello").await), Ok(2));
+    }
+    assert_eq!(
+        code(api.send(42, "k", "another").await),
+        Err(ErrorCode::KeyReused)
+    );
+    assert_eq!(
+        databases.number(0, "SELECT COUNT(*) FROM messages").await,
+        2
+    );
+}
+
+/// The connection breaks in the answer to COMMIT: the instance does not know, asks again with the same keys, and everybody
+/// is told the truth.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_to_commit_that_is_lost_doubles_nothing() {
+    for kind in [Kind::Mysql, Kind::Mariadb] {
+        let databases = Databases::new(kind, 1).await;
+        let server = databases.url(0);
+        let target = server
+            .rsplit('@')
+            .next()
+            .unwrap()
+            .split('/')
+            .next()
+            .unwrap()
+            .to_owned();
+        let proxy = Proxy::to(target).await;
+        let instance = Instance::start(
+            &databases.shards_file_with(&[databases.url_through(0, proxy.port)]),
+            &[],
+        )
+        .await;
+        let api = instance.api(7).await;
+        assert_eq!(code(api.send(42, "before", "x").await), Ok(1));
+        proxy.set(Mode::CutReplyToCommit);
+        let sending = tokio::spawn(async move { (code(api.send(42, "k", "hello").await), api) });
+        until("an answer is lost", async || {
+            (proxy.commits_withheld() > 0).then_some(())
+        })
+        .await;
+        proxy.set(Mode::Pass);
+        let (sent, api) = sending.await.unwrap();
+        assert_eq!(sent, Ok(2), "the instance found out by itself");
+        assert_eq!(code(api.send(42, "k", "hello").await), Ok(2));
+        assert_eq!(
+            databases.number(0, "SELECT COUNT(*) FROM messages").await,
+            2
+        );
+    }
+}
+
+/// A database that hangs or dies: its dialogs are refused within a second, the others go on, and it comes back by itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_shard_hurts_only_its_own_dialogs_and_comes_back_by_itself() {
+    for (mode, name) in [(Mode::Cut, "dies"), (Mode::Hang, "hangs")] {
+        let databases = Databases::new(Kind::Mysql, 2).await;
+        let server = std::env::var("CHAT_TEST_MYSQL").unwrap();
+        let proxy = Proxy::to(server.rsplit('@').next().unwrap().to_owned()).await;
+        let file =
+            databases.shards_file_with(&[databases.url(0), databases.url_through(1, proxy.port)]);
+        let instance = Instance::start(&file, &[]).await;
+        let api = instance.api(7).await;
+        let (alive, dead) = (
+            peer_on(&instance, "shard1").await,
+            peer_on(&instance, "shard2").await,
+        );
+        assert_eq!(code(api.send(dead, "1", "x").await), Ok(1));
+        assert_eq!(code(api.send(alive, "1", "x").await), Ok(1));
+
+        proxy.set(mode);
+        for n in 0..3 {
+            let begun = Instant::now();
+            assert_eq!(
+                code(api.send(dead, "2", "y").await),
+                Err(ErrorCode::ShardDown),
+                "{name}"
+            );
+            // Not a measure of speed: the promise is that the answer does not wait for the shard.
+            assert!(
+                begun.elapsed().as_millis() < 1000,
+                "{name} {n}: {:?}",
+                begun.elapsed()
+            );
+        }
+        assert_eq!(
+            code(api.send(alive, "2", "y").await),
+            Ok(2),
+            "the others go on"
+        );
+        let inbox = api.inbox(10, None).await.unwrap();
+        assert_eq!(inbox.incomplete, ["shard2"]);
+        assert_eq!(
+            inbox
+                .dialogs
+                .iter()
+                .map(|dialog| dialog.with)
+                .collect::<Vec<_>>(),
+            [alive]
+        );
+        assert!(
+            matches!(api.history(dead, &[]).await, Err(ClientError::Refused(body)) if body.code == ErrorCode::ShardDown)
+        );
+        let (status, ready) = instance.ready().await;
+        assert_eq!((status, ready["status"].as_str()), (200, Some("degraded")));
+
+        proxy.set(Mode::Pass);
+        assert_eq!(send_until_stored(&api, dead, "2", "y").await, 2, "{name}");
+        assert_eq!(api.inbox(10, None).await.unwrap().incomplete.len(), 0);
+        assert_eq!(api.log_upwards(dead).await.unwrap().len(), 2);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_starts_with_a_dead_shard_and_says_so() {
+    let databases = Databases::new(Kind::Mysql, 2).await;
+    drop(Instance::start(&databases.shards_file(), &[]).await);
+    let server = std::env::var("CHAT_TEST_MYSQL").unwrap();
+    let proxy = Proxy::to(server.rsplit('@').next().unwrap().to_owned()).await;
+    proxy.set(Mode::Cut);
+    let file =
+        databases.shards_file_with(&[databases.url(0), databases.url_through(1, proxy.port)]);
+    let instance = Instance::start(&file, &[]).await;
+    assert!(instance.log().contains("shard down"), "{}", instance.log());
+    let (_, ready) = instance.ready().await;
+    assert_eq!(ready["reasons"][0], "shard2 does not answer");
+    let api = instance.api(7).await;
+    let (alive, dead) = (
+        peer_on(&instance, "shard1").await,
+        peer_on(&instance, "shard2").await,
+    );
+    assert_eq!(code(api.send(alive, "1", "x").await), Ok(1));
+    assert_eq!(
+        code(api.send(dead, "1", "x").await),
+        Err(ErrorCode::ShardDown)
+    );
+    proxy.set(Mode::Pass);
+    assert_eq!(send_until_stored(&api, dead, "1", "x").await, 1);
+}
+
+/// A shard that was wiped while it was away must not come back as if nothing had happened.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shard_that_is_wiped_under_a_running_instance_is_refused() {
+    let databases = Databases::new(Kind::Mysql, 2).await;
+    let instance = Instance::start(&databases.shards_file(), &[]).await;
+    let api = instance.api(7).await;
+    let wiped = peer_on(&instance, "shard2").await;
+    assert_eq!(code(api.send(wiped, "1", "x").await), Ok(1));
+    databases.execute(1, "DELETE FROM meta").await;
+    assert_eq!(
+        code(api.send(wiped, "2", "x").await),
+        Err(ErrorCode::ShardDown)
+    );
+    until("the log says why", async || {
+        instance
+            .log()
+            .contains("the database is empty")
+            .then_some(())
+    })
+    .await;
+    assert_eq!(
+        databases.number(1, "SELECT COUNT(*) FROM messages").await,
+        1
+    );
+}
+
+struct Nats {
+    directory: PathBuf,
+    port: u16,
+}
+
+impl Nats {
+    fn servers(arguments: &[&str]) {
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../dev/servers");
+        let status = Command::new(script).args(arguments).status().unwrap();
+        assert!(status.success());
+    }
+
+    fn start(&self) {
+        Self::servers(&[
+            "nats",
+            self.directory.to_str().unwrap(),
+            &self.port.to_string(),
+        ]);
+    }
+
+    fn stop(&self) {
+        Self::servers(&["kill", self.directory.to_str().unwrap()]);
+    }
+}
+
+impl Drop for Nats {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bus_that_goes_and_comes_back_interrupts_only_delivery_between_instances() {
+    let databases = Databases::new(Kind::Sqlite, 2).await;
+    let port = std::net::TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port();
+    let nats = Nats {
+        directory: databases.directory().join("nats"),
+        port,
+    };
+    nats.start();
+    let url = format!("nats://127.0.0.1:{port}");
+    let file = databases.shards_file();
+    let (one, two) = (
+        Instance::start(&file, &[("NATS_URL", &url)]).await,
+        Instance::start(&file, &[("NATS_URL", &url)]).await,
+    );
+    let status = async |instance: &Instance, expected: &str| {
+        until(expected, async || {
+            (instance.ready().await.1["status"] == expected).then_some(())
+        })
+        .await;
+    };
+    status(&one, "ok").await;
+    status(&two, "ok").await;
+    let (mut seven, mut near, mut far) = (
+        Socket::of(&one, 7).await,
+        Socket::of(&one, 42).await,
+        Socket::of(&two, 42).await,
+    );
+    let mut number = 0u64;
+    // Sends until `far` hears one; `near`, on the same instance, hears every one.
+    let mut until_far_hears = async |far: &mut Socket| {
+        until("the other instance hears it", async || {
+            number += 1;
+            seven.send_text(&format!("k{number}"), 42, "x").await;
+            assert_eq!(seven.sent().await.1, number);
+            assert_eq!(near.message().await.seq, number);
+            far.send(serde_json::json!({"type": "ping"})).await;
+            let mut heard = None;
+            while let ServerFrame::Message(message) = far.next().await {
+                heard = Some(message.seq);
+            }
+            heard
+        })
+        .await
+    };
+    until_far_hears(&mut far).await;
+    nats.stop();
+    status(&one, "degraded").await;
+    status(&two, "degraded").await;
+    let mut eight = Socket::of(&one, 8).await;
+    let mut nine = Socket::of(&one, 9).await;
+    eight.send_text("k", 9, "stored and delivered here").await;
+    assert_eq!(eight.sent().await.1, 1);
+    assert_eq!(nine.message().await.seq, 1);
+    nats.start();
+    status(&one, "ok").await;
+    status(&two, "ok").await;
+    until_far_hears(&mut far).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_goes_on_through_a_restart_of_its_instance_and_loses_nothing() {
+    let databases = Databases::new(Kind::Sqlite, 2).await;
+    let file = databases.shards_file();
+    let port = std::net::TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port()
+        .to_string();
+    let listen = format!("127.0.0.1:{port}");
+    let settings = [("LISTEN", listen.as_str())];
+    let mut instance = Instance::start(&file, &settings).await;
+    let (client, mut events) = chat_client::Client::start(access(&instance.url), 7);
+    tokio::spawn(async move { while events.recv().await.is_some() {} });
+    let mut seqs = Vec::new();
+    for n in 0..60u64 {
+        if n % 20 == 10 {
+            instance.kill();
+            let sending = client.send(42, format!("k{n}"), format!("{n}"));
+            let (sent, started) = tokio::join!(sending, Instance::start(&file, &settings));
+            instance = started;
+            seqs.push(sent.unwrap().seq);
+        } else {
+            seqs.push(
+                client
+                    .send(42, format!("k{n}"), format!("{n}"))
+                    .await
+                    .unwrap()
+                    .seq,
+            );
+        }
+    }
+    assert_eq!(seqs, (1..=60).collect::<Vec<_>>());
+    let log = instance.api(42).await.log_upwards(7).await.unwrap();
+    assert_eq!(
+        log.iter().map(|m| m.text.clone()).collect::<Vec<_>>(),
+        (0..60).map(|n| n.to_string()).collect::<Vec<_>>()
+    );
+}

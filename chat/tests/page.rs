@@ -1,0 +1,325 @@
+//! The page, in a real browser.
+
+#![allow(missing_docs)]
+
+mod support;
+
+use fantoccini::{Client, ClientBuilder, Locator};
+use serde_json::{Value, json};
+use std::process::{Child, Command, Stdio};
+use support::instance::Instance;
+use support::{Databases, Kind, until};
+
+/// A headless Chromium with its driver; both end with it.
+struct Browser {
+    driver: Child,
+    port: u16,
+    _profile: tempfile::TempDir,
+    options: Value,
+}
+
+impl Browser {
+    fn start() -> Self {
+        let port = std::net::TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port();
+        let driver = Command::new("chromedriver")
+            .arg(format!("--port={port}"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("chromedriver is not here: run the tests with ./test, which installs it");
+        let profile = tempfile::tempdir().unwrap();
+        let options = json!({"args": [
+            "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1000,700",
+            format!("--user-data-dir={}", profile.path().display()),
+        ]});
+        Self {
+            driver,
+            port,
+            _profile: profile,
+            options,
+        }
+    }
+
+    async fn client(&self) -> Client {
+        until("the browser starts", async || {
+            let capabilities = json!({"goog:chromeOptions": self.options})
+                .as_object()
+                .unwrap()
+                .clone();
+            let connector = hyper_util::client::legacy::connect::HttpConnector::new();
+            ClientBuilder::new(connector)
+                .capabilities(capabilities)
+                .connect(&format!("http://127.0.0.1:{}", self.port))
+                .await
+                .ok()
+        })
+        .await
+    }
+}
+
+impl Drop for Browser {
+    fn drop(&mut self) {
+        let _ = self.driver.kill();
+        let _ = self.driver.wait();
+    }
+}
+
+async fn embedded() -> (Databases, Instance) {
+    let databases = Databases::new(Kind::Sqlite, 4).await;
+    let settings = [
+        ("EMBEDDED", "true"),
+        ("LIMITS__SENDS_BURST", "10000"),
+        ("LIMITS__SENDS_PER_SECOND", "10000"),
+    ];
+    let instance = Instance::start(&databases.shards_file(), &settings).await;
+    (databases, instance)
+}
+
+async fn eval(page: &Client, script: &str) -> Value {
+    page.execute(&format!("return {script};"), Vec::new())
+        .await
+        .unwrap()
+}
+
+async fn until_page(page: &Client, condition: &str) {
+    until(condition, async || {
+        (eval(page, condition).await == json!(true)).then_some(())
+    })
+    .await;
+}
+
+async fn sign_in(page: &Client, url: &str, user: u64) {
+    page.goto(url).await.unwrap();
+    page.wait()
+        .for_element(Locator::Css("#user"))
+        .await
+        .unwrap()
+        .send_keys(&user.to_string())
+        .await
+        .unwrap();
+    page.find(Locator::Css("#sign-in-form button"))
+        .await
+        .unwrap()
+        .click()
+        .await
+        .unwrap();
+    until_page(
+        page,
+        "document.getElementById('state').textContent === 'connected'",
+    )
+    .await;
+}
+
+async fn open(page: &Client, with: u64) {
+    page.find(Locator::Css("#open-with"))
+        .await
+        .unwrap()
+        .send_keys(&with.to_string())
+        .await
+        .unwrap();
+    page.find(Locator::Css("#open-form button"))
+        .await
+        .unwrap()
+        .click()
+        .await
+        .unwrap();
+}
+
+async fn write(page: &Client, text: &str) {
+    page.find(Locator::Css("#text"))
+        .await
+        .unwrap()
+        .send_keys(text)
+        .await
+        .unwrap();
+    page.find(Locator::Css("#send-form button"))
+        .await
+        .unwrap()
+        .click()
+        .await
+        .unwrap();
+}
+
+const SHOWN: &str =
+    "[...document.querySelectorAll('#log li:not(.pending) .text')].map(e => e.textContent)";
+
+async fn until_shown(page: &Client, texts: &[&str]) {
+    until_page(
+        page,
+        &format!(
+            "JSON.stringify({SHOWN}) === JSON.stringify({})",
+            json!(texts)
+        ),
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_people_talk_in_their_tabs_and_a_second_tab_hears_both() {
+    let (_databases, instance) = embedded().await;
+    let browser = Browser::start();
+    let page = browser.client().await;
+    sign_in(&page, &instance.url, 7).await;
+    let seven = page.window().await.unwrap();
+    let another = async |user: u64, with: u64| {
+        let tab = page.new_window(true).await.unwrap().handle;
+        page.switch_to_window(tab.clone()).await.unwrap();
+        sign_in(&page, &instance.url, user).await;
+        open(&page, with).await;
+        tab
+    };
+    let second = another(7, 42).await;
+    let forty_two = another(42, 7).await;
+    page.switch_to_window(seven.clone()).await.unwrap();
+    open(&page, 42).await;
+    write(&page, "hello").await;
+    until_shown(&page, &["hello"]).await;
+    page.switch_to_window(forty_two.clone()).await.unwrap();
+    until_shown(&page, &["hello"]).await;
+    write(&page, "hi there").await;
+    write(&page, "how are you?").await;
+    for tab in [&seven, &second, &forty_two] {
+        page.switch_to_window(tab.clone()).await.unwrap();
+        until_shown(&page, &["hello", "hi there", "how are you?"]).await;
+    }
+    // The list shows the last message, and what was not read.
+    page.switch_to_window(forty_two).await.unwrap();
+    let api = chat_client::Api::new(
+        chat_client::Access::new(&instance.url, chat_client::TokenSource::Dev),
+        9,
+    )
+    .await
+    .unwrap();
+    api.send(42, "k", "from somebody else").await.unwrap();
+    until_page(
+        &page,
+        "document.querySelector('#dialogs button[data-with=\"9\"] .unread')?.textContent === '1'",
+    )
+    .await;
+    page.find(Locator::Css("#dialogs button[data-with=\"9\"]"))
+        .await
+        .unwrap()
+        .click()
+        .await
+        .unwrap();
+    until_shown(&page, &["from somebody else"]).await;
+    until_page(&page, "!document.querySelector('#dialogs .unread')").await;
+    page.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_was_written_is_shown_as_text_and_nothing_else() {
+    let (_databases, instance) = embedded().await;
+    let naughty: Vec<String> = serde_json::from_str(include_str!("data/naughty.json")).unwrap();
+    let api = chat_client::Api::new(
+        chat_client::Access::new(&instance.url, chat_client::TokenSource::Dev),
+        42,
+    )
+    .await
+    .unwrap();
+    let mut kept = Vec::new();
+    for (n, text) in naughty.iter().enumerate() {
+        match api.send(7, &format!("n{n}"), text).await {
+            Ok(_) => kept.push(text.clone()),
+            Err(chat_client::ClientError::Refused(body)) => {
+                assert!(
+                    text.is_empty() && body.code == chat_wire::ErrorCode::TextEmpty,
+                    "{text:?}: {body:?}"
+                );
+            }
+            Err(e) => panic!("{text:?}: {e}"),
+        }
+    }
+    assert!(kept.len() > 200);
+    let log: Vec<String> = api
+        .log_upwards(7)
+        .await
+        .unwrap()
+        .into_iter()
+        .map(|message| message.text)
+        .collect();
+    assert!(log == kept, "byte for byte");
+
+    let browser = Browser::start();
+    let page = browser.client().await;
+    sign_in(&page, &instance.url, 7).await;
+    page.execute("window.attacked = []; for (const f of ['alert', 'prompt', 'confirm']) window[f] = (x) => window.attacked.push(x);", Vec::new()).await.unwrap();
+    open(&page, 42).await;
+    until_page(&page, "document.querySelectorAll('#log li').length === 50").await;
+    while eval(&page, "document.getElementById('older').hidden").await == json!(false) {
+        let before = eval(&page, "document.querySelectorAll('#log li').length").await;
+        page.execute("document.getElementById('older').click();", Vec::new())
+            .await
+            .unwrap();
+        until_page(
+            &page,
+            &format!("document.querySelectorAll('#log li').length > {before}"),
+        )
+        .await;
+    }
+    let shown: Vec<String> = serde_json::from_value(eval(&page, SHOWN).await).unwrap();
+    for (shown, kept) in shown.iter().zip(&kept) {
+        assert_eq!(shown, kept);
+    }
+    assert_eq!(shown.len(), kept.len());
+    assert_eq!(eval(&page, "window.attacked").await, json!([]));
+    assert_eq!(eval(&page, "document.querySelectorAll('#log script, #log img, #log a, #log iframe, #log svg').length").await, json!(0));
+    assert_eq!(eval(&page, "document.title").await, json!("chat"));
+    if let Ok(path) = std::env::var("CHAT_TEST_SCREENSHOT") {
+        page.execute(
+            "document.getElementById('log-box').scrollTop = 6000;",
+            Vec::new(),
+        )
+        .await
+        .unwrap();
+        std::fs::write(path, page.screenshot().await.unwrap()).unwrap();
+    }
+    page.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tab_goes_on_by_itself_when_the_server_returns() {
+    let databases = Databases::new(Kind::Sqlite, 4).await;
+    let port = std::net::TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port();
+    let listen = format!("127.0.0.1:{port}");
+    let settings = [("EMBEDDED", "true"), ("LISTEN", listen.as_str())];
+    let file = databases.shards_file();
+    let mut instance = Instance::start(&file, &settings).await;
+    let browser = Browser::start();
+    let page = browser.client().await;
+    sign_in(&page, &instance.url, 7).await;
+    open(&page, 42).await;
+    write(&page, "before").await;
+    until_shown(&page, &["before"]).await;
+    instance.kill();
+    until_page(&page, "document.getElementById('state').textContent.startsWith('offline') || document.getElementById('state').textContent === 'connecting…'").await;
+    write(&page, "written while it was away").await;
+    let instance = Instance::start(&file, &settings).await;
+    until_shown(&page, &["before", "written while it was away"]).await;
+    instance
+        .api(42)
+        .await
+        .send(7, "k", "and an answer")
+        .await
+        .unwrap();
+    until_shown(
+        &page,
+        &["before", "written while it was away", "and an answer"],
+    )
+    .await;
+    assert_eq!(
+        instance.api(42).await.log_upwards(7).await.unwrap().len(),
+        3
+    );
+    page.close().await.unwrap();
+}

@@ -1,0 +1,226 @@
+//! The house rules: who may import whom, what must be absent, and files that belong together.
+
+#![allow(missing_docs)]
+
+use std::path::{Path, PathBuf};
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap()
+        .to_owned()
+}
+
+/// All Rust files below chat/src, with the module at the top that they belong to.
+fn sources() -> Vec<(String, PathBuf, String)> {
+    let source = root().join("chat/src");
+    let mut files = Vec::new();
+    let mut folders = vec![source.clone()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let below = path.strip_prefix(&source).unwrap();
+                let module = below
+                    .components()
+                    .next()
+                    .unwrap()
+                    .as_os_str()
+                    .to_string_lossy()
+                    .trim_end_matches(".rs")
+                    .to_owned();
+                let text = std::fs::read_to_string(&path).unwrap();
+                // What a module's own tests use is their affair.
+                let text = text.split("#[cfg(test)]").next().unwrap().to_owned();
+                files.push((module, path, text));
+            }
+        }
+    }
+    assert!(files.len() > 20);
+    files
+}
+
+/// The modules in reading order, as lib.rs lists them.
+fn order() -> Vec<String> {
+    let map = std::fs::read_to_string(root().join("chat/src/lib.rs")).unwrap();
+    map.lines()
+        .filter_map(|line| line.strip_prefix("pub mod "))
+        .map(|name| name.trim_end_matches(';').to_owned())
+        .collect()
+}
+
+#[test]
+fn a_module_imports_only_what_stands_above_it() {
+    let order = order();
+    let place = |name: &str| order.iter().position(|module| module == name);
+    for (module, path, text) in sources()
+        .iter()
+        .filter(|(module, ..)| !["lib", "main"].contains(&module.as_str()))
+    {
+        let own = place(module).unwrap_or_else(|| panic!("{module} is not in lib.rs"));
+        for line in text
+            .lines()
+            .filter(|line| !line.trim_start().starts_with("//"))
+        {
+            for used in line.split("crate::").skip(1) {
+                let name: String = used
+                    .chars()
+                    .take_while(|c| c.is_ascii_alphanumeric() || *c == '_')
+                    .collect();
+                let other =
+                    place(&name).unwrap_or_else(|| panic!("{}: crate::{name}?", path.display()));
+                assert!(
+                    other <= own,
+                    "{}: {module} imports {name}, which stands below it",
+                    path.display()
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn each_foreign_thing_stays_in_its_own_room() {
+    for (what, rooms) in [
+        ("actix", ["http", "server", "main"].as_slice()),
+        ("mysql_async", &["store"]),
+        ("rusqlite", &["store"]),
+        ("refinery", &["store"]),
+        ("async_nats", &["bus"]),
+        ("jsonwebtoken", &["http"]),
+        ("hashring", &["ring"]),
+    ] {
+        for (module, path, text) in sources() {
+            let code: String = text
+                .lines()
+                .filter(|line| !line.trim_start().starts_with("//"))
+                .collect();
+            let named = [
+                format!("{what}::"),
+                format!("{what}_web"),
+                format!("{what}_ws"),
+                format!("{what}_http"),
+            ];
+            let uses = named.iter().any(|name| code.contains(name.as_str()));
+            assert!(
+                !uses || rooms.contains(&module.as_str()),
+                "{}: {what} belongs into {rooms:?}",
+                path.display()
+            );
+        }
+    }
+}
+
+#[test]
+fn the_pure_modules_have_no_async_no_clock_no_chance_and_no_file() {
+    for (module, path, text) in sources() {
+        if ["dialog", "topology", "ring", "ownership"].contains(&module.as_str())
+            || path.ends_with("store/plan.rs")
+        {
+            for word in [
+                "async ",
+                ".await",
+                "tokio",
+                "Instant::",
+                "SystemTime",
+                "rand::",
+                "std::fs",
+                "std::env",
+                "thread::",
+            ] {
+                assert!(!text.contains(word), "{}: {word}", path.display());
+            }
+        }
+    }
+}
+
+#[test]
+fn both_dialects_have_the_same_migrations() {
+    let names = |dialect: &str| {
+        let folder = root().join("migrations").join(dialect);
+        let mut names: Vec<String> = std::fs::read_dir(folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names("mysql"), names("sqlite"));
+    assert!(!names("mysql").is_empty());
+}
+
+#[test]
+fn nothing_is_left_behind() {
+    for (_, path, text) in sources() {
+        for mark in ["TODO", "FIXME", "XXX", "dbg!(", "todo!(", "unimplemented!("] {
+            assert!(!text.contains(mark), "{}: {mark}", path.display());
+        }
+        for (number, line) in text.lines().enumerate() {
+            let reason = |at: usize| {
+                text.lines()
+                    .nth(at)
+                    .is_some_and(|line| line.contains("// unwrap:"))
+            };
+            assert!(
+                !line.contains(".unwrap()") || reason(number) || reason(number.wrapping_sub(1)),
+                "{}:{}: unwrap without its reason",
+                path.display(),
+                number + 1
+            );
+        }
+    }
+}
+
+/// The README says where each thing is done; every place it names must be there.
+#[test]
+fn the_readme_names_places_that_exist() {
+    let readme = std::fs::read_to_string(root().join("README.md")).unwrap();
+    let table = readme
+        .split("## Where is")
+        .nth(1)
+        .expect("a section Where is …");
+    let mut places = 0;
+    for row in table.lines().filter(|line| line.starts_with('|')) {
+        for place in row
+            .split('`')
+            .skip(1)
+            .step_by(2)
+            .filter(|place| place.contains('/'))
+        {
+            assert!(root().join(place).exists(), "README: {place}");
+            places += 1;
+        }
+    }
+    assert!(places > 10);
+}
+
+#[test]
+fn compose_gives_the_services_what_they_need() {
+    let compose = std::fs::read_to_string(root().join("docker-compose.yml")).unwrap();
+    let shards = std::fs::read_to_string(root().join("shards.toml")).unwrap();
+    for n in 1..=4 {
+        assert!(
+            compose.contains(&format!("shard{n}:")) && shards.contains(&format!("@shard{n}:3306/")),
+            "shard{n}"
+        );
+    }
+    for (service, needs) in [
+        ("chat1:", "CHAT__AUTH__SECRET"),
+        ("nats:", "image: nats:2"),
+        ("8086", "127.0.0.1"),
+    ] {
+        assert!(
+            compose.contains(service) && compose.contains(needs),
+            "{service} {needs}"
+        );
+    }
+    // A file that is mounted by itself goes stale at the first rename-on-save: the folder is mounted.
+    assert!(
+        !compose.contains("shards.toml:/"),
+        "mount the folder of shards.toml, not the file"
+    );
+    let dockerfile = std::fs::read_to_string(root().join("Dockerfile")).unwrap();
+    assert!(!dockerfile.contains("# syntax="));
+}
