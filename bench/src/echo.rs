@@ -11,7 +11,9 @@ async fn echo(request: HttpRequest, body: web::Payload) -> actix_web::Result<Htt
                 Message::Text(text) => session.text(text).await,
                 Message::Ping(bytes) => session.pong(&bytes).await,
                 Message::Close(_) => return,
-                _ => Ok(()),
+                Message::Binary(_) | Message::Continuation(_) | Message::Pong(_) | Message::Nop => {
+                    Ok(())
+                }
             };
             if sent.is_err() {
                 return;

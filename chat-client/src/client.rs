@@ -116,7 +116,7 @@ impl Client {
         after: Option<u64>,
         limit: Option<u32>,
     ) -> Result<HistoryPage, ClientError> {
-        match self
+        let answer = self
             .ask(move |id| ClientFrame::History {
                 id: Some(id),
                 with,
@@ -124,13 +124,11 @@ impl Client {
                 after,
                 limit,
             })
-            .await?
-        {
-            ServerFrame::History { page, .. } => Ok(page),
-            _ => Err(ClientError::Connection(
-                "the server answered something else".into(),
-            )),
-        }
+            .await?;
+        let ServerFrame::History { page, .. } = answer else {
+            return Err(another());
+        };
+        Ok(page)
     }
 
     /// A page of the inbox.
@@ -142,19 +140,17 @@ impl Client {
         limit: Option<u32>,
         cursor: Option<String>,
     ) -> Result<InboxPage, ClientError> {
-        match self
+        let answer = self
             .ask(move |id| ClientFrame::Inbox {
                 id: Some(id),
                 limit,
                 cursor,
             })
-            .await?
-        {
-            ServerFrame::Inbox { page, .. } => Ok(page),
-            _ => Err(ClientError::Connection(
-                "the server answered something else".into(),
-            )),
-        }
+            .await?;
+        let ServerFrame::Inbox { page, .. } = answer else {
+            return Err(another());
+        };
+        Ok(page)
     }
 
     /// Marks the dialog with `with` as read up to `seq`, if there is a connection.
@@ -184,6 +180,11 @@ impl Client {
             .await
             .map_err(|_| ClientError::Closed)
     }
+}
+
+/// An answer with the id of a request, but of another kind.
+fn another() -> ClientError {
+    ClientError::Connection("the server answered something else".into())
 }
 
 struct Actor {
@@ -268,13 +269,17 @@ impl Actor {
         commands: &mut mpsc::Receiver<Command>,
     ) -> Ended {
         match timeout(CONNECT_LIMIT, connection.next()).await {
-            Ok(Incoming::Frame(frame)) => match *frame {
-                ServerFrame::Welcome { .. } => {}
-                ServerFrame::Error(body) if !body.retryable => {
-                    return Ended::ForGood(ClientError::Refused(Box::new(body)));
+            Ok(Incoming::Frame(frame)) => {
+                if let ServerFrame::Error(body) = *frame {
+                    if !body.retryable {
+                        return Ended::ForGood(ClientError::Refused(Box::new(body)));
+                    }
+                    return Ended::Lost(None, body.message);
                 }
-                other => return Ended::Lost(None, format!("no welcome, but {other:?}")),
-            },
+                if !matches!(*frame, ServerFrame::Welcome { .. }) {
+                    return Ended::Lost(None, format!("no welcome, but {frame:?}"));
+                }
+            }
             Ok(Incoming::Closed(code, reason)) => return Ended::of(code, reason),
             Err(_) => return Ended::Lost(None, "no welcome in time".into()),
         }

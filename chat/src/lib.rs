@@ -1,20 +1,49 @@
 //! A dialog messaging server: durable before acknowledged, stored once, ordered and dense, on sharded MySQL.
+//!
+//! The modules in reading order, which is the import order too: each uses only what stands above it, and a test holds
+//! that. `docs/ARCHITECTURE.md` walks one message and one edit of `shards.toml` through them.
 
-pub mod bus;
-pub mod cluster;
+// What can be set.
 pub mod config;
-pub mod delivery;
+
+// Pure: no async, no clock, no chance, no file.
 pub mod dialog;
-pub mod http;
-pub mod messages;
-pub mod metrics;
-pub mod outbox;
-pub mod ownership;
-pub mod refusal;
-pub mod registry;
-pub mod ring;
-pub mod server;
-pub mod session;
-pub mod store;
+
 pub mod topology;
+
+pub mod ring;
+
+pub mod ownership;
+
+// Below this line the world begins: a shard's database, …
+pub mod store;
+
+pub mod metrics;
+
+// … all of them together, …
+pub mod cluster;
+
+// … and what is done with them.
 pub mod writer;
+
+pub mod messages;
+
+pub mod refusal;
+
+pub mod change;
+
+// Telling people.
+pub mod bus;
+
+pub mod outbox;
+
+pub mod registry;
+
+pub mod delivery;
+
+pub mod session;
+
+// The outside.
+pub mod http;
+
+pub mod server;

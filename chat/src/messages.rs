@@ -664,7 +664,7 @@ mod tests {
         let overlap = part(&mut Slot::all().filter(|slot| slot.get() >= 1999));
         assert!(covers_each_slot_once(&[low.clone(), high], true));
         assert!(!covers_each_slot_once(&[low.clone(), overlap], true));
-        assert!(!covers_each_slot_once(&[low.clone()], true));
+        assert!(!covers_each_slot_once(std::slice::from_ref(&low), true));
         assert!(covers_each_slot_once(&[low], false));
     }
 }

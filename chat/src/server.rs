@@ -1,6 +1,7 @@
 //! From settings to a running server: what is built in which order, and what is ended in which.
 
 use crate::bus::{Bus, LocalBus, NatsBus};
+use crate::change::{self, FileState};
 use crate::cluster::{Cluster, Founding, StartError};
 use crate::config::Settings;
 use crate::delivery::Delivery;
@@ -20,6 +21,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tokio::runtime::Runtime;
+use tokio::sync::watch;
 
 /// A server that is built and listens, but does not serve yet.
 pub struct Server {
@@ -111,6 +113,7 @@ impl Server {
             Arc::new(move |committed: Committed<'_>| delivery.message(&committed))
         };
         let messages = Messages::start(cluster, &settings, &on_commit, &runtime, metrics.clone());
+        let file = watch_shards_file(&settings.shards_file, messages.cluster(), &runtime);
         let context = SessionContext {
             messages,
             delivery,
@@ -129,6 +132,7 @@ impl Server {
             ),
             trust_forwarded_for: settings.trust_forwarded_for,
             draining: AtomicBool::new(false),
+            file,
             admin_token: settings.admin_token.clone(),
         });
         Ok(Self {
@@ -235,6 +239,21 @@ fn listen(address: SocketAddr) -> anyhow::Result<(SocketAddr, TcpListener)> {
     let listener =
         TcpListener::bind(address).with_context(|| format!("cannot listen on {address}"))?;
     Ok((listener.local_addr()?, listener))
+}
+
+/// Watches the file, beginning with how it stands now.
+fn watch_shards_file(
+    path: &Path,
+    cluster: &Cluster,
+    runtime: &tokio::runtime::Handle,
+) -> watch::Receiver<FileState> {
+    let env = |name: &str| std::env::var(name).ok();
+    let cluster = cluster.clone();
+    let read = move |text: &str| change::compare(text, &cluster, &env);
+    let now = std::fs::read_to_string(path).map(|text| read(&text));
+    let (sender, state) = watch::channel(now.unwrap_or(FileState::InForce));
+    runtime.spawn(change::watch_file(path.to_owned(), Box::new(read), sender));
+    state
 }
 
 /// Takes the shards into service; waits a while for those that the founding needs.

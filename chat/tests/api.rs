@@ -1,5 +1,7 @@
 //! The service as a client meets it: WebSocket and REST, an instance of its own, SQLite below.
 
+#![allow(missing_docs, clippy::wildcard_enum_match_arm)]
+
 mod support;
 
 use chat_wire::{ClientFrame, Close, ErrorCode, ServerFrame};

@@ -1,5 +1,7 @@
 //! Clients that mean no good, on raw sockets: each gets its answer, and the process lives with its memory bounded.
 
+#![allow(missing_docs, clippy::wildcard_enum_match_arm)]
+
 mod support;
 
 use chat_wire::{Close, ErrorCode};

@@ -1,5 +1,7 @@
 //! What every bus must do: in process and over a real NATS.
 
+#![allow(missing_docs, clippy::wildcard_enum_match_arm)]
+
 mod support;
 
 use bytes::Bytes;

@@ -1,5 +1,7 @@
 //! Two instances over one NATS and several databases: what holds between them, and when parts die.
 
+#![allow(missing_docs, clippy::wildcard_enum_match_arm)]
+
 mod support;
 
 use chat_client::{Api, ClientError};

@@ -1,6 +1,6 @@
 //! The page, in a real browser.
 
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::wildcard_enum_match_arm)]
 
 mod support;
 

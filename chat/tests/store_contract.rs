@@ -1,5 +1,7 @@
 //! What every store must do, on SQLite, MySQL and MariaDB alike.
 
+#![allow(missing_docs, clippy::wildcard_enum_match_arm)]
+
 mod support;
 
 use chat::config::Settings;

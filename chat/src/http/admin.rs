@@ -50,15 +50,16 @@ pub async fn metrics(request: HttpRequest, app: web::Data<App>) -> Result<HttpRe
         .body(text))
 }
 
-/// The document in force.
+/// The document in force, and how this instance's `shards.toml` stands to it.
 pub async fn topology(
     request: HttpRequest,
     app: web::Data<App>,
 ) -> Result<web::Json<Value>, ApiError> {
     operator(&request, &app)?;
     let (version, document) = app.context.messages.cluster().document();
+    let file = app.file.borrow().clone();
     Ok(web::Json(
-        json!({ "version": version, "hash": document.hash(), "document": document }),
+        json!({ "version": version, "hash": document.hash(), "document": document, "file": file }),
     ))
 }
 

@@ -102,14 +102,14 @@ impl Tokens {
             {
                 Keys::Set(serde_json::from_slice(&text).with_context(shown)?)
             } else {
-                Keys::One(
-                    match algorithm {
-                        Algorithm::EdDSA => DecodingKey::from_ed_pem(&text),
-                        Algorithm::ES256 => DecodingKey::from_ec_pem(&text),
-                        _ => DecodingKey::from_rsa_pem(&text),
-                    }
-                    .with_context(shown)?,
-                )
+                let key = if algorithm == Algorithm::EdDSA {
+                    DecodingKey::from_ed_pem(&text)
+                } else if algorithm == Algorithm::ES256 {
+                    DecodingKey::from_ec_pem(&text)
+                } else {
+                    DecodingKey::from_rsa_pem(&text)
+                };
+                Keys::One(key.with_context(shown)?)
             }
         };
         let mut validation = Validation::new(algorithm);
@@ -186,6 +186,7 @@ impl Authenticate for Tokens {
         let claims = jsonwebtoken::decode::<Claims>(token, &key, &self.validation)
             .map_err(|e| {
                 use jsonwebtoken::errors::ErrorKind;
+                #[allow(clippy::wildcard_enum_match_arm)] // what is said of the rest is the same
                 refuse(match e.kind() {
                     ErrorKind::ExpiredSignature => "the token has expired",
                     ErrorKind::InvalidAlgorithm | ErrorKind::InvalidAlgorithmName => {

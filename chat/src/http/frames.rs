@@ -108,9 +108,12 @@ impl Frames {
         if announced(&self.buffer).is_some_and(|length| length > self.max_bytes as u64) {
             return Err(Broken::TooLarge);
         }
-        let frame = self.codec.decode(&mut self.buffer).map_err(|e| match e {
-            ProtocolError::Overflow => Broken::TooLarge,
-            _ => Broken::Protocol,
+        let frame = self.codec.decode(&mut self.buffer).map_err(|e| {
+            if matches!(e, ProtocolError::Overflow) {
+                Broken::TooLarge
+            } else {
+                Broken::Protocol
+            }
         })?;
         if self.buffer.is_empty() && self.buffer.capacity() > KEEP_BYTES {
             self.buffer = BytesMut::new();

@@ -14,6 +14,7 @@ pub use auth::{SAMPLE_SECRET, Tokens};
 pub use errors::ApiError;
 pub use line::{Counter, Line};
 
+use crate::change::FileState;
 use crate::config::Secret;
 use crate::refusal::Refusal;
 use crate::session::Context;
@@ -22,6 +23,7 @@ use chat_wire::ErrorCode;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use tokio::sync::watch;
 use utoipa::OpenApi;
 use utoipa_swagger_ui::SwaggerUi;
 
@@ -41,6 +43,8 @@ pub struct App {
     pub trust_forwarded_for: bool,
     /// Set while the instance is going away.
     pub draining: AtomicBool,
+    /// How `shards.toml` stands to the document in force.
+    pub file: watch::Receiver<FileState>,
     /// Asked of operators.
     pub admin_token: Option<Secret>,
 }
@@ -111,11 +115,11 @@ fn limits(config: &mut web::ServiceConfig) {
                 .limit(BODY_BYTES)
                 .error_handler(|e, _| {
                     use actix_web::error::JsonPayloadError as E;
-                    let code = match &e {
-                        E::Overflow { .. } | E::OverflowKnownLength { .. } => {
-                            ErrorCode::FrameTooLarge
-                        }
-                        _ => ErrorCode::BadRequest,
+                    let too_large = matches!(e, E::Overflow { .. } | E::OverflowKnownLength { .. });
+                    let code = if too_large {
+                        ErrorCode::FrameTooLarge
+                    } else {
+                        ErrorCode::BadRequest
                     };
                     ApiError::from(Refusal::new(code, e.to_string())).into()
                 }),

@@ -1,9 +1,9 @@
 //! A shard's database: one contract, two stores. `tests/store_contract.rs` runs the same cases on both.
 //!
 //! - [`Store`]: what the service asks of a database. No method decides anything; the rules are pure and stand in
-//!   [`crate::ownership`] and [`plan`].
-//! - [`mysql`] and [`sqlite`]: the two.
-//! - [`shard`]: a store with its name, its time limits and its circuit, as everything above uses it.
+//!   [`crate::ownership`] and [`BatchPlan`].
+//! - [`MysqlStore`] and [`SqliteStore`]: the two.
+//! - [`Shard`]: a store with its name, its time limits and its circuit, as everything above uses it.
 
 mod migrate;
 mod mysql;

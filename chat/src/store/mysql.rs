@@ -894,6 +894,7 @@ fn unreachable(e: mysql_async::Error) -> StoreError {
     }
 }
 
+#[allow(clippy::wildcard_enum_match_arm)] // whatever else there is or will be is not to be shown
 fn driver(e: &mysql_async::DriverError) -> String {
     // Some variants carry rows or packets, and with them what somebody wrote.
     match e {

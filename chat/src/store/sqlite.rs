@@ -154,7 +154,7 @@ impl Store for SqliteStore {
     }
 
     async fn meta(&self) -> Result<Option<Meta>, StoreError> {
-        self.read_on(|snapshot| select_meta(snapshot)).await
+        self.read_on(select_meta).await
     }
 
     async fn found(&self, meta: &Meta, owned: &SlotSet) -> Result<Meta, StoreError> {
