@@ -3,13 +3,14 @@
 use crate::connection::{Connection, Incoming};
 use crate::{Access, ClientError};
 use chat_wire::{
-    ClientFrame, Close, ErrorBody, HistoryPage, InboxPage, Message, ReadMark, Sent, ServerFrame,
+    ClientFrame, Close, ErrorBody, ErrorCode, HistoryPage, InboxPage, Message, ReadMark, Sent,
+    ServerFrame,
 };
 use rand::RngExt;
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 
 /// What happens without being asked for.
@@ -54,7 +55,7 @@ enum Command {
         frame: Box<dyn FnOnce(String) -> ClientFrame + Send>,
         answer: oneshot::Sender<Result<ServerFrame, ClientError>>,
     },
-    Read {
+    Mark {
         with: u64,
         seq: u64,
     },
@@ -82,6 +83,9 @@ impl Client {
             orders: HashMap::new(),
             asked: BTreeMap::new(),
             next: 0,
+            queue: BTreeSet::new(),
+            pace: Pace::new(1),
+            marks: Vec::new(),
             recent: HashMap::new(),
         };
         tokio::spawn(actor.run(commands_in));
@@ -158,7 +162,8 @@ impl Client {
     /// # Errors
     /// [`ClientError::Closed`].
     pub async fn mark_read(&self, with: u64, seq: u64) -> Result<(), ClientError> {
-        self.command(Command::Read { with, seq }).await
+        // The server answers a mark with the mark, which comes as an event; nobody waits for it here.
+        self.command(Command::Mark { with, seq }).await
     }
 
     async fn ask(
@@ -199,6 +204,11 @@ struct Actor {
     /// Requests without an answer, by the number that is their id.
     asked: BTreeMap<u64, Unanswered<ServerFrame>>,
     next: u64,
+    /// Numbers of what is to be sent, in order, as fast as the server takes it.
+    queue: BTreeSet<u64>,
+    pace: Pace,
+    /// Read marks to be sent; while there is no connection they are lost.
+    marks: Vec<Utf8Bytes>,
     /// Per dialog, the last few seqs: a message may be published twice.
     recent: HashMap<String, VecDeque<u64>>,
 }
@@ -271,51 +281,71 @@ impl Actor {
         match timeout(CONNECT_LIMIT, connection.next()).await {
             Ok(Incoming::Frame(frame)) => {
                 if let ServerFrame::Error(body) = *frame {
-                    if !body.retryable {
-                        return Ended::ForGood(ClientError::Refused(Box::new(body)));
-                    }
-                    return Ended::Lost(None, body.message);
+                    return if body.retryable {
+                        Ended::Lost(None, body.message)
+                    } else {
+                        Ended::ForGood(ClientError::Refused(Box::new(body)))
+                    };
                 }
-                if !matches!(*frame, ServerFrame::Welcome { .. }) {
-                    return Ended::Lost(None, format!("no welcome, but {frame:?}"));
-                }
+                let ServerFrame::Welcome { limits, .. } = *frame else {
+                    return Ended::Lost(None, "the server does not say welcome".into());
+                };
+                self.pace = Pace::new(limits.sends_per_second);
             }
             Ok(Incoming::Closed(code, reason)) => return Ended::of(code, reason),
             Err(_) => return Ended::Lost(None, "no welcome in time".into()),
         }
         self.emit(Event::Connected).await;
-        let again: Vec<Utf8Bytes> = self
+        self.queue = self
             .sends
-            .values()
-            .map(|send| send.frame.clone())
-            .chain(self.asked.values().map(|ask| ask.frame.clone()))
+            .keys()
+            .chain(self.asked.keys())
+            .copied()
             .collect();
-        if let Err(e) = connection.send(again).await {
-            return Ended::Lost(None, e.to_string());
-        }
         let mut batch = Vec::with_capacity(TOGETHER);
         loop {
+            let due = self.due(Instant::now());
+            if !due.is_empty()
+                && let Err(e) = connection.send(due).await
+            {
+                return Ended::Lost(None, e.to_string());
+            }
+            let next = self.pace.next;
             tokio::select! {
                 count = commands.recv_many(&mut batch, TOGETHER) => {
                     if count == 0 {
                         connection.close().await;
                         return Ended::Dropped;
                     }
-                    let frames: Vec<Utf8Bytes> = batch.drain(..).filter_map(|command| self.accept(command)).collect();
-                    if let Err(e) = connection.send(frames).await {
-                        return Ended::Lost(None, e.to_string());
-                    }
+                    batch.drain(..).for_each(|command| self.accept(command));
                 }
                 incoming = connection.next() => match incoming {
                     Incoming::Frame(frame) => self.take(*frame).await,
                     Incoming::Closed(code, reason) => return Ended::of(code, reason),
-                }
+                },
+                () = sleep_until(next), if !self.queue.is_empty() => {}
             }
         }
     }
 
-    /// Remembers what a command waits for, and makes its frame.
-    fn accept(&mut self, command: Command) -> Option<Utf8Bytes> {
+    /// What may be sent now, in order; what was answered meanwhile is passed over.
+    fn due(&mut self, now: Instant) -> Vec<Utf8Bytes> {
+        let mut due = std::mem::take(&mut self.marks);
+        while due.len() < TOGETHER && !self.queue.is_empty() && self.pace.allows(now) {
+            let Some(number) = self.queue.pop_first() else {
+                break;
+            };
+            let sent = self.sends.get(&number).map(|send| &send.frame);
+            if let Some(frame) = sent.or_else(|| self.asked.get(&number).map(|ask| &ask.frame)) {
+                due.push(frame.clone());
+                self.pace.take(now);
+            }
+        }
+        due
+    }
+
+    /// Remembers what a command waits for, and puts it into the queue.
+    fn accept(&mut self, command: Command) {
         self.next += 1;
         let number = self.next;
         match command {
@@ -336,11 +366,11 @@ impl Actor {
                     Unanswered {
                         to,
                         key,
-                        frame: frame.clone(),
+                        frame,
                         answer,
                     },
                 );
-                Some(frame)
+                self.queue.insert(number);
             }
             Command::Ask { frame, answer } => {
                 let frame = encode(&frame(number.to_string()));
@@ -349,18 +379,16 @@ impl Actor {
                     Unanswered {
                         to: 0,
                         key: String::new(),
-                        frame: frame.clone(),
+                        frame,
                         answer,
                     },
                 );
-                Some(frame)
+                self.queue.insert(number);
             }
-            Command::Read { with, seq } => Some(encode(&ClientFrame::Read { with, seq })),
-            Command::Repeat { order } => self
-                .sends
-                .get(&order)
-                .map(|send| send.frame.clone())
-                .or_else(|| self.asked.get(&order).map(|ask| ask.frame.clone())),
+            Command::Mark { with, seq } => {
+                self.marks.push(encode(&ClientFrame::Read { with, seq }))
+            }
+            Command::Repeat { order } => drop(self.queue.insert(order)),
         }
     }
 
@@ -420,6 +448,13 @@ impl Actor {
             (None, None) => None,
         };
         let Some(order) = order else { return };
+        if body.code == ErrorCode::RateLimited {
+            // Not this one alone is too early, but whatever comes from us: the queue waits, and keeps its order.
+            let after = Duration::from_millis(body.retry_after_ms.unwrap_or(1000));
+            self.pace.next = self.pace.next.max(Instant::now() + after);
+            self.queue.insert(order);
+            return;
+        }
         if body.retryable {
             let Some(commands) = self.repeats.upgrade() else {
                 return;
@@ -453,6 +488,31 @@ impl Actor {
     async fn emit(&self, event: Event) {
         // Nobody may want them.
         let _ = self.events.send(event).await;
+    }
+}
+
+/// When the next frame may be sent: as many a second as the server takes, and up to a second's worth at once.
+struct Pace {
+    step: Duration,
+    next: Instant,
+}
+
+impl Pace {
+    fn new(per_second: u32) -> Self {
+        Self {
+            step: Duration::from_secs(1) / per_second.max(1),
+            next: Instant::now(),
+        }
+    }
+
+    fn allows(&self, now: Instant) -> bool {
+        self.next <= now
+    }
+
+    fn take(&mut self, now: Instant) {
+        // What was not used for a second is lost.
+        let earliest = now.checked_sub(Duration::from_secs(1)).unwrap_or(now);
+        self.next = self.next.max(earliest) + self.step;
     }
 }
 
