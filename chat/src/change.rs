@@ -43,9 +43,14 @@ pub fn compare(text: &str, cluster: &Cluster, env: &dyn Fn(&str) -> Option<Strin
     }
 }
 
-/// Watches `path` until nobody listens any more, and logs each change of its content in one line.
-pub async fn watch_file(path: PathBuf, read: Box<Read>, state: watch::Sender<FileState>) {
-    let mut seen = tokio::fs::read_to_string(&path).await.ok();
+/// Watches `path` until nobody listens any more, and logs each change of its content in one line. `seen` is the content
+/// that `state` already speaks of: an edit between that reading and the first look here counts like any other.
+pub async fn watch_file(
+    path: PathBuf,
+    mut seen: Option<String>,
+    read: Box<Read>,
+    state: watch::Sender<FileState>,
+) {
     while !state.is_closed() {
         tokio::time::sleep(EVERY).await;
         let Some(text) = settled(&path).await else {
@@ -95,13 +100,17 @@ mod tests {
         std::fs::write(&file, "0").unwrap();
         let (sender, mut state) = watch::channel(FileState::InForce);
         let read = Box::new(|text: &str| FileState::Differs(text.to_owned()));
-        tokio::spawn(watch_file(file.clone(), read, sender));
+        tokio::spawn(watch_file(file.clone(), Some("0".into()), read, sender));
         let edit = async |state: &mut watch::Receiver<FileState>, text: &str, how: &dyn Fn()| {
             how();
-            state
-                .wait_for(|state| *state == FileState::Differs(text.to_owned()))
-                .await
-                .unwrap();
+            let found = FileState::Differs(text.to_owned());
+            tokio::time::timeout(
+                Duration::from_secs(30),
+                state.wait_for(|state| *state == found),
+            )
+            .await
+            .expect("the edit is seen")
+            .unwrap();
         };
         edit(&mut state, "1", &|| std::fs::write(&file, "1").unwrap()).await;
         edit(&mut state, "2", &|| {

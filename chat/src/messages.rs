@@ -168,7 +168,7 @@ impl Messages {
                 .inner
                 .metrics
                 .send_seconds
-                .observe(arrived.elapsed().as_secs_f64());
+                .observe(arrived.elapsed());
             sent
         })
     }
@@ -506,7 +506,7 @@ fn adds_up(page: &Page, range: Range, limit: u32) -> bool {
             }
             Range::After(after) => {
                 seqs.first().is_none_or(|first| first.follows(after))
-                    && (!short || to_the_end(after.max(page.last_seq)))
+                    && (!short || to_the_end(after))
             }
         }
 }

@@ -1,13 +1,16 @@
 //! What is measured, under the names that Prometheus reads. Every gauge and counter is made here and handed to its owner.
 
 use chat_wire::{Close, ErrorCode};
-use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::{EncodeLabelSet, EncodeMetric, MetricEncoder, NoLabelSet};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::metrics::{MetricType, TypedMetric};
 use prometheus_client::registry::Registry;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 /// The label of what is counted per shard.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -27,6 +30,73 @@ pub struct ReasonLabel {
     reason: &'static str,
 }
 
+/// A histogram of durations that every message passes: counters only, where the library's holds a lock.
+#[derive(Clone, Debug)]
+pub struct Latency {
+    inner: Arc<LatencyInner>,
+}
+
+#[derive(Debug)]
+struct LatencyInner {
+    /// One for each bound of [`Latency::bounds`], and one for what lies above.
+    buckets: [AtomicU64; Latency::BUCKETS + 1],
+    sum_micros: AtomicU64,
+}
+
+impl Latency {
+    const BUCKETS: usize = 16;
+
+    /// Upper bounds in microseconds, from 0.5 ms on, each twice the one before.
+    fn bounds() -> impl Iterator<Item = u64> {
+        (0..Self::BUCKETS).map(|n| 500 << n)
+    }
+
+    /// Counts one.
+    pub fn observe(&self, took: Duration) {
+        let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        let bucket = Self::bounds().position(|bound| micros <= bound);
+        self.inner.buckets[bucket.unwrap_or(Self::BUCKETS)].fetch_add(1, Ordering::Relaxed);
+        self.inner.sum_micros.fetch_add(micros, Ordering::Relaxed);
+    }
+}
+
+impl Default for Latency {
+    fn default() -> Self {
+        let inner = LatencyInner {
+            buckets: [const { AtomicU64::new(0) }; Latency::BUCKETS + 1],
+            sum_micros: AtomicU64::new(0),
+        };
+        Self {
+            inner: Arc::new(inner),
+        }
+    }
+}
+
+impl TypedMetric for Latency {
+    const TYPE: MetricType = MetricType::Histogram;
+}
+
+impl EncodeMetric for Latency {
+    fn encode(&self, mut encoder: MetricEncoder<'_>) -> std::fmt::Result {
+        let bounds = Self::bounds()
+            .map(|micros| micros as f64 / 1e6)
+            .chain([f64::MAX]);
+        let counts = self
+            .inner
+            .buckets
+            .iter()
+            .map(|count| count.load(Ordering::Relaxed));
+        let buckets: Vec<(f64, u64)> = bounds.zip(counts).collect();
+        let sum = self.inner.sum_micros.load(Ordering::Relaxed) as f64 / 1e6;
+        let count = buckets.iter().map(|(_, count)| count).sum();
+        encoder.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)
+    }
+
+    fn metric_type(&self) -> MetricType {
+        Self::TYPE
+    }
+}
+
 /// Everything that is measured; one for each server in a process.
 pub struct Metrics {
     registry: Registry,
@@ -41,7 +111,7 @@ pub struct Metrics {
     /// Bytes of those.
     pub bytes_out: Counter,
     /// Seconds from a send's arrival to its answer.
-    pub send_seconds: Histogram,
+    pub send_seconds: Latency,
     /// Errors told to clients.
     errors: Family<CodeLabel, Counter>,
     /// Sessions closed by the server.
@@ -91,7 +161,6 @@ impl Metrics {
     /// All at zero.
     #[must_use]
     pub fn new() -> Arc<Self> {
-        let seconds = || Histogram::new(exponential_buckets(0.0005, 2.0, 16));
         let metrics = Self {
             registry: Registry::with_prefix("chat"),
             sessions: Gauge::default(),
@@ -99,7 +168,7 @@ impl Metrics {
             bytes_in: Counter::default(),
             frames_out: Counter::default(),
             bytes_out: Counter::default(),
-            send_seconds: seconds(),
+            send_seconds: Latency::default(),
             errors: Family::default(),
             closes: Family::default(),
             stored: Family::default(),

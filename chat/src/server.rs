@@ -250,9 +250,15 @@ fn watch_shards_file(
     let env = |name: &str| std::env::var(name).ok();
     let cluster = cluster.clone();
     let read = move |text: &str| change::compare(text, &cluster, &env);
-    let now = std::fs::read_to_string(path).map(|text| read(&text));
+    let seen = std::fs::read_to_string(path).ok();
+    let now = seen.as_deref().map(&read);
     let (sender, state) = watch::channel(now.unwrap_or(FileState::InForce));
-    runtime.spawn(change::watch_file(path.to_owned(), Box::new(read), sender));
+    runtime.spawn(change::watch_file(
+        path.to_owned(),
+        seen,
+        Box::new(read),
+        sender,
+    ));
     state
 }
 
