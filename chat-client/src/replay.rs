@@ -1,13 +1,13 @@
 //! Real conversations, sent as they were: in order per dialog, many users at once.
 
 use anyhow::{Context, bail};
-use chat_client::{Access, Api, Client};
+use chat_client::{Access, Api, Client, Event};
 use chat_wire::Message;
 use clap::Args;
 use futures_util::{StreamExt, TryStreamExt, stream};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Deserialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 #[derive(Args)]
@@ -77,12 +77,25 @@ async fn send(
     lines: usize,
     at_once: usize,
 ) -> anyhow::Result<()> {
+    let users: BTreeSet<u64> = dialogs
+        .keys()
+        .flat_map(|(low, high)| [*low, *high])
+        .collect();
     let mut clients = BTreeMap::new();
-    for user in dialogs.keys().flat_map(|(low, high)| [*low, *high]) {
+    let mut sessions = Vec::new();
+    for user in users {
         let server = &servers[user as usize % servers.len()];
-        clients
-            .entry(user)
-            .or_insert_with(|| Client::start(server.clone(), user).0);
+        let (client, events) = Client::start(server.clone(), user);
+        clients.insert(user, client);
+        sessions.push((user, events));
+    }
+    // A user who cannot connect, for instance because there are too many, would be waited for without end.
+    for (user, mut events) in sessions {
+        match events.recv().await.context("a session ended")? {
+            Event::Closed(e) => return Err(e.into()),
+            Event::Disconnected { reason, .. } => bail!("user {user} cannot connect: {reason}"),
+            Event::Connected | Event::Message(_) | Event::Read(_) => {}
+        }
     }
     let bar = bar(lines as u64);
     // A line waits for the one before it in its dialog, whoever wrote it; the key says which line of the dialog it is, so

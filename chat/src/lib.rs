@@ -9,9 +9,9 @@ pub mod config;
 // Pure: no async, no clock, no chance, no file.
 pub mod dialog;
 
-pub mod topology;
-
 pub mod ring;
+
+pub mod topology;
 
 pub mod ownership;
 

@@ -9,7 +9,7 @@ use chat::metrics::Metrics;
 use chat::ring::{SLOTS, Slot};
 use chat::server::{Server, read_topology};
 use clap::{Parser, Subcommand};
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -130,12 +130,12 @@ async fn serve(settings: Settings) -> anyhow::Result<()> {
     let address = server.address();
     tracing::info!(%address, admin = %server.admin_address(), "serving");
     if embedded && address.ip().is_loopback() {
-        println!("chat is at http://{address}/ — open it in two tabs and sign in as two users.");
-        println!(
-            "Embedded mode: whoever reaches this address gets a token for any user, from POST /v1/dev/token."
-        );
-        println!(
-            "Or talk here:  cargo run --release -p chat-client -- talk --url http://{address} --user 7 --with 42"
+        // Whoever started us may not be listening any more; that is no reason to end.
+        let _ = write!(
+            std::io::stdout(),
+            "chat is at http://{address}/ — open it in two tabs and sign in as two users.\n\
+             Embedded mode: whoever reaches this address gets a token for any user, from POST /v1/dev/token.\n\
+             Or talk here:  cargo run --release -p chat-client -- talk --url http://{address} --user 7 --with 42\n"
         );
     }
     let mut terminate = signal(SignalKind::terminate())?;

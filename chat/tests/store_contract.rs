@@ -92,6 +92,7 @@ async fn founding_happens_once_and_migrating_again_changes_nothing(kind: Kind) {
     let databases = Databases::new(kind, 1).await;
     let store = open(&databases, 0);
     let (a, b) = (open(&databases, 0), open(&databases, 0));
+    assert_eq!(store.meta().await.unwrap(), None, "not even tables");
     let (first, second) = tokio::join!(a.migrate(), b.migrate());
     first.unwrap();
     second.unwrap();

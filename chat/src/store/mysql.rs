@@ -208,13 +208,13 @@ impl Store for MysqlStore {
     }
 
     async fn meta(&self) -> Result<Option<Meta>, StoreError> {
-        self.on_read(async |conn| {
-            let row = conn
-                .query_first::<MetaRow, _>(SELECT_META)
-                .await
-                .map_err(classify)?;
-            row.map(meta_of).transpose()
-        })
+        self.on_read(
+            async |conn| match conn.query_first::<MetaRow, _>(SELECT_META).await {
+                Ok(row) => row.map(meta_of).transpose(),
+                Err(mysql_async::Error::Server(e)) if e.code == NO_SUCH_TABLE => Ok(None),
+                Err(e) => Err(classify(e)),
+            },
+        )
         .await
     }
 
@@ -850,6 +850,8 @@ fn corrupt(column: &str) -> StoreError {
 }
 
 const DUPLICATE_KEY: u16 = 1062;
+
+const NO_SUCH_TABLE: u16 = 1146;
 
 /// Server errors after which the whole transaction may simply be repeated: lock wait timeout, deadlock, and (MariaDB from
 /// 11.6) a row that changed since the snapshot.

@@ -154,7 +154,18 @@ impl Store for SqliteStore {
     }
 
     async fn meta(&self) -> Result<Option<Meta>, StoreError> {
-        self.read_on(select_meta).await
+        self.read_on(|snapshot| {
+            // A file of no tables is one that was never migrated.
+            if snapshot
+                .table_exists(None, "meta")
+                .map_err(|e| classify(&e))?
+            {
+                select_meta(snapshot)
+            } else {
+                Ok(None)
+            }
+        })
+        .await
     }
 
     async fn found(&self, meta: &Meta, owned: &SlotSet) -> Result<Meta, StoreError> {

@@ -1,0 +1,135 @@
+//! The command `chat` as somebody meets it who has nothing yet: no database, no settings, no secret.
+
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod support;
+
+use chat_client::{Access, TokenSource};
+use serde_json::{Value, json};
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use support::until;
+
+fn chat(data: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_chat"));
+    command
+        .args(arguments)
+        .arg("--embedded")
+        .arg("--data")
+        .arg(data)
+        .env("CHAT__LISTEN", "127.0.0.1:0")
+        .env("CHAT__ADMIN_LISTEN", "127.0.0.1:0")
+        .env_remove("CHAT__AUTH__SECRET");
+    command
+}
+
+/// `serve --embedded`, ended with the test.
+struct Embedded(Child, String);
+
+impl Embedded {
+    fn start(data: &Path) -> Self {
+        let mut child = chat(data, &["serve"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap())
+            .read_line(&mut line)
+            .unwrap();
+        let url = line
+            .split_whitespace()
+            .find(|word| word.starts_with("http"));
+        let url = url.unwrap_or_else(|| panic!("no address in {line:?}"));
+        Self(child, url.trim_end_matches('/').to_owned())
+    }
+
+    async fn post(&self, path: &str, token: Option<&str>, body: Value) -> (u16, Value) {
+        let access = Access::new(&self.1, TokenSource::Given(String::new()));
+        let request = access.http().post(access.url(path));
+        let request = token
+            .into_iter()
+            .fold(request, |request, token| request.bearer_auth(token));
+        let response = request.json(&body).send().await.unwrap();
+        (response.status().as_u16(), response.json().await.unwrap())
+    }
+}
+
+impl Drop for Embedded {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn text(output: &Output) -> (bool, String, String) {
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+    (
+        output.status.success(),
+        text(&output.stdout),
+        text(&output.stderr),
+    )
+}
+
+#[tokio::test]
+async fn one_command_serves_from_nothing_and_keeps_what_it_had_over_kill_9() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    let server = Embedded::start(&data);
+    let (status, minted) = server.post("/v1/dev/token", None, json!({"user": 7})).await;
+    assert_eq!(status, 200);
+    let token = minted["token"].as_str().unwrap().to_owned();
+    let send = json!({"key": "k", "text": "hi"});
+    let path = "/v1/dialogs/42/messages";
+    let (status, first) = server.post(path, Some(&token), send.clone()).await;
+    assert_eq!((status, &first["seq"]), (201, &json!(1)));
+    drop(server);
+
+    let server = Embedded::start(&data);
+    // The secret was kept too: the token of before is good, and the message is there.
+    let (status, again) = server.post(path, Some(&token), send).await;
+    assert_eq!((status, again), (200, first));
+
+    // A token from the command line is as good as one from the route.
+    let (ok, printed, _) = text(&chat(&data, &["token", "42"]).output().unwrap());
+    assert!(ok);
+    let (status, answer) = server
+        .post(
+            "/v1/dialogs/7/messages",
+            Some(printed.trim()),
+            json!({"key": "k", "text": "ho"}),
+        )
+        .await;
+    assert_eq!((status, &answer["seq"]), (201, &json!(2)), "{answer}");
+}
+
+#[tokio::test]
+async fn where_names_slot_owner_and_wanted_shard() {
+    let folder = tempfile::tempdir().unwrap();
+    let asked = |data: &Path| text(&chat(data, &["where", "178", "25"]).output().unwrap());
+    let (ok, _, said) = asked(folder.path());
+    assert!(!ok && said.contains("start the server once"), "{said}");
+
+    drop(Embedded::start(folder.path()));
+    let found = until("the file is free again", async || {
+        let (ok, found, _) = asked(folder.path());
+        ok.then_some(found)
+    })
+    .await;
+    // The same vectors that pin the placement.
+    let vectors = include_str!("data/placement.tsv");
+    let vector = vectors
+        .lines()
+        .find(|line| line.starts_with("25_178\t"))
+        .unwrap();
+    let fields: Vec<&str> = vector.split('\t').collect();
+    for line in [
+        "dialog 25_178".to_owned(),
+        format!("slot   {} of 4096", fields[1]),
+        format!("owner  {}", fields[2]),
+        format!("wanted {}", fields[2]),
+    ] {
+        assert!(found.lines().any(|found| found == line), "{line}: {found}");
+    }
+}
