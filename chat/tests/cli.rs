@@ -1,6 +1,6 @@
 //! The command `chat` as somebody meets it who has nothing yet: no database, no settings, no secret.
 
-#![allow(missing_docs, clippy::unwrap_used)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::wildcard_enum_match_arm)]
 
 mod support;
 
