@@ -7,14 +7,16 @@ use crate::config;
 use crate::metrics::Metrics;
 use crate::ring::{ALGORITHM, Placement, SLOTS, Slot};
 use crate::store::{
-    Identity, Meta, MysqlStore, Phase, Shard, ShardState, SlotSet, SqliteStore, Store, StoreError,
-    Timing,
+    Database, DocRef, Holding, Identity, Meta, MysqlStore, Phase, Shard, ShardState, SlotSet,
+    SqliteStore, StoreError, Timing,
 };
 use crate::topology::{Document, ShardState as Wanted, StoreUrl, Topology};
+use arc_swap::ArcSwap;
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use tokio::runtime::Handle;
+use tokio::sync::watch;
 
 /// A handle; a clone is one more reference.
 #[derive(Clone)]
@@ -23,16 +25,55 @@ pub struct Cluster {
 }
 
 struct Inner {
-    version: u64,
-    document: Document,
-    placement: Placement,
-    shards: Vec<Shard>,
-    /// For each slot the index in `shards` of its owner, as far as known. Read by every message, hence without a lock.
+    cluster_id: String,
+    settings: config::Store,
+    runtime: Handle,
+    /// The document that this instance goes by, and the shards it names. Read by every message, hence without a lock.
+    view: ArcSwap<View>,
+    /// Every shard that this process has opened, by number: owners are named by it.
+    roster: ArcSwap<Vec<Shard>>,
+    /// By name, what the file says, and the shard that was opened for it; held while view or roster change.
+    opened: Mutex<BTreeMap<String, (StoreUrl, Shard)>>,
+    /// For each slot the number of its owner, as far as known.
     owners: Vec<AtomicU16>,
     refreshing: tokio::sync::Mutex<()>,
     /// Rounds of asking that have ended.
     rounds: AtomicU64,
+    /// Tells when an owner was noted.
+    noted: watch::Sender<()>,
     metrics: Arc<Metrics>,
+}
+
+/// A document, as this instance can carry it out.
+pub struct View {
+    /// Which.
+    pub doc: DocRef,
+    /// What it says.
+    pub document: Document,
+    /// Those of its shards that are not declared down and that our file has a URL for, by name.
+    pub shards: Vec<Shard>,
+    placement: Placement,
+}
+
+impl View {
+    /// The shard that the ring wants for a slot.
+    #[must_use]
+    pub fn wanted(&self, slot: Slot) -> &str {
+        self.placement.wanted(slot)
+    }
+
+    /// One of its shards.
+    #[must_use]
+    pub fn shard(&self, name: &str) -> Option<&Shard> {
+        self.shards.iter().find(|shard| shard.name() == name)
+    }
+
+    /// Names of shards that are not declared down, and that our file has not.
+    pub fn strangers(&self) -> impl Iterator<Item = &str> {
+        self.document
+            .live()
+            .filter(|name| self.shard(name).is_none())
+    }
 }
 
 /// No shard is known to own the slot.
@@ -84,12 +125,12 @@ impl Cluster {
                 agree(topology, &found)?
             }
         };
-        let (version, document, cluster_id) = match agreed {
+        let (doc, document, cluster_id) = match agreed {
             Agreed::InForce {
-                version,
+                doc,
                 document,
                 cluster_id,
-            } => (version, document, cluster_id),
+            } => (doc, document, cluster_id),
             Agreed::ToFound { .. } if founding == Founding::Refused => {
                 return Err(StartError::Fatal(
                     "these databases are empty; start the server once to found them".into(),
@@ -106,29 +147,32 @@ impl Cluster {
                         warnings: Vec::new(),
                     })
                 });
-                (1, document, cluster_id)
+                let doc = DocRef {
+                    version: 1,
+                    phase: Phase::Normal,
+                    hash: document.hash(),
+                };
+                (doc, document, cluster_id)
             }
         };
-        let placement = document.placement().ok_or_else(|| {
-            StartError::Fatal("the installed document has no active shard".into())
-        })?;
-
-        let mut shards = Vec::new();
-        for (name, store) in stores
-            .into_iter()
-            .filter(|(name, _)| document.shards.contains_key(name))
-        {
-            let identity = Identity {
-                cluster_id: cluster_id.clone(),
-                shard_name: name.clone(),
-            };
-            let shard = Shard::new(
-                identity,
-                store,
-                Timing::from(settings),
-                runtime.clone(),
-                metrics.shard(&name),
-            );
+        let inner = Inner {
+            cluster_id,
+            settings: settings.clone(),
+            runtime: runtime.clone(),
+            view: ArcSwap::from_pointee(view_of(doc, document, Vec::new())?),
+            roster: ArcSwap::default(),
+            opened: Mutex::default(),
+            owners: Slot::all().map(|_| AtomicU16::new(NOBODY)).collect(),
+            refreshing: tokio::sync::Mutex::default(),
+            rounds: AtomicU64::new(0),
+            noted: watch::Sender::default(),
+            metrics: metrics.clone(),
+        };
+        let cluster = Self {
+            inner: Arc::new(inner),
+        };
+        for (name, store) in stores {
+            let shard = cluster.enlist(&name, &topology.shards[&name].url, store);
             match &found[&name] {
                 Err(e) => shard.open(&e.to_string()),
                 Ok(seen) => seen
@@ -136,100 +180,135 @@ impl Cluster {
                     .iter()
                     .for_each(|line| tracing::warn!(shard = %name, "{line}")),
             }
-            shards.push(shard);
         }
-        for name in document
-            .shards
-            .keys()
-            .filter(|name| !topology.shards.contains_key(*name))
-        {
-            tracing::warn!(shard = %name, "the shards know it, but shards.toml does not: its dialogs are unavailable here");
-        }
-        if let Some(difference) = document.difference(&topology.document()) {
-            tracing::warn!(
-                difference,
-                "shards.toml differs from the document in force, which stays in force"
-            );
-        }
-
-        let owners = Slot::all().map(|_| AtomicU16::new(NOBODY)).collect();
-        metrics.document_version.set(version as i64);
-        let inner = Inner {
-            version,
-            document,
-            placement,
-            shards,
-            owners,
-            refreshing: tokio::sync::Mutex::default(),
-            rounds: AtomicU64::new(0),
-            metrics: metrics.clone(),
-        };
-        let cluster = Self {
-            inner: Arc::new(inner),
-        };
+        let view = cluster.view();
+        cluster.adopt(view.doc.clone(), view.document.clone())?;
         cluster.refresh().await;
-        for shard in &cluster.inner.shards {
-            runtime.spawn(cluster.clone().refresh_when_up(shard.clone()));
-        }
         Ok(cluster)
     }
 
-    /// A shard that comes back may own other slots than before.
-    async fn refresh_when_up(self, shard: Shard) {
-        let mut state = shard.watch();
-        while state.changed().await.is_ok() {
-            if *state.borrow_and_update() == ShardState::Up {
-                self.refresh().await;
+    /// Opens the shards of a file that are not open yet, or that have another URL than before. What is no longer in the file
+    /// stays open: it may still be needed.
+    ///
+    /// # Errors
+    /// A URL that cannot be one.
+    pub fn open(&self, topology: &Topology) -> Result<(), StartError> {
+        for (name, shard) in &topology.shards {
+            let known = self.opened().get(name).map(|(url, _)| url.clone());
+            if known.as_ref() != Some(&shard.url) {
+                let store = open(name, &shard.url, &self.inner.settings, &self.inner.runtime)?;
+                self.enlist(name, &shard.url, store);
             }
         }
+        let view = self.view();
+        self.adopt(view.doc.clone(), view.document.clone())
     }
 
-    /// The shards this instance can reach by its file, by name.
-    #[must_use]
-    pub fn shards(&self) -> &[Shard] {
-        &self.inner.shards
-    }
-
-    /// Names of shards that the document has and this instance's file has not.
-    pub fn strangers(&self) -> impl Iterator<Item = &str> {
-        let known = |name: &str| self.inner.shards.iter().any(|shard| shard.name() == name);
+    fn enlist(&self, name: &str, url: &StoreUrl, store: Arc<dyn Database>) -> Shard {
+        let mut opened = self.opened();
+        let mut roster = Vec::clone(&self.inner.roster.load());
+        let identity = Identity {
+            cluster_id: self.inner.cluster_id.clone(),
+            shard_name: name.to_owned(),
+        };
+        // A process would have to open sixty thousand to run out of numbers; then the last is used again, and owners go wrong,
+        // which costs refused writes.
+        let number = u16::try_from(roster.len()).unwrap_or(NOBODY - 1);
+        let shard = Shard::new(
+            number,
+            identity,
+            store,
+            Timing::from(&self.inner.settings),
+            self.inner.runtime.clone(),
+            self.inner.metrics.shard(name),
+        );
+        roster.push(shard.clone());
+        self.inner.roster.store(Arc::new(roster));
+        opened.insert(name.to_owned(), (url.clone(), shard.clone()));
         self.inner
-            .document
-            .shards
-            .keys()
-            .map(String::as_str)
-            .filter(move |name| !known(name))
+            .runtime
+            .spawn(refresh_when_up(Arc::downgrade(&self.inner), shard.clone()));
+        shard
     }
 
-    /// The document in force, and its version.
-    #[must_use]
-    pub fn document(&self) -> (u64, &Document) {
-        (self.inner.version, &self.inner.document)
+    fn opened(&self) -> MutexGuard<'_, BTreeMap<String, (StoreUrl, Shard)>> {
+        self.inner
+            .opened
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The shard that the ring wants for a slot.
+    /// A shard that our file names or named, whether or not it is in the document.
     #[must_use]
-    pub fn wanted(&self, slot: Slot) -> &str {
-        self.inner.placement.wanted(slot)
+    pub fn opened_shard(&self, name: &str) -> Option<Shard> {
+        self.opened().get(name).map(|(_, shard)| shard.clone())
+    }
+
+    /// Goes by a document from now on.
+    ///
+    /// # Errors
+    /// It names no active shard.
+    pub fn adopt(&self, doc: DocRef, document: Document) -> Result<(), StartError> {
+        let shards: Vec<Shard> = document
+            .live()
+            .filter_map(|name| self.opened_shard(name))
+            .collect();
+        let numbers: Vec<u16> = shards.iter().map(Shard::number).collect();
+        self.inner.metrics.document_version.set(doc.version as i64);
+        self.inner
+            .metrics
+            .adjudicating
+            .set(i64::from(doc.phase == Phase::Adjudicate));
+        self.inner
+            .view
+            .store(Arc::new(view_of(doc, document, shards)?));
+        for owner in &self.inner.owners {
+            let number = owner.load(Ordering::Relaxed);
+            if number != NOBODY && !numbers.contains(&number) {
+                owner.store(NOBODY, Ordering::Relaxed);
+            }
+        }
+        Ok(())
+    }
+
+    /// The document this instance goes by.
+    #[must_use]
+    pub fn view(&self) -> Arc<View> {
+        self.inner.view.load_full()
+    }
+
+    /// The id of the service.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.inner.cluster_id
     }
 
     /// The shard that is known to own a slot.
     #[must_use]
-    pub fn known_owner(&self, slot: Slot) -> Option<&Shard> {
-        let index = self.inner.owners[slot.index()].load(Ordering::Relaxed);
-        self.inner.shards.get(usize::from(index))
+    pub fn known_owner(&self, slot: Slot) -> Option<Shard> {
+        let number = self.inner.owners[slot.index()].load(Ordering::Relaxed);
+        self.inner.roster.load().get(usize::from(number)).cloned()
+    }
+
+    /// Notes an owner that was seen.
+    pub fn note_owner(&self, slot: Slot, shard: &Shard) {
+        self.inner.owners[slot.index()].store(shard.number(), Ordering::Relaxed);
+        self.inner.noted.send_replace(());
+    }
+
+    /// Tells when [`Cluster::note_owner`] was called.
+    #[must_use]
+    pub fn owners_changed(&self) -> watch::Receiver<()> {
+        self.inner.noted.subscribe()
     }
 
     /// Where to try a slot: at its owner, or else at the wanted shard, which says no if it is not. `None` if this
     /// instance's file lacks that shard.
     #[must_use]
-    pub fn route(&self, slot: Slot) -> Option<&Shard> {
+    pub fn route(&self, slot: Slot) -> Option<Shard> {
         self.known_owner(slot).or_else(|| {
-            let wanted = self.wanted(slot);
-            self.inner
-                .shards
-                .iter()
-                .find(|shard| shard.name() == wanted)
+            let view = self.inner.view.load();
+            view.shard(view.wanted(slot)).cloned()
         })
     }
 
@@ -242,32 +321,76 @@ impl Cluster {
         if self.inner.rounds.load(Ordering::Acquire) > seen + 1 {
             return;
         }
-        let asked = self
-            .inner
+        let view = self.view();
+        let asked = view
             .shards
             .iter()
-            .map(|shard| async move { shard.slots().await });
+            .map(|shard| async move { shard.slots().await.ok() });
         let answers = futures_util::future::join_all(asked).await;
-        for (index, (shard, answer)) in self.inner.shards.iter().zip(answers).enumerate() {
-            let Ok(slots) = answer else { continue };
-            let index = index as u16;
-            for slot in Slot::all() {
-                let owner = &self.inner.owners[slot.index()];
-                if slots.contains(slot) {
-                    owner.store(index, Ordering::Relaxed);
-                } else {
-                    // Only what we believed of this very shard is known to be wrong.
-                    let _ =
-                        owner.compare_exchange(index, NOBODY, Ordering::Relaxed, Ordering::Relaxed);
+        let answered: Vec<(&Shard, &Holding)> = view
+            .shards
+            .iter()
+            .zip(&answers)
+            .filter_map(|(shard, holding)| Some((shard, holding.as_ref()?)))
+            .collect();
+        for slot in Slot::all() {
+            let owner = &self.inner.owners[slot.index()];
+            // A sealed slot is still read where it is sealed, until its target has it.
+            let holder = answered
+                .iter()
+                .find(|(_, holding)| holding.owned.contains(slot))
+                .or_else(|| {
+                    answered
+                        .iter()
+                        .find(|(_, holding)| holding.sealed.contains(slot))
+                });
+            match holder {
+                Some((shard, _)) => owner.store(shard.number(), Ordering::Relaxed),
+                // Only what we believed of a shard that has answered is known to be wrong.
+                None if answered
+                    .iter()
+                    .any(|(shard, _)| shard.number() == owner.load(Ordering::Relaxed)) =>
+                {
+                    owner.store(NOBODY, Ordering::Relaxed);
                 }
+                None => {}
             }
+        }
+        for (shard, holding) in answered {
             self.inner
                 .metrics
                 .slots(shard.name())
-                .set(slots.len() as i64);
+                .set(holding.owned.len() as i64);
         }
         self.inner.rounds.fetch_add(1, Ordering::Release);
     }
+}
+
+/// A shard that comes back may own other slots than before.
+async fn refresh_when_up(cluster: Weak<Inner>, shard: Shard) {
+    let mut state = shard.watch();
+    drop(shard);
+    while state.changed().await.is_ok() {
+        let up = *state.borrow_and_update() == ShardState::Up;
+        let Some(inner) = cluster.upgrade() else {
+            return;
+        };
+        if up {
+            Cluster { inner }.refresh().await;
+        }
+    }
+}
+
+fn view_of(doc: DocRef, document: Document, shards: Vec<Shard>) -> Result<View, StartError> {
+    let placement = document
+        .placement()
+        .ok_or_else(|| StartError::Fatal("the document has no active shard".into()))?;
+    Ok(View {
+        doc,
+        document,
+        shards,
+        placement,
+    })
 }
 
 /// What was seen of one database at the start.
@@ -277,7 +400,7 @@ struct Seen {
 }
 
 async fn look_at_all(
-    stores: &BTreeMap<String, Arc<dyn Store>>,
+    stores: &BTreeMap<String, Arc<dyn Database>>,
     founding: Founding,
     runtime: &Handle,
 ) -> BTreeMap<String, Result<Seen, StoreError>> {
@@ -298,7 +421,7 @@ async fn look_at_all(
         .collect()
 }
 
-async fn look(store: &dyn Store, founding: Founding) -> Result<Seen, StoreError> {
+async fn look(store: &dyn Database, founding: Founding) -> Result<Seen, StoreError> {
     store.ping().await?;
     if founding == Founding::Allowed {
         store.migrate().await?;
@@ -314,7 +437,7 @@ fn open(
     url: &StoreUrl,
     settings: &config::Store,
     runtime: &Handle,
-) -> Result<Arc<dyn Store>, StartError> {
+) -> Result<Arc<dyn Database>, StartError> {
     Ok(match url {
         StoreUrl::Mysql(url) => Arc::new(
             MysqlStore::new(url, settings, runtime.clone())
@@ -328,7 +451,7 @@ fn open(
 enum Agreed {
     /// They are a service already.
     InForce {
-        version: u64,
+        doc: DocRef,
         document: Document,
         cluster_id: String,
     },
@@ -401,7 +524,7 @@ fn agree(
                 ));
             }
             Ok(Agreed::InForce {
-                version: meta.doc_version,
+                doc: meta.doc_ref(),
                 document,
                 cluster_id: meta.cluster_id.clone(),
             })
@@ -445,7 +568,7 @@ fn agree(
 /// Founds every shard in name order, then puts the document in force on all. The first shard decides between instances
 /// that do so at the same moment; whoever is interrupted is continued by the next to start.
 async fn establish(
-    stores: &BTreeMap<String, Arc<dyn Store>>,
+    stores: &BTreeMap<String, Arc<dyn Database>>,
     document: &Document,
     mut cluster_id: String,
     runtime: &Handle,

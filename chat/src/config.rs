@@ -34,6 +34,8 @@ pub struct Settings {
     pub limits: Limits,
     /// How the shards are used.
     pub store: Store,
+    /// How the set of shards is changed.
+    pub change: Change,
     /// What is logged.
     pub log: Log,
 }
@@ -105,6 +107,18 @@ pub struct Store {
     pub answer_ms: u64,
     /// How long a send may take altogether, in milliseconds.
     pub send_ms: u64,
+}
+
+/// How slots move when the set of shards changes.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Change {
+    /// Slots that move at once.
+    pub slots_at_once: usize,
+    /// How long a slot may take no writes, in milliseconds; an attempt that needs longer is made again.
+    pub freeze_ms: u64,
+    /// How long the rows of a slot stay after it has moved, in milliseconds: longer than any read may last.
+    pub purge_after_ms: u64,
 }
 
 /// What is logged, and how.

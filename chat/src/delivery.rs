@@ -1,6 +1,6 @@
 //! Telling people: first those who are connected here, then the other instances.
 
-use crate::bus::{Bus, BusState};
+use crate::bus::{Bus, BusState, Topic};
 use crate::dialog::{DialogId, UserId};
 use crate::outbox::Outbox;
 use crate::registry::{Joined, Registry, TooMany};
@@ -68,7 +68,8 @@ impl Delivery {
             self.registry.deliver(user, frame, origin);
         }
         for user in dialog.members() {
-            self.bus.publish(user, frame.as_bytes().clone());
+            self.bus
+                .publish(Topic::User(user), frame.as_bytes().clone());
         }
     }
 }

@@ -24,16 +24,20 @@ pub mod metrics;
 pub mod cluster;
 
 // … and what is done with them.
+pub mod gate;
+
 pub mod writer;
+
+pub mod dispatch;
 
 pub mod messages;
 
 pub mod refusal;
 
-pub mod change;
-
 // Telling people.
 pub mod bus;
+
+pub mod change;
 
 pub mod outbox;
 

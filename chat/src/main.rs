@@ -1,13 +1,12 @@
 //! The command `chat`: reads settings, builds, runs.
 
+mod operator;
+
 use anyhow::Context;
-use chat::cluster::{Cluster, Founding};
 use chat::config::{LogFormat, Secret, Settings};
 use chat::dialog::{DialogId, UserId};
 use chat::http::Tokens;
-use chat::metrics::Metrics;
-use chat::ring::{SLOTS, Slot};
-use chat::server::{Server, read_topology};
+use chat::server::Server;
 use clap::{Parser, Subcommand};
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -45,6 +44,33 @@ enum Command {
         seconds: u64,
         #[command(flatten)]
         embedded: Embedded,
+    },
+    /// Say what a shards.toml would do, before anything moves.
+    Plan {
+        /// The file to look at; usually a copy of shards.toml with the edit in it.
+        file: PathBuf,
+        #[command(flatten)]
+        embedded: Embedded,
+    },
+    /// Show the shards, the document in force and how a change of them stands.
+    Status {
+        /// Show it again every second, until Ctrl-C.
+        #[arg(long)]
+        watch: bool,
+        /// The admin listener of a running instance; that of the settings if left out.
+        #[arg(long)]
+        admin: Option<std::net::SocketAddr>,
+        #[command(flatten)]
+        embedded: Embedded,
+    },
+    /// Halt all moves of slots, or let them go on.
+    Pause {
+        /// Let them go on.
+        #[arg(long)]
+        resume: bool,
+        /// The admin listener of a running instance; that of the settings if left out.
+        #[arg(long)]
+        admin: Option<std::net::SocketAddr>,
     },
     /// Say where the dialog of two users lies.
     Where {
@@ -113,9 +139,26 @@ async fn run() -> anyhow::Result<()> {
             );
             Ok(())
         }
+        Command::Plan { file, embedded } => {
+            embedded.apply(&mut settings)?;
+            operator::plan(&settings, &file).await
+        }
+        Command::Status {
+            watch,
+            admin,
+            embedded,
+        } => {
+            embedded.apply(&mut settings)?;
+            let admin = admin.unwrap_or(settings.admin_listen);
+            operator::status(admin, settings.admin_token.as_ref(), watch).await
+        }
+        Command::Pause { resume, admin } => {
+            let admin = admin.unwrap_or(settings.admin_listen);
+            operator::pause(admin, settings.admin_token.as_ref(), resume).await
+        }
         Command::Where { a, b, embedded } => {
             embedded.apply(&mut settings)?;
-            find(
+            operator::find(
                 &settings,
                 DialogId::between(UserId::new(a)?, UserId::new(b)?),
             )
@@ -148,30 +191,6 @@ async fn serve(settings: Settings) -> anyhow::Result<()> {
             }
         })
         .await
-}
-
-async fn find(settings: &Settings, dialog: DialogId) -> anyhow::Result<()> {
-    let topology = read_topology(&settings.shards_file)?;
-    let runtime = tokio::runtime::Handle::current();
-    let cluster = Cluster::start(
-        &topology,
-        &settings.store,
-        Founding::Refused,
-        &runtime,
-        &Metrics::new(),
-    )
-    .await?;
-    let slot = Slot::of(dialog);
-    let owner = cluster
-        .known_owner(slot)
-        .map_or("unknown: no shard that answers owns it", |shard| {
-            shard.name()
-        });
-    println!(
-        "dialog {dialog}\nslot   {slot} of {SLOTS}\nowner  {owner}\nwanted {}",
-        cluster.wanted(slot)
-    );
-    Ok(())
 }
 
 impl Embedded {

@@ -3,14 +3,15 @@
 use crate::cluster::Cluster;
 use crate::config;
 use crate::dialog::{BadKey, BadText, BadUser, DialogId, Key, Seq, Text, UserId};
+use crate::dispatch::{Dispatch, NotTaken};
 use crate::metrics::Metrics;
 use crate::ownership::SlotState;
-use crate::ring::{SLOTS, Slot};
+use crate::ring::Slot;
 use crate::store::{
-    InboxCursor, InboxPart, InboxRow, Marked, NewMessage, Page, Place, Range, Shard, ShardDown,
-    SlotSet, StoredMessage,
+    Holding, InboxCursor, InboxPart, InboxRow, Marked, NewMessage, Page, Place, Range, Shard,
+    ShardDown, SlotSet, StoredMessage,
 };
-use crate::writer::{Answer, Job, OnCommit, Writer};
+use crate::writer::{Answer, OnCommit};
 use chat_wire::{HistoryPage, InboxEntry, InboxPage, Message, ReadMark};
 use futures_util::future::{BoxFuture, FutureExt, Shared, join_all};
 use governor::clock::{Clock, DefaultClock};
@@ -20,7 +21,6 @@ use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
-use tokio::sync::oneshot;
 
 /// A handle; a clone is one more reference.
 #[derive(Clone)]
@@ -30,7 +30,7 @@ pub struct Messages {
 
 struct Inner {
     cluster: Cluster,
-    writers: HashMap<String, Writer>,
+    dispatch: Dispatch,
     limits: config::Limits,
     send_limit: Duration,
     rate: DefaultKeyedRateLimiter<UserId>,
@@ -65,6 +65,16 @@ pub enum NotDone {
     NoDialog,
 }
 
+impl From<NotTaken> for NotDone {
+    fn from(not_taken: NotTaken) -> Self {
+        match not_taken {
+            NotTaken::NoRoute => NotDone::Unavailable,
+            NotTaken::ShardDown => NotDone::ShardDown,
+            NotTaken::Full => NotDone::Overloaded,
+        }
+    }
+}
+
 /// A send that was stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sent {
@@ -77,10 +87,10 @@ pub struct Sent {
 }
 
 /// How often a read that does not add up, or that met a shard which is not the owner, is tried again.
-const READ_TRIES: u32 = 3;
+const READ_TRIES: u32 = 8;
 
-/// Between two tries at a slot that is changing hands.
-const SEALED_PAUSE: Duration = Duration::from_millis(20);
+/// Before a slot that is changing hands is looked at again; grows with each try.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
 /// How long a sealed slot is waited for altogether.
 const SEALED_LIMIT: Duration = Duration::from_secs(2);
@@ -91,27 +101,23 @@ impl Messages {
     pub fn start(
         cluster: Cluster,
         settings: &config::Settings,
-        on_commit: &OnCommit,
+        on_commit: OnCommit,
         runtime: &Handle,
         metrics: Arc<Metrics>,
     ) -> Self {
-        let writer = |shard: &Shard| {
-            let writer = Writer::start(
-                shard,
-                &settings.store,
-                metrics.writer(shard.name()),
-                on_commit,
-                runtime,
-            );
-            (shard.name().to_owned(), writer)
-        };
-        let writers = cluster.shards().iter().map(writer).collect();
+        let dispatch = Dispatch::start(
+            cluster.clone(),
+            &settings.store,
+            on_commit,
+            runtime,
+            metrics.clone(),
+        );
         let at_least_one = |n: u32| NonZeroU32::new(n).unwrap_or(NonZeroU32::MIN);
         let quota = Quota::per_second(at_least_one(settings.limits.sends_per_second))
             .allow_burst(at_least_one(settings.limits.sends_burst));
         let inner = Inner {
             cluster,
-            writers,
+            dispatch,
             limits: settings.limits.clone(),
             send_limit: Duration::from_millis(settings.store.send_ms),
             rate: RateLimiter::keyed(quota),
@@ -160,84 +166,23 @@ impl Messages {
         }
         let dialog = DialogId::between(me, to);
         let deadline = arrived + self.inner.send_limit;
-        let first = self.submit(NewMessage::new(dialog, me, key, text), origin, deadline)?;
-        let messages = self.clone();
+        let message = NewMessage::new(dialog, me, key, text);
+        let answer = self.inner.dispatch.submit(message, origin, deadline)?;
+        let metrics = self.inner.metrics.clone();
         Ok(async move {
-            let sent = messages.see_through(first, dialog, origin, deadline).await;
-            messages
-                .inner
-                .metrics
-                .send_seconds
-                .observe(arrived.elapsed());
-            sent
+            let answer = answer.await.unwrap_or(Answer::Unavailable);
+            metrics.send_seconds.observe(arrived.elapsed());
+            match answer {
+                Answer::Stored { place, repeat } => Ok(Sent {
+                    dialog,
+                    place,
+                    repeat,
+                }),
+                Answer::KeyReused => Err(NotDone::KeyReused),
+                Answer::ShardDown => Err(NotDone::ShardDown),
+                Answer::Unavailable => Err(NotDone::Unavailable),
+            }
         })
-    }
-
-    /// Puts a message into the queue of the shard that is thought to own its slot.
-    fn submit(
-        &self,
-        message: NewMessage,
-        origin: Option<u64>,
-        deadline: Instant,
-    ) -> Result<oneshot::Receiver<Answer>, NotDone> {
-        let shard = self
-            .inner
-            .cluster
-            .route(message.slot)
-            .ok_or(NotDone::Unavailable)?;
-        if shard.is_down() {
-            return Err(NotDone::ShardDown);
-        }
-        let (answer, receiver) = oneshot::channel();
-        let writer = self
-            .inner
-            .writers
-            .get(shard.name())
-            .ok_or(NotDone::Unavailable)?;
-        writer
-            .submit(Job {
-                message,
-                origin,
-                deadline,
-                answer,
-            })
-            .map_err(|_| NotDone::Overloaded)?;
-        Ok(receiver)
-    }
-
-    /// Waits for the answer; goes after a slot that is elsewhere or changing hands.
-    async fn see_through(
-        &self,
-        mut answer: oneshot::Receiver<Answer>,
-        dialog: DialogId,
-        origin: Option<u64>,
-        deadline: Instant,
-    ) -> Result<Sent, NotDone> {
-        let sealed_until = Instant::now() + SEALED_LIMIT;
-        loop {
-            let (message, state) = match answer.await.unwrap_or(Answer::Unavailable) {
-                Answer::Stored { place, repeat } => {
-                    return Ok(Sent {
-                        dialog,
-                        place,
-                        repeat,
-                    });
-                }
-                Answer::KeyReused => return Err(NotDone::KeyReused),
-                Answer::ShardDown => return Err(NotDone::ShardDown),
-                Answer::Unavailable => return Err(NotDone::Unavailable),
-                Answer::NotOwner(message, state) => (message, state),
-            };
-            let now = Instant::now();
-            if now >= deadline || now >= sealed_until {
-                return Err(NotDone::Unavailable);
-            }
-            if state == Some(SlotState::Sealed) {
-                tokio::time::sleep(SEALED_PAUSE).await;
-            }
-            self.inner.cluster.refresh().await;
-            answer = self.submit(message, origin, deadline)?;
-        }
     }
 
     /// A page of the dialog of `me` with `with`, ascending, whole and without a hole.
@@ -261,29 +206,56 @@ impl Messages {
     /// Reads a page from the shard that owns the slot, and checks that it adds up.
     async fn page(&self, dialog: DialogId, range: Range, limit: u32) -> Result<Arc<Page>, NotDone> {
         let slot = Slot::of(dialog);
-        for _ in 0..READ_TRIES {
-            let shard = self
-                .inner
-                .cluster
-                .route(slot)
-                .ok_or(NotDone::Unavailable)?
-                .clone();
-            let page = self
-                .inner
-                .pages
-                .read(shard, dialog, range, limit, &self.inner.metrics)
-                .await
-                .map_err(not_done)?;
-            if page.slot.is_some_and(|view| view.state.answers_reads()) {
-                if adds_up(&page, range, limit) {
-                    return Ok(page);
-                }
-                self.inner.metrics.history_torn.inc();
-                tracing::error!(%dialog, "a page does not add up");
+        let cluster = &self.inner.cluster;
+        for attempt in 0..READ_TRIES {
+            if attempt > 0 {
+                tokio::time::sleep(LOOK_AGAIN * attempt).await;
+                cluster.refresh().await;
             }
-            self.inner.cluster.refresh().await;
+            let shard = cluster.route(slot).ok_or(NotDone::Unavailable)?;
+            let page = self.read(shard, dialog, range, limit).await?;
+            let Some(view) = &page.slot else { continue };
+            let page = match (view.state, &view.peer) {
+                (SlotState::Owner, _) => page,
+                (SlotState::Sealed, Some(peer)) => {
+                    // Nothing was written since it was sealed, unless the target has taken over already.
+                    let Some(peer) = cluster.view().shard(peer).cloned() else {
+                        return Err(NotDone::Unavailable);
+                    };
+                    let theirs = self.read(peer, dialog, range, limit).await?;
+                    let state = theirs.slot.as_ref().map(|view| view.state);
+                    match state {
+                        Some(SlotState::Owner) => theirs,
+                        Some(SlotState::Incoming) => page,
+                        Some(SlotState::None | SlotState::Sealed | SlotState::Fenced) | None => {
+                            continue;
+                        }
+                    }
+                }
+                (
+                    SlotState::None | SlotState::Sealed | SlotState::Incoming | SlotState::Fenced,
+                    _,
+                ) => continue,
+            };
+            if adds_up(&page, range, limit) {
+                return Ok(page);
+            }
+            self.inner.metrics.history_torn.inc();
+            tracing::error!(%dialog, "a page does not add up");
         }
         Err(NotDone::Unavailable)
+    }
+
+    async fn read(
+        &self,
+        shard: Shard,
+        dialog: DialogId,
+        range: Range,
+        limit: u32,
+    ) -> Result<Arc<Page>, NotDone> {
+        let pages = &self.inner.pages;
+        let page = pages.read(shard, dialog, range, limit, &self.inner.metrics);
+        page.await.map_err(not_done)
     }
 
     /// Cuts a page to what was asked for and to what an answer may weigh, and gives it the form of the wire.
@@ -315,7 +287,7 @@ impl Messages {
             first: kept.first().map_or(0, |message| message.seq.get()),
             last: kept.last().map_or(0, |message| message.seq.get()),
             more: kept.len() < page.messages.len(),
-            gap: page.slot.is_some_and(|view| !view.complete),
+            gap: page.slot.as_ref().is_some_and(|view| !view.complete),
             messages: kept
                 .into_iter()
                 .map(|message| wire(dialog, message))
@@ -335,50 +307,44 @@ impl Messages {
     ) -> Result<InboxPage, NotDone> {
         let limit = page_limit(limit, self.inner.limits.inbox_page)?;
         let below = cursor.map(parse_cursor).transpose()?;
-        for _ in 0..READ_TRIES {
-            let asked = self
-                .inner
-                .cluster
-                .shards()
+        let mut gathered = Gathered::default();
+        for attempt in 0..READ_TRIES {
+            if attempt > 0 {
+                tokio::time::sleep(LOOK_AGAIN).await;
+            }
+            let view = self.inner.cluster.view();
+            let asked = view
+                .shards
                 .iter()
                 .map(|shard| shard.inbox(me, below, limit + 1));
             let answers = join_all(asked).await;
-            let mut incomplete: Vec<String> =
-                self.inner.cluster.strangers().map(str::to_owned).collect();
+            let mut incomplete: Vec<String> = view
+                .strangers()
+                .chain(view.document.down())
+                .map(str::to_owned)
+                .collect();
             let mut parts = Vec::new();
-            for (shard, answer) in self.inner.cluster.shards().iter().zip(answers) {
+            for (shard, answer) in view.shards.iter().zip(answers) {
                 match answer {
                     Ok(part) => parts.push(part),
                     Err(_) => incomplete.push(shard.name().to_owned()),
                 }
             }
-            if !covers_each_slot_once(&parts, incomplete.is_empty()) {
-                // A slot changed hands between two of the answers.
-                tokio::time::sleep(SEALED_PAUSE).await;
+            gathered.add(parts);
+            // What is missing may have changed hands between two of the answers, or lie where nobody answers.
+            let lies_there = |slot: Slot| match self.inner.cluster.known_owner(slot) {
+                Some(shard) => incomplete.iter().any(|name| name == shard.name()),
+                None => !incomplete.is_empty(),
+            };
+            if !gathered.missing().all(lies_there) {
                 continue;
             }
-            let mut rows: Vec<InboxRow> = parts.into_iter().flat_map(|part| part.rows).collect();
-            rows.sort_by(|a, b| {
-                (b.last_at, b.dialog.to_string()).cmp(&(a.last_at, a.dialog.to_string()))
-            });
-            let more = rows.len() > limit as usize;
-            rows.truncate(limit as usize);
-            let cursor = rows
-                .last()
-                .filter(|_| more)
-                .map(|row| format!("{}.{}", row.last_at.micros(), row.dialog));
-            let dialogs = rows.iter().map(|row| InboxEntry {
-                dialog: row.dialog.to_string(),
-                with: row.dialog.counterpart(me).get(),
-                last: wire(row.dialog, &row.last),
-                read: row.read_seq.get(),
-                unread: row.unread,
-            });
-            return Ok(InboxPage {
-                dialogs: dialogs.collect(),
-                cursor,
-                incomplete,
-            });
+            if gathered.missing().next().is_none() {
+                // A shard that does not answer and owns nothing takes nothing away.
+                incomplete.clear();
+            }
+            incomplete.sort();
+            return Ok(inbox_page(me, gathered.rows, limit as usize, incomplete));
         }
         Err(NotDone::Unavailable)
     }
@@ -421,7 +387,7 @@ impl Messages {
                     return Err(NotDone::Unavailable);
                 }
                 Marked::NotOwner(_) => {
-                    tokio::time::sleep(SEALED_PAUSE).await;
+                    tokio::time::sleep(LOOK_AGAIN).await;
                     self.inner.cluster.refresh().await;
                 }
             }
@@ -488,6 +454,10 @@ fn parse_cursor(cursor: &str) -> Result<InboxCursor, NotDone> {
 /// Whether a page is whole: seqs are dense, so that a hole shows. `limit` is what the shard was asked for.
 fn adds_up(page: &Page, range: Range, limit: u32) -> bool {
     let seqs: Vec<Seq> = page.messages.iter().map(|message| message.seq).collect();
+    // While a shard that was declared down holds some of them, holes are known, and the answer says so.
+    if page.slot.as_ref().is_some_and(|view| !view.complete) {
+        return seqs.is_sorted();
+    }
     let dense = seqs.windows(2).all(|pair| pair[1].follows(pair[0]));
     let short = (seqs.len() as u32) < limit;
     let from_the_start = seqs.first().is_none_or(|first| first.follows(Seq::ZERO));
@@ -511,14 +481,70 @@ fn adds_up(page: &Page, range: Range, limit: u32) -> bool {
         }
 }
 
-/// Whether the shards that answered own every slot once together; with one missing, none twice at least.
-fn covers_each_slot_once(parts: &[InboxPart], all_answered: bool) -> bool {
-    let mut union = SlotSet::empty();
-    let once = parts
-        .iter()
-        .flat_map(|part| part.slots.iter())
-        .all(|slot| union.insert(slot));
-    once && (!all_answered || union.len() == SLOTS)
+/// The parts of an inbox, taken together slot by slot: each slot's rows come from one answer, whichever shards have answered
+/// for it meanwhile.
+#[derive(Default)]
+struct Gathered {
+    covered: SlotSet,
+    rows: Vec<InboxRow>,
+}
+
+impl Gathered {
+    /// Takes what is not covered yet from its owners; where there is none, from where it is sealed: no owner had taken it
+    /// over when this request began.
+    fn add(&mut self, parts: Vec<InboxPart>) {
+        let mut parts: Vec<(Holding, Vec<InboxRow>)> = parts
+            .into_iter()
+            .map(|part| (part.slots, part.rows))
+            .collect();
+        for of in [
+            |holding: &Holding| holding.owned.clone(),
+            |holding: &Holding| holding.sealed.clone(),
+        ] {
+            for (holding, rows) in &mut parts {
+                let mut taken = SlotSet::empty();
+                for slot in of(holding).iter().filter(|slot| self.covered.insert(*slot)) {
+                    taken.insert(slot);
+                }
+                let (ours, others) = std::mem::take(rows)
+                    .into_iter()
+                    .partition(|row| taken.contains(Slot::of(row.dialog)));
+                self.rows.extend::<Vec<_>>(ours);
+                *rows = others;
+            }
+        }
+    }
+
+    fn missing(&self) -> impl Iterator<Item = Slot> {
+        Slot::all().filter(|slot| !self.covered.contains(*slot))
+    }
+}
+
+fn inbox_page(
+    me: UserId,
+    mut rows: Vec<InboxRow>,
+    limit: usize,
+    incomplete: Vec<String>,
+) -> InboxPage {
+    rows.sort_by(|a, b| (b.last_at, b.dialog.to_string()).cmp(&(a.last_at, a.dialog.to_string())));
+    let more = rows.len() > limit;
+    rows.truncate(limit);
+    let cursor = rows
+        .last()
+        .filter(|_| more)
+        .map(|row| format!("{}.{}", row.last_at.micros(), row.dialog));
+    let dialogs = rows.iter().map(|row| InboxEntry {
+        dialog: row.dialog.to_string(),
+        with: row.dialog.counterpart(me).get(),
+        last: wire(row.dialog, &row.last),
+        read: row.read_seq.get(),
+        unread: row.unread,
+    });
+    InboxPage {
+        dialogs: dialogs.collect(),
+        cursor,
+        incomplete,
+    }
 }
 
 type PageKey = (String, DialogId, Range, u32);
@@ -603,6 +629,7 @@ mod tests {
             state: SlotState::Owner,
             generation: 0,
             complete: true,
+            peer: None,
         });
         Page {
             slot,
@@ -650,21 +677,74 @@ mod tests {
     }
 
     #[test]
-    fn an_inbox_covers_every_slot_exactly_once() {
-        let part = |slots: &mut dyn Iterator<Item = Slot>| {
+    fn an_inbox_takes_each_slot_from_one_answer() {
+        let set = |slots: &dyn Fn(Slot) -> bool| {
             let mut set = SlotSet::empty();
-            slots.for_each(|slot| assert!(set.insert(slot)));
-            InboxPart {
-                rows: Vec::new(),
-                slots: set,
-            }
+            Slot::all()
+                .filter(|slot| slots(*slot))
+                .for_each(|slot| assert!(set.insert(slot)));
+            set
         };
-        let low = part(&mut Slot::all().filter(|slot| slot.get() < 2000));
-        let high = part(&mut Slot::all().filter(|slot| slot.get() >= 2000));
-        let overlap = part(&mut Slot::all().filter(|slot| slot.get() >= 1999));
-        assert!(covers_each_slot_once(&[low.clone(), high], true));
-        assert!(!covers_each_slot_once(&[low.clone(), overlap], true));
-        assert!(!covers_each_slot_once(std::slice::from_ref(&low), true));
-        assert!(covers_each_slot_once(&[low], false));
+        let dialog: DialogId = "7_42".parse().unwrap();
+        let theirs = Slot::of(dialog);
+        let row = |seq: u64| InboxRow {
+            dialog,
+            last_at: Timestamp::from_micros(seq as i64),
+            last: page(&[seq], seq).messages[0].clone(),
+            read_seq: Seq::ZERO,
+            unread: 0,
+        };
+        let part = |owned: SlotSet, sealed: SlotSet, seq: u64| InboxPart {
+            rows: vec![row(seq)],
+            slots: Holding { owned, sealed },
+        };
+        let (none, all) = (SlotSet::empty(), set(&|_| true));
+        let (others, the_slot) = (set(&|slot| slot != theirs), set(&|slot| slot == theirs));
+        for (parts, missing, rows) in [
+            (vec![part(all.clone(), none.clone(), 5)], 0, vec![5]),
+            // It has moved between the two answers, and both call themselves owners: one of them is taken.
+            (
+                vec![
+                    part(all.clone(), none.clone(), 5),
+                    part(the_slot.clone(), none.clone(), 6),
+                ],
+                0,
+                vec![5],
+            ),
+            // Sealed, and taken over: the new owner's answer counts.
+            (
+                vec![
+                    part(others.clone(), the_slot.clone(), 5),
+                    part(the_slot.clone(), none.clone(), 6),
+                ],
+                0,
+                vec![6],
+            ),
+            // Sealed, and not taken over yet.
+            (vec![part(others.clone(), the_slot.clone(), 5)], 0, vec![5]),
+            // Not owned by whoever answered: it is asked for again, and its rows here are none.
+            (vec![part(others.clone(), none.clone(), 5)], 1, vec![]),
+        ] {
+            let mut gathered = Gathered::default();
+            gathered.add(parts);
+            assert_eq!(gathered.missing().count(), missing);
+            assert_eq!(
+                gathered
+                    .rows
+                    .iter()
+                    .map(|row| row.last.seq.get())
+                    .collect::<Vec<_>>(),
+                rows
+            );
+        }
+        let mut gathered = Gathered::default();
+        gathered.add(vec![part(others, none.clone(), 5)]);
+        gathered.add(vec![part(all, none, 6)]);
+        assert_eq!(gathered.missing().count(), 0);
+        assert_eq!(
+            gathered.rows[0].last.seq.get(),
+            6,
+            "asked for again, and found"
+        );
     }
 }

@@ -142,6 +142,20 @@ pub struct Metrics {
     pub bus_received: Counter,
     /// The version of the document in force.
     pub document_version: Gauge,
+    /// Slots that are not where they are wanted.
+    pub slots_to_move: Gauge,
+    /// Slots that were moved.
+    pub slots_moved: Counter,
+    /// Messages that were copied on the way.
+    pub messages_moved: Counter,
+    /// Attempts to move a slot that were given up.
+    pub moves_failed: Counter,
+    /// Seconds for which a slot that moved took no writes.
+    pub freeze_seconds: Latency,
+    /// Slots whose sends wait for their new owner.
+    pub slots_parked: Gauge,
+    /// 1 while slots of shards that were declared down are being judged.
+    pub adjudicating: Gauge,
 }
 
 /// What the writer of one shard reports.
@@ -191,6 +205,13 @@ impl Metrics {
             bus_published: Counter::default(),
             bus_received: Counter::default(),
             document_version: Gauge::default(),
+            adjudicating: Gauge::default(),
+            slots_parked: Gauge::default(),
+            slots_to_move: Gauge::default(),
+            slots_moved: Counter::default(),
+            messages_moved: Counter::default(),
+            moves_failed: Counter::default(),
+            freeze_seconds: Latency::default(),
         };
         let mut registry = Registry::with_prefix("chat");
         let r = &mut registry;
@@ -309,6 +330,41 @@ impl Metrics {
             "document_version",
             "Version of the shard document in force",
             metrics.document_version.clone(),
+        );
+        r.register(
+            "slots_parked",
+            "Slots whose sends wait for their new owner",
+            metrics.slots_parked.clone(),
+        );
+        r.register(
+            "slots_to_move",
+            "Slots that are not where they are wanted, as whoever moves them sees it",
+            metrics.slots_to_move.clone(),
+        );
+        r.register(
+            "slots_moved",
+            "Slots moved by this instance",
+            metrics.slots_moved.clone(),
+        );
+        r.register(
+            "messages_moved",
+            "Messages copied by this instance while moving slots",
+            metrics.messages_moved.clone(),
+        );
+        r.register(
+            "moves_failed",
+            "Attempts to move a slot that were given up",
+            metrics.moves_failed.clone(),
+        );
+        r.register(
+            "freeze_seconds",
+            "Seconds for which a slot that moved took no writes",
+            metrics.freeze_seconds.clone(),
+        );
+        r.register(
+            "document_adjudicating",
+            "1 while slots of shards that were declared down are being judged",
+            metrics.adjudicating.clone(),
         );
         Arc::new(Self {
             registry,

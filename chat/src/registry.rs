@@ -2,7 +2,7 @@
 //!
 //! Cut into many parts by user, so that no single lock sees every message.
 
-use crate::bus::{Bus, Listening, Sink};
+use crate::bus::{Bus, Listening, Sink, Topic};
 use crate::dialog::UserId;
 use crate::outbox::Outbox;
 use bytestring::ByteString;
@@ -81,7 +81,7 @@ impl Registry {
                     registry.deliver(user, &frame, None);
                 }
             });
-            let listening = bus.listen(user, sink);
+            let listening = bus.listen(Topic::User(user), sink);
             part.insert(
                 user,
                 Present {

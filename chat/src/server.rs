@@ -1,7 +1,7 @@
 //! From settings to a running server: what is built in which order, and what is ended in which.
 
 use crate::bus::{Bus, LocalBus, NatsBus};
-use crate::change::{self, FileState};
+use crate::change::Change;
 use crate::cluster::{Cluster, Founding, StartError};
 use crate::config::Settings;
 use crate::delivery::Delivery;
@@ -21,7 +21,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tokio::runtime::Runtime;
-use tokio::sync::watch;
 
 /// A server that is built and listens, but does not serve yet.
 pub struct Server {
@@ -65,15 +64,16 @@ impl Drop for StoreRuntime {
     }
 }
 
-/// Reads and checks a `shards.toml`, with `${VAR}` from the environment.
+/// Reads and checks a `shards.toml`, with `${VAR}` from the environment; returns its text too.
 ///
 /// # Errors
 /// One line with the file, the line and what is wrong.
-pub fn read_topology(path: &Path) -> anyhow::Result<Topology> {
+pub fn read_topology(path: &Path) -> anyhow::Result<(Topology, String)> {
     let text =
         std::fs::read_to_string(path).with_context(|| format!("shards file {}", path.display()))?;
-    Topology::parse(&text, &|name| std::env::var(name).ok())
-        .with_context(|| path.display().to_string())
+    let topology = Topology::parse(&text, &|name| std::env::var(name).ok())
+        .with_context(|| path.display().to_string())?;
+    Ok((topology, text))
 }
 
 impl Server {
@@ -89,7 +89,7 @@ impl Server {
                 settings.admin_listen
             );
         }
-        let topology = read_topology(&settings.shards_file)?;
+        let (topology, text) = read_topology(&settings.shards_file)?;
         let metrics = Metrics::new();
         let store_runtime = StoreRuntime::start(settings.store.threads)?;
         let runtime = store_runtime.handle();
@@ -101,19 +101,30 @@ impl Server {
         let cluster = start_cluster(&topology, &settings, &runtime, &metrics).await?;
         let bus: Arc<dyn Bus> = match &settings.nats_url {
             Some(url) => Arc::new(
-                NatsBus::connect(url.expose(), &runtime, metrics.clone())
+                NatsBus::connect(url.expose(), cluster.id(), &runtime, metrics.clone())
                     .await
                     .context("nats_url")?,
             ),
             None => Arc::new(LocalBus::alone()),
         };
-        let delivery = Delivery::new(Registry::new(settings.limits.sessions_per_user), bus);
+        let delivery = Delivery::new(
+            Registry::new(settings.limits.sessions_per_user),
+            bus.clone(),
+        );
         let on_commit: OnCommit = {
             let delivery = delivery.clone();
             Arc::new(move |committed: Committed<'_>| delivery.message(&committed))
         };
-        let messages = Messages::start(cluster, &settings, &on_commit, &runtime, metrics.clone());
-        let file = watch_shards_file(&settings.shards_file, messages.cluster(), &runtime);
+        let messages = Messages::start(cluster, &settings, on_commit, &runtime, metrics.clone());
+        let change = Change::start(
+            messages.cluster(),
+            settings.shards_file.clone(),
+            text,
+            &settings.change,
+            bus,
+            metrics.clone(),
+            &runtime,
+        );
         let context = SessionContext {
             messages,
             delivery,
@@ -132,7 +143,7 @@ impl Server {
             ),
             trust_forwarded_for: settings.trust_forwarded_for,
             draining: AtomicBool::new(false),
-            file,
+            change,
             admin_token: settings.admin_token.clone(),
         });
         Ok(Self {
@@ -239,27 +250,6 @@ fn listen(address: SocketAddr) -> anyhow::Result<(SocketAddr, TcpListener)> {
     let listener =
         TcpListener::bind(address).with_context(|| format!("cannot listen on {address}"))?;
     Ok((listener.local_addr()?, listener))
-}
-
-/// Watches the file, beginning with how it stands now.
-fn watch_shards_file(
-    path: &Path,
-    cluster: &Cluster,
-    runtime: &tokio::runtime::Handle,
-) -> watch::Receiver<FileState> {
-    let env = |name: &str| std::env::var(name).ok();
-    let cluster = cluster.clone();
-    let read = move |text: &str| change::compare(text, &cluster, &env);
-    let seen = std::fs::read_to_string(path).ok();
-    let now = seen.as_deref().map(&read);
-    let (sender, state) = watch::channel(now.unwrap_or(FileState::InForce));
-    runtime.spawn(change::watch_file(
-        path.to_owned(),
-        seen,
-        Box::new(read),
-        sender,
-    ));
-    state
 }
 
 /// Takes the shards into service; waits a while for those that the founding needs.

@@ -5,7 +5,7 @@ use crate::dialog::DialogId;
 use crate::ring::Placement;
 use serde::{Deserialize, Serialize};
 use siphasher::sip128::{Hasher128, SipHasher24};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::hash::Hasher;
 use toml::Spanned;
@@ -20,6 +20,10 @@ pub struct Topology {
     pub shards: BTreeMap<String, Shard>,
     /// Exceptions to the ring: the slot of a dialog, and the shard it is pinned to.
     pub pins: Vec<(DialogId, String)>,
+    /// A number that the operator raises with every edit, if he likes: an older file is then refused.
+    pub version: Option<u64>,
+    /// Allows more than half of the shards to be down.
+    pub force: bool,
 }
 
 /// One `[[shard]]`.
@@ -31,6 +35,8 @@ pub struct Shard {
     pub weight: u32,
     /// What the operator wants of it.
     pub state: ShardState,
+    /// Beside `down`: whatever it alone holds is written off.
+    pub forget: bool,
 }
 
 /// The `state` of a `[[shard]]`.
@@ -107,6 +113,9 @@ struct File {
     shard: Vec<FileShard>,
     #[serde(default)]
     pin: Vec<FilePin>,
+    version: Option<u64>,
+    #[serde(default)]
+    force: bool,
 }
 
 #[derive(Deserialize)]
@@ -117,6 +126,7 @@ struct FileShard {
     weight: Option<Spanned<i64>>,
     #[serde(default)]
     state: ShardState,
+    forget: Option<Spanned<bool>>,
 }
 
 #[derive(Deserialize)]
@@ -156,6 +166,7 @@ impl Topology {
             url,
             weight,
             state,
+            forget,
         } in file.shard
         {
             let at = name.span();
@@ -198,10 +209,23 @@ impl Topology {
                     return Err(bad(weight.span(), what));
                 }
             };
-            if shards
-                .insert(name.clone(), Shard { url, weight, state })
-                .is_some()
+            if let Some(forget) = &forget
+                && *forget.get_ref()
+                && state != ShardState::Down
             {
+                let what = format!(
+                    "forget = true of {name} belongs beside state = \"down\": it writes off what a shard held that will not return"
+                );
+                return Err(bad(forget.span(), what));
+            }
+            let forget = forget.is_some_and(Spanned::into_inner);
+            let shard = Shard {
+                url,
+                weight,
+                state,
+                forget,
+            };
+            if shards.insert(name.clone(), shard).is_some() {
                 return Err(bad(
                     at,
                     format!("a second shard named {name}; every name is used once"),
@@ -241,37 +265,40 @@ impl Topology {
                 }
             }
         }
-        Ok(Self { shards, pins })
+        Ok(Self {
+            shards,
+            pins,
+            version: file.version,
+            force: file.force,
+        })
     }
 
     /// What the shards keep of this file when they are founded with it.
     #[must_use]
     pub fn document(&self) -> Document {
+        let member = |shard: &Shard| Member {
+            state: shard.state,
+            weight: shard.weight,
+            down_generation: 0,
+            forget: shard.forget,
+        };
+        let pin = |(dialog, shard): &(DialogId, String)| Pin {
+            dialog: dialog.to_string(),
+            shard: shard.clone(),
+        };
         Document {
             algorithm: crate::ring::ALGORITHM.to_owned(),
             generation: 0,
             shards: self
                 .shards
                 .iter()
-                .map(|(name, shard)| {
-                    (
-                        name.clone(),
-                        Member {
-                            state: shard.state,
-                            weight: shard.weight,
-                            down_generation: 0,
-                        },
-                    )
-                })
+                .map(|(name, shard)| (name.clone(), member(shard)))
                 .collect(),
-            pins: self
-                .pins
-                .iter()
-                .map(|(dialog, shard)| Pin {
-                    dialog: dialog.to_string(),
-                    shard: shard.clone(),
-                })
-                .collect(),
+            pins: self.pins.iter().map(pin).collect(),
+            file_version: self.version,
+            retired: BTreeSet::new(),
+            earlier: Vec::new(),
+            paused: false,
         }
     }
 }
@@ -312,6 +339,18 @@ pub struct Document {
     pub shards: BTreeMap<String, Member>,
     /// Exceptions to the ring.
     pub pins: Vec<Pin>,
+    /// The `version` of the file, where one is used.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file_version: Option<u64>,
+    /// Names of shards that were removed. They are never given to another database.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub retired: BTreeSet<String>,
+    /// What earlier files said, by [`Document::fingerprint`], the latest last: a file that is only old is not an edit.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub earlier: Vec<String>,
+    /// Moves stand still until the operator resumes them.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub paused: bool,
 }
 
 /// A shard, as the document knows it.
@@ -323,6 +362,9 @@ pub struct Member {
     pub weight: u32,
     /// The generation in which it was last declared down.
     pub down_generation: u32,
+    /// What it alone holds is written off.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub forget: bool,
 }
 
 /// A pin, as the document knows it.
@@ -334,13 +376,157 @@ pub struct Pin {
     pub shard: String,
 }
 
+/// How many earlier files a document remembers.
+const EARLIER: usize = 64;
+
+/// What a shard that is to leave the document still has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Held {
+    /// It cannot be asked, and why.
+    Unknown(String),
+    /// So many slots that are not `none`, and so many slots with rows.
+    Slots {
+        /// Owned, sealed, incoming or fenced.
+        slots: usize,
+        /// With rows that are still to be purged.
+        with_rows: usize,
+    },
+}
+
 impl Document {
+    /// The next document, if the operator may go from this one to `file`. `judging` says that shards declared down are
+    /// still being judged, `held` what a shard that vanished from the file still has.
+    ///
+    /// # Errors
+    /// [`BadFile`] that says what stands in the way; nothing has changed.
+    pub fn next(
+        &self,
+        file: &Topology,
+        judging: bool,
+        held: &dyn Fn(&str) -> Held,
+    ) -> Result<(Document, bool), BadFile> {
+        let bad = |what: String| Err(BadFile { line: None, what });
+        if let (Some(known), Some(new)) = (self.file_version, file.version)
+            && new <= known
+            && self.difference(&file.document()).is_some()
+        {
+            return bad(format!(
+                "version = {new}, but version {known} is in force: raise it above that with every edit"
+            ));
+        }
+        let mut next = file.document();
+        next.generation = self.generation;
+        next.paused = self.paused;
+        next.retired = self.retired.clone();
+        for (name, member) in self
+            .shards
+            .iter()
+            .filter(|(name, _)| !next.shards.contains_key(*name))
+        {
+            match (member.state, held(name)) {
+                (ShardState::Active, _) => {
+                    return bad(format!(
+                        "{name} is gone from the file but active: set state = \"draining\", and remove it once it is drained"
+                    ));
+                }
+                (ShardState::Down, _) if !member.forget => {
+                    return bad(format!(
+                        "{name} is gone from the file but down, and may hold messages: bring it back, or give them up with forget = true"
+                    ));
+                }
+                (ShardState::Draining, Held::Unknown(why)) => {
+                    return bad(format!(
+                        "{name} is gone from the file and cannot be asked whether it is drained: {why}"
+                    ));
+                }
+                (ShardState::Draining, Held::Slots { slots, with_rows })
+                    if slots + with_rows > 0 =>
+                {
+                    return bad(format!(
+                        "{name} is gone from the file but still owns {slots} slots and holds rows of {with_rows}: leave it in as \"draining\" until it is drained"
+                    ));
+                }
+                (ShardState::Draining | ShardState::Down, _) => {}
+            }
+            next.retired.insert(name.clone());
+        }
+        let mut newly_down = false;
+        for (name, member) in &mut next.shards {
+            let known = self.shards.get(name);
+            member.down_generation = known.map_or(0, |known| known.down_generation);
+            if member.state == ShardState::Down {
+                match known {
+                    None => return bad(format!("{name} is new and cannot be down")),
+                    Some(known) if known.state != ShardState::Down => {
+                        newly_down = true;
+                        member.down_generation = self.generation + 1;
+                    }
+                    Some(_) => {}
+                }
+            }
+        }
+        if newly_down {
+            next.generation += 1;
+        }
+        let down = next
+            .shards
+            .values()
+            .filter(|member| member.state == ShardState::Down)
+            .count();
+        if newly_down && down * 2 > next.shards.len() && !file.force {
+            return bad(format!(
+                "{down} of {} shards would be down; if that is meant, add force = true at the top of the file",
+                next.shards.len()
+            ));
+        }
+        next.earlier = self.earlier.clone();
+        next.earlier.push(self.fingerprint());
+        let surplus = next.earlier.len().saturating_sub(EARLIER);
+        next.earlier.drain(..surplus);
+        Ok((next, newly_down || judging))
+    }
+
+    /// Whether `file` is one that was in force before: an instance that starts with it has not seen an edit.
+    #[must_use]
+    pub fn remembers(&self, file: &Document) -> bool {
+        self.earlier.contains(&file.fingerprint())
+    }
+
+    /// 32 hex digits over what a file says: the shards with state and weight, and the pins.
+    #[must_use]
+    pub fn fingerprint(&self) -> String {
+        let shards: Vec<_> = self
+            .shards
+            .iter()
+            .map(|(name, member)| (name, member.state, member.weight, member.forget))
+            .collect();
+        // Strings, numbers and booleans always become JSON.
+        let text = serde_json::to_string(&(shards, &self.pins)).unwrap_or_default();
+        digest(&text)
+    }
+
+    /// Names of the members that are not declared down.
+    pub fn live(&self) -> impl Iterator<Item = &str> {
+        let live = |(_, member): &(&String, &Member)| member.state != ShardState::Down;
+        self.shards
+            .iter()
+            .filter(live)
+            .map(|(name, _)| name.as_str())
+    }
+
+    /// Names of the members that are declared down.
+    pub fn down(&self) -> impl Iterator<Item = &str> {
+        let down = |(_, member): &(&String, &Member)| member.state == ShardState::Down;
+        self.shards
+            .iter()
+            .filter(down)
+            .map(|(name, _)| name.as_str())
+    }
+
     /// 32 hex digits over the content: equal for equal documents.
     #[must_use]
     pub fn hash(&self) -> String {
-        let mut hasher = SipHasher24::new();
-        hasher.write(self.to_json().as_bytes());
-        format!("{:032x}", hasher.finish128().as_u128())
+        digest(&self.to_json())
     }
 
     /// The canonical text: maps in key order, fields in the order of this type.
@@ -379,6 +565,9 @@ impl Document {
                 Some(known) if known.weight != member.weight => {
                     parts.push(format!("{name} weighs {}", member.weight))
                 }
+                Some(known) if known.forget != member.forget => {
+                    parts.push(format!("{name} is to be forgotten"))
+                }
                 Some(_) => {}
             }
         }
@@ -393,6 +582,12 @@ impl Document {
         }
         (!parts.is_empty()).then(|| parts.join(", "))
     }
+}
+
+fn digest(text: &str) -> String {
+    let mut hasher = SipHasher24::new();
+    hasher.write(text.as_bytes());
+    format!("{:032x}", hasher.finish128().as_u128())
 }
 
 #[cfg(test)]

@@ -4,8 +4,8 @@
 //! gathers, so batches size themselves: an idle lane adds no delay, a busy one spreads the cost of a commit over many.
 
 use crate::config;
+use crate::gate::Hold;
 use crate::metrics::WriterMetrics;
-use crate::ownership::SlotState;
 use crate::store::{NewMessage, Place, Shard, ShardDown, StoreError, Written};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,13 +16,20 @@ use tokio::sync::{mpsc, oneshot};
 pub struct Job {
     /// What to store.
     pub message: NewMessage,
+    /// Its place among the sends of its slot.
+    pub ticket: u64,
     /// The session it came from, which gets `sent` and not `message`; `None` for REST.
     pub origin: Option<u64>,
     /// After this, whoever waits is told that it is not through.
     pub deadline: Instant,
     /// Where the answer goes.
     pub answer: oneshot::Sender<Answer>,
+    /// Dropped with the job, when it is answered or given back.
+    pub hold: Option<Hold>,
 }
+
+/// Takes back a job whose slot the shard does not own. Called in the order of the queue; it must not wait.
+pub type GiveBack = Arc<dyn Fn(Job) + Send + Sync>;
 
 /// What became of a send.
 #[derive(Debug)]
@@ -36,8 +43,6 @@ pub enum Answer {
     },
     /// The key stands for another text.
     KeyReused,
-    /// This shard does not own the slot: here is the message back, to be sent where it belongs.
-    NotOwner(NewMessage, Option<SlotState>),
     /// The shard does not answer.
     ShardDown,
     /// Not through in time, or refused by the database; the reason is in the log.
@@ -57,9 +62,13 @@ pub struct Committed<'a> {
 /// Called after COMMIT and before the answer, on the database runtime: it must not wait.
 pub type OnCommit = Arc<dyn Fn(Committed<'_>) + Send + Sync>;
 
-/// The writer of one shard. A clone is a few references.
+/// The writer of one shard. A clone is one more reference.
 #[derive(Clone)]
 pub struct Writer {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
     lanes: Vec<mpsc::Sender<Job>>,
     metrics: WriterMetrics,
 }
@@ -72,6 +81,7 @@ impl Writer {
         settings: &config::Store,
         metrics: WriterMetrics,
         on_commit: &OnCommit,
+        give_back: GiveBack,
         runtime: &Handle,
     ) -> Self {
         let lanes = settings.lanes.max(1);
@@ -83,13 +93,17 @@ impl Writer {
                 batch_rows: settings.batch_rows.max(1),
                 metrics: metrics.clone(),
                 on_commit: on_commit.clone(),
+                give_back: give_back.clone(),
             };
             runtime.spawn(lane.run());
             sender
         };
-        Self {
+        let inner = Inner {
             lanes: (0..lanes).map(lane).collect(),
             metrics: metrics.clone(),
+        };
+        Self {
+            inner: Arc::new(inner),
         }
     }
 
@@ -98,10 +112,11 @@ impl Writer {
     /// # Errors
     /// The job itself, if the queue is full.
     pub fn submit(&self, job: Job) -> Result<(), Box<Job>> {
-        let lane = &self.lanes[job.message.slot.index() % self.lanes.len()];
+        let lanes = &self.inner.lanes;
+        let lane = &lanes[job.message.slot.index() % lanes.len()];
         match lane.try_send(job) {
             Ok(()) => {
-                self.metrics.queue_rows.inc();
+                self.inner.metrics.queue_rows.inc();
                 Ok(())
             }
             Err(mpsc::error::TrySendError::Full(job) | mpsc::error::TrySendError::Closed(job)) => {
@@ -117,6 +132,7 @@ struct Lane {
     batch_rows: usize,
     metrics: WriterMetrics,
     on_commit: OnCommit,
+    give_back: GiveBack,
 }
 
 /// Between two tries of a transaction that met a conflict.
@@ -193,7 +209,8 @@ impl Lane {
                 }
                 StoreError::Unreachable(_)
                 | StoreError::WrongIdentity(_)
-                | StoreError::Refused(_) => {
+                | StoreError::Refused(_)
+                | StoreError::OtherDocument(_) => {
                     return Err(ShardDown::Failed(failed.0, failed.1));
                 }
             };
@@ -216,8 +233,8 @@ impl Lane {
                     answer(waiting.answer, Answer::KeyReused);
                     continue;
                 }
-                Written::NotOwner(state) => {
-                    answer(waiting.answer, Answer::NotOwner(message, state));
+                Written::NotOwner(_) => {
+                    (self.give_back)(waiting.job(message));
                     continue;
                 }
             };
@@ -245,33 +262,55 @@ impl Lane {
     }
 }
 
+/// A job without its message.
 struct Waiting {
+    ticket: u64,
     origin: Option<u64>,
     deadline: Instant,
     answer: oneshot::Sender<Answer>,
+    hold: Option<Hold>,
+}
+
+impl Waiting {
+    fn job(self, message: NewMessage) -> Job {
+        let Self {
+            ticket,
+            origin,
+            deadline,
+            answer,
+            hold,
+        } = self;
+        Job {
+            message,
+            ticket,
+            origin,
+            deadline,
+            answer,
+            hold,
+        }
+    }
 }
 
 fn split(jobs: Vec<Job>) -> (Arc<Vec<NewMessage>>, Vec<Waiting>) {
-    let (messages, waiting) = jobs
-        .into_iter()
-        .map(
-            |Job {
-                 message,
-                 origin,
-                 deadline,
-                 answer,
-             }| {
-                (
-                    message,
-                    Waiting {
-                        origin,
-                        deadline,
-                        answer,
-                    },
-                )
-            },
-        )
-        .unzip();
+    let part = |job: Job| {
+        let Job {
+            message,
+            ticket,
+            origin,
+            deadline,
+            answer,
+            hold,
+        } = job;
+        let waiting = Waiting {
+            ticket,
+            origin,
+            deadline,
+            answer,
+            hold,
+        };
+        (message, waiting)
+    };
+    let (messages, waiting) = jobs.into_iter().map(part).unzip();
     (Arc::new(messages), waiting)
 }
 

@@ -5,14 +5,14 @@
 mod support;
 
 use bytes::Bytes;
-use chat::bus::{Bus, BusState, LocalBus, NatsBus, Sink};
+use chat::bus::{Bus, BusState, LocalBus, NatsBus, Sink, Topic};
 use chat::dialog::UserId;
 use chat::metrics::Metrics;
 use std::sync::{Arc, Mutex};
 use support::until;
 
-fn user(id: u64) -> UserId {
-    UserId::new(id).unwrap()
+fn user(id: u64) -> Topic {
+    Topic::User(UserId::new(id).unwrap())
 }
 
 type Heard = Arc<Mutex<Vec<Bytes>>>;
@@ -92,30 +92,67 @@ async fn in_process() {
     others_hear_it_in_order_and_the_publisher_does_not(Arc::new(a), Arc::new(b)).await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn over_nats() {
-    let connect = async || {
-        let bus = NatsBus::connect(
-            &support::nats_url(),
-            &tokio::runtime::Handle::current(),
-            Metrics::new(),
-        )
+async fn connected(service: &str) -> Arc<dyn Bus> {
+    let runtime = tokio::runtime::Handle::current();
+    let bus = NatsBus::connect(&support::nats_url(), service, &runtime, Metrics::new())
         .await
         .unwrap();
-        until("the bus is connected", async || {
-            (bus.state() == BusState::Connected).then_some(())
-        })
-        .await;
-        Arc::new(bus)
-    };
-    others_hear_it_in_order_and_the_publisher_does_not(connect().await, connect().await).await;
+    until("the bus is connected", async || {
+        (bus.state() == BusState::Connected).then_some(())
+    })
+    .await;
+    Arc::new(bus)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn over_nats() {
+    let service = format!("{:x}", rand::random::<u64>());
+    others_hear_it_in_order_and_the_publisher_does_not(
+        connected(&service).await,
+        connected(&service).await,
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn services_that_share_a_nats_do_not_hear_each_other() {
+    let (one, two) = (
+        format!("{:x}", rand::random::<u64>()),
+        format!("{:x}", rand::random::<u64>()),
+    );
+    let (a, b, stranger) = (
+        connected(&one).await,
+        connected(&one).await,
+        connected(&two).await,
+    );
+    let (sink, heard) = sink();
+    let _listening = b.listen(user(7), sink);
+    until("b hears a", async || {
+        stranger.publish(user(7), Bytes::from_static(b"of another service"));
+        a.publish(user(7), Bytes::from_static(b"ours"));
+        (!heard.lock().unwrap().is_empty()).then_some(())
+    })
+    .await;
+    stranger.publish(user(7), Bytes::from_static(b"of another service"));
+    until("what came later is heard", async || {
+        a.publish(user(7), Bytes::from_static(b"ours"));
+        (heard.lock().unwrap().len() > 3).then_some(())
+    })
+    .await;
+    assert!(
+        heard
+            .lock()
+            .unwrap()
+            .iter()
+            .all(|payload| payload == "ours")
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_nats_that_is_away_hinders_nobody() {
     let metrics = Metrics::new();
     let runtime = tokio::runtime::Handle::current();
-    let bus = NatsBus::connect("nats://127.0.0.1:1", &runtime, metrics.clone())
+    let bus = NatsBus::connect("nats://127.0.0.1:1", "s", &runtime, metrics.clone())
         .await
         .unwrap();
     assert_eq!(bus.state(), BusState::Away);

@@ -9,8 +9,8 @@ use chat::dialog::{DialogId, Key, Seq, Text, UserId};
 use chat::ownership::SlotState;
 use chat::ring::{SLOTS, Slot};
 use chat::store::{
-    Identity, InboxCursor, Marked, Meta, MysqlStore, NewMessage, Phase, Range, SlotSet,
-    SqliteStore, Store, StoreError, Written,
+    Database, Identity, InboxCursor, Marked, Meta, MysqlStore, NewMessage, Phase, Range, SlotSet,
+    SqliteStore, StoreError, Written,
 };
 use std::sync::Arc;
 use support::{Databases, Kind};
@@ -32,7 +32,7 @@ fn message(dialog_id: &str, author: u64, key: &str, text: &str) -> NewMessage {
     )
 }
 
-fn open(databases: &Databases, i: usize) -> Arc<dyn Store> {
+fn open(databases: &Databases, i: usize) -> Arc<dyn Database> {
     let settings = Settings::from_toml("").unwrap().store;
     let (url, runtime) = (databases.url(i), tokio::runtime::Handle::current());
     match url.strip_prefix("sqlite:") {
@@ -67,7 +67,7 @@ fn all_slots() -> SlotSet {
 }
 
 /// A store that owns everything, on a database of its own.
-async fn founded(kind: Kind) -> (Databases, Arc<dyn Store>) {
+async fn founded(kind: Kind) -> (Databases, Arc<dyn Database>) {
     let databases = Databases::new(kind, 1).await;
     let store = open(&databases, 0);
     store.migrate().await.unwrap();
@@ -75,7 +75,7 @@ async fn founded(kind: Kind) -> (Databases, Arc<dyn Store>) {
     (databases, store)
 }
 
-async fn write(store: &Arc<dyn Store>, batch: &[NewMessage]) -> Vec<Written> {
+async fn write(store: &Arc<dyn Database>, batch: &[NewMessage]) -> Vec<Written> {
     store.write(&identity(), batch, false).await.unwrap()
 }
 
@@ -113,7 +113,7 @@ async fn founding_happens_once_and_migrating_again_changes_nothing(kind: Kind) {
         })
         .await
         .unwrap();
-    assert_eq!(owned.len(), if one == other { 0 } else { SLOTS });
+    assert_eq!(owned.owned.len(), if one == other { 0 } else { SLOTS });
     store.advance(1, "another", Phase::Normal).await.unwrap();
     assert_eq!(
         store.meta().await.unwrap().unwrap().doc_phase,
@@ -341,13 +341,14 @@ async fn what_is_not_owned_is_refused_and_nothing_of_it_is_written(kind: Kind) {
         .await
         .unwrap();
     assert_eq!(marked, Marked::NotOwner(Some(SlotState::None)));
-    assert_eq!(store.slots(&identity()).await.unwrap(), owned);
+    assert_eq!(store.slots(&identity()).await.unwrap().owned, owned);
     assert_eq!(
         store
             .inbox(&identity(), user(7), None, 5)
             .await
             .unwrap()
-            .slots,
+            .slots
+            .owned,
         owned
     );
 }

@@ -1,7 +1,6 @@
 //! The bus within a process. With one instance, which is its use, nobody hears anything; tests join several.
 
-use super::{Bus, BusState, Listening, Sink};
-use crate::dialog::UserId;
+use super::{Bus, BusState, Listening, Sink, Topic};
 use bytes::Bytes;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,7 +15,7 @@ pub struct LocalBus {
 #[derive(Default)]
 struct Hub {
     next: AtomicU64,
-    listeners: Mutex<HashMap<UserId, Vec<Listener>>>,
+    listeners: Mutex<HashMap<Topic, Vec<Listener>>>,
 }
 
 struct Listener {
@@ -49,7 +48,7 @@ impl LocalBus {
 }
 
 impl Bus for LocalBus {
-    fn publish(&self, user: UserId, payload: Bytes) {
+    fn publish(&self, topic: Topic, payload: Bytes) {
         let sinks: Vec<Sink> = {
             let listeners = self
                 .hub
@@ -58,7 +57,7 @@ impl Bus for LocalBus {
                 .unwrap_or_else(PoisonError::into_inner);
             let others = |listener: &&Listener| listener.instance != self.instance;
             listeners
-                .get(&user)
+                .get(&topic)
                 .into_iter()
                 .flatten()
                 .filter(others)
@@ -68,21 +67,21 @@ impl Bus for LocalBus {
         sinks.iter().for_each(|sink| sink(payload.clone()));
     }
 
-    fn listen(&self, user: UserId, sink: Sink) -> Listening {
+    fn listen(&self, topic: Topic, sink: Sink) -> Listening {
         let id = self.hub.next.fetch_add(1, Ordering::Relaxed);
         let mut listeners = self
             .hub
             .listeners
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        listeners.entry(user).or_default().push(Listener {
+        listeners.entry(topic).or_default().push(Listener {
             id,
             instance: self.instance,
             sink,
         });
         Listening::until_dropped(Leaves {
             hub: self.hub.clone(),
-            user,
+            topic,
             id,
         })
     }
@@ -94,7 +93,7 @@ impl Bus for LocalBus {
 
 struct Leaves {
     hub: Arc<Hub>,
-    user: UserId,
+    topic: Topic,
     id: u64,
 }
 
@@ -105,10 +104,10 @@ impl Drop for Leaves {
             .listeners
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        if let Some(of_user) = listeners.get_mut(&self.user) {
-            of_user.retain(|listener| listener.id != self.id);
-            if of_user.is_empty() {
-                listeners.remove(&self.user);
+        if let Some(of_topic) = listeners.get_mut(&self.topic) {
+            of_topic.retain(|listener| listener.id != self.id);
+            if of_topic.is_empty() {
+                listeners.remove(&self.topic);
             }
         }
     }

@@ -12,7 +12,16 @@ use crate::dialog::UserId;
 use bytes::Bytes;
 use std::sync::Arc;
 
-/// Takes what comes for a user. Called on the bus's own tasks: it must not wait.
+/// What is listened for and published.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Topic {
+    /// What concerns a user.
+    User(UserId),
+    /// What instances tell each other about themselves.
+    Instances,
+}
+
+/// Takes what comes for a topic. Called on the bus's own tasks: it must not wait.
 pub type Sink = Arc<dyn Fn(Bytes) + Send + Sync>;
 
 /// Whether the bus connects this instance with others.
@@ -26,7 +35,7 @@ pub enum BusState {
     Away,
 }
 
-/// Interest in a user; leaves when it is dropped.
+/// Interest in a topic; leaves when it is dropped.
 pub struct Listening {
     _end: Box<dyn Send + Sync>,
 }
@@ -41,11 +50,11 @@ impl Listening {
 
 /// What an instance asks of a bus.
 pub trait Bus: Send + Sync + 'static {
-    /// Tells the other instances that listen for `user`; never this one.
-    fn publish(&self, user: UserId, payload: Bytes);
+    /// Tells the other instances that listen for `topic`; never this one.
+    fn publish(&self, topic: Topic, payload: Bytes);
 
-    /// Hears from now on what others publish for `user`.
-    fn listen(&self, user: UserId, sink: Sink) -> Listening;
+    /// Hears from now on what others publish for `topic`.
+    fn listen(&self, topic: Topic, sink: Sink) -> Listening;
 
     /// Whether others can be reached.
     fn state(&self) -> BusState;

@@ -1,7 +1,6 @@
 //! The bus between instances: NATS core, one subject a user. An instance hears only what concerns its own people.
 
-use super::{Bus, BusState, Listening, Sink};
-use crate::dialog::UserId;
+use super::{Bus, BusState, Listening, Sink, Topic};
 use crate::metrics::Metrics;
 use async_nats::{Client, ConnectOptions, Event};
 use bytes::Bytes;
@@ -15,6 +14,8 @@ use tokio_util::task::AbortOnDropHandle;
 
 /// One instance's end of a NATS bus.
 pub struct NatsBus {
+    /// Tells the services apart that share a NATS.
+    service: String,
     client: Client,
     connected: Arc<AtomicBool>,
     runtime: Handle,
@@ -31,12 +32,13 @@ const CAPACITY: usize = 65_536;
 const RECONNECT_MAX: Duration = Duration::from_secs(2);
 
 impl NatsBus {
-    /// Connects to `nats://…`, and goes on trying: a server that is away is no reason not to start.
+    /// Connects the service with that id to `nats://…`, and goes on trying: a server that is away is no reason not to start.
     ///
     /// # Errors
     /// If the URL is not one.
     pub async fn connect(
         url: &str,
+        service: &str,
         runtime: &Handle,
         metrics: Arc<Metrics>,
     ) -> anyhow::Result<Self> {
@@ -87,25 +89,29 @@ impl NatsBus {
             .spawn(async move { options.connect(url).await })
             .await??;
         Ok(Self {
+            service: service.to_owned(),
             client,
             connected,
             runtime: runtime.clone(),
             metrics,
         })
     }
-}
 
-fn subject(user: UserId) -> String {
-    format!("chat.u.{user}")
+    fn subject(&self, topic: Topic) -> String {
+        match topic {
+            Topic::User(user) => format!("chat.{}.u.{user}", self.service),
+            Topic::Instances => format!("chat.{}.i", self.service),
+        }
+    }
 }
 
 impl Bus for NatsBus {
-    fn publish(&self, user: UserId, payload: Bytes) {
+    fn publish(&self, topic: Topic, payload: Bytes) {
         // Away, the client would keep it for a while and then throw it away; and its queue, once full, would make us wait.
         // `unconstrained`: a batch publishes more than a task of tokio may do in one turn, and would seem to meet a full queue.
         let handed_over = self.connected.load(Ordering::Relaxed)
             && matches!(
-                unconstrained(self.client.publish(subject(user), payload)).now_or_never(),
+                unconstrained(self.client.publish(self.subject(topic), payload)).now_or_never(),
                 Some(Ok(()))
             );
         if handed_over {
@@ -115,10 +121,11 @@ impl Bus for NatsBus {
         };
     }
 
-    fn listen(&self, user: UserId, sink: Sink) -> Listening {
+    fn listen(&self, topic: Topic, sink: Sink) -> Listening {
         let (client, metrics) = (self.client.clone(), self.metrics.clone());
+        let subject = self.subject(topic);
         let listener = self.runtime.spawn(async move {
-            match client.subscribe(subject(user)).await {
+            match client.subscribe(subject).await {
                 Ok(mut deliveries) => {
                     while let Some(delivery) = deliveries.next().await {
                         metrics.bus_received.inc();

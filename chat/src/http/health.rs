@@ -15,7 +15,8 @@ pub async fn live() -> &'static str {
 /// but something is missing.
 pub async fn ready(app: web::Data<App>) -> HttpResponse {
     let mut reasons = Vec::new();
-    let shards = app.context.messages.cluster().shards();
+    let view = app.context.messages.cluster().view();
+    let shards = &view.shards;
     let down: Vec<&str> = shards
         .iter()
         .filter(|shard| shard.is_down())

@@ -14,7 +14,7 @@ pub use auth::{SAMPLE_SECRET, Tokens};
 pub use errors::ApiError;
 pub use line::{Counter, Line};
 
-use crate::change::FileState;
+use crate::change::Change;
 use crate::config::Secret;
 use crate::refusal::Refusal;
 use crate::session::Context;
@@ -23,7 +23,6 @@ use chat_wire::ErrorCode;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use tokio::sync::watch;
 use utoipa::OpenApi;
 use utoipa_swagger_ui::SwaggerUi;
 
@@ -43,8 +42,8 @@ pub struct App {
     pub trust_forwarded_for: bool,
     /// Set while the instance is going away.
     pub draining: AtomicBool,
-    /// How `shards.toml` stands to the document in force.
-    pub file: watch::Receiver<FileState>,
+    /// Changes of the shard set.
+    pub change: Change,
     /// Asked of operators.
     pub admin_token: Option<Secret>,
 }
@@ -100,6 +99,11 @@ pub fn admin_routes(config: &mut web::ServiceConfig) {
         .route("/admin/topology", web::get().to(admin::topology))
         .route("/admin/shards", web::get().to(admin::shards))
         .route("/admin/where/{a}/{b}", web::get().to(admin::place))
+        .route("/admin/slots", web::get().to(admin::slots))
+        .route("/admin/change", web::get().to(admin::change))
+        .route("/admin/plan", web::post().to(admin::plan))
+        .route("/admin/change/pause", web::post().to(admin::pause))
+        .route("/admin/change/resume", web::post().to(admin::resume))
         .default_service(web::to(unknown));
     limits(config);
 }

@@ -5,12 +5,16 @@
 //! - [`MysqlStore`] and [`SqliteStore`]: the two.
 //! - [`Shard`]: a store with its name, its time limits and its circuit, as everything above uses it.
 
+mod control;
 mod migrate;
 mod mysql;
 mod plan;
 mod shard;
 mod sqlite;
 
+pub use control::{
+    Acceptance, Control, CopiedMessage, DocRef, Head, Membership, Part, Purged, SlotSize, Turn,
+};
 pub use mysql::MysqlStore;
 pub use plan::{BatchPlan, Known, Row};
 pub use shard::{Shard, ShardDown, ShardMetrics, ShardState, Timing};
@@ -145,8 +149,17 @@ pub struct InboxCursor {
 pub struct InboxPart {
     /// Newest first, at most as many as were asked for.
     pub rows: Vec<InboxRow>,
-    /// The slots that this shard owned (or had sealed) in that snapshot.
-    pub slots: SlotSet,
+    /// The slots that it answers for.
+    pub slots: Holding,
+}
+
+/// The slots that a shard answers reads for, in one snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holding {
+    /// Those it owned.
+    pub owned: SlotSet,
+    /// Those it had sealed: its answer counts until the target has one.
+    pub sealed: SlotSet,
 }
 
 /// How a read mark ended.
@@ -163,6 +176,12 @@ pub enum Marked {
 /// A set of slots.
 #[derive(Clone, PartialEq, Eq)]
 pub struct SlotSet([u64; SLOTS / 64]);
+
+impl Default for SlotSet {
+    fn default() -> Self {
+        Self::empty()
+    }
+}
 
 impl SlotSet {
     /// No slot.
@@ -233,6 +252,8 @@ pub struct Meta {
 pub enum Phase {
     /// Version 1, and not every shard may have it yet: an empty database is expected, and filled in.
     Founding,
+    /// A shard was declared down: slots that nobody owns any more are being claimed, and no slot moves.
+    Adjudicate,
     /// In force.
     Normal,
 }
@@ -243,6 +264,7 @@ impl Phase {
     pub const fn as_str(self) -> &'static str {
         match self {
             Phase::Founding => "founding",
+            Phase::Adjudicate => "adjudicate",
             Phase::Normal => "normal",
         }
     }
@@ -250,6 +272,7 @@ impl Phase {
     fn parse(s: &str) -> Result<Self, StoreError> {
         match s {
             "founding" => Ok(Phase::Founding),
+            "adjudicate" => Ok(Phase::Adjudicate),
             "normal" => Ok(Phase::Normal),
             other => Err(StoreError::Refused(format!(
                 "unknown phase '{other}' in meta; it was written by a newer version"
@@ -297,6 +320,9 @@ pub enum StoreError {
     /// The database said no, and why.
     #[error("refused: {0}")]
     Refused(String),
+    /// The shard has another document than the step was decided by: nothing was done; look again.
+    #[error("the shard has document {0}")]
+    OtherDocument(DocRef),
 }
 
 /// What the service asks of a shard's database.
@@ -325,8 +351,8 @@ pub trait Store: Send + Sync + 'static {
     /// Takes the document of `version` and `hash` on to `phase`; nothing happens where it is there already or further.
     async fn advance(&self, version: u64, hash: &str, phase: Phase) -> Result<(), StoreError>;
 
-    /// The slots this shard owns or has sealed.
-    async fn slots(&self, identity: &Identity) -> Result<SlotSet, StoreError>;
+    /// The slots this shard owns, and those it has sealed.
+    async fn slots(&self, identity: &Identity) -> Result<Holding, StoreError>;
 
     /// Stores a batch in one transaction and says what became of each message, in order. `suspect` says that some of them
     /// may be stored already, so that their keys are looked up first; otherwise they are looked up on a duplicate key.
@@ -367,3 +393,8 @@ pub trait Store: Send + Sync + 'static {
     /// How much lies in the slots that this shard owns. Reads it all: for operators, not for every request.
     async fn counts(&self) -> Result<Counts, StoreError>;
 }
+
+/// A shard's database: what sends and reads need of it, and what changes of the shard set need.
+pub trait Database: Store + Control {}
+
+impl<T: Store + Control> Database for T {}

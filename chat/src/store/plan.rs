@@ -126,11 +126,15 @@ mod tests {
             state: SlotState::Owner,
             generation,
             complete: true,
+            peer: None,
         }
     }
 
     fn views(batch: &[NewMessage], view: SlotView) -> HashMap<Slot, SlotView> {
-        batch.iter().map(|message| (message.slot, view)).collect()
+        batch
+            .iter()
+            .map(|message| (message.slot, view.clone()))
+            .collect()
     }
 
     fn stored(seq: u64) -> Written {

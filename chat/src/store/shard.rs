@@ -5,14 +5,16 @@
 //! only given up when a fresh connection gets no answer either, or at the limit.
 
 use super::{
-    Counts, Identity, InboxCursor, InboxPart, Marked, NewMessage, Page, Range, SlotSet, Store,
-    StoreError, Written,
+    Counts, Database, Holding, Identity, InboxCursor, InboxPart, Marked, NewMessage, Page, Range,
+    SlotSize, StoreError, Written,
 };
 use crate::config;
 use crate::dialog::{DialogId, Seq, UserId};
+use crate::ring::Slot;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -25,6 +27,9 @@ const PATIENCE: Duration = Duration::from_millis(250);
 
 /// Between two probes of a shard whose circuit is open.
 const PROBE_EVERY: Duration = Duration::from_millis(500);
+
+/// How long counting everything may take.
+const COUNTING_LIMIT: Duration = Duration::from_secs(300);
 
 /// How long a shard may take.
 #[derive(Clone, Copy, Debug)]
@@ -82,8 +87,9 @@ pub struct Shard {
 }
 
 struct Inner {
+    number: u16,
     identity: Identity,
-    store: Arc<dyn Store>,
+    store: Arc<dyn Database>,
     timing: Timing,
     runtime: Handle,
     state: watch::Sender<ShardState>,
@@ -95,17 +101,19 @@ struct Inner {
 }
 
 impl Shard {
-    /// Takes a store into service under the identity it must have.
+    /// Takes a store into service under the identity it must have. `number` tells it from all others of this process.
     #[must_use]
     pub fn new(
+        number: u16,
         identity: Identity,
-        store: Arc<dyn Store>,
+        store: Arc<dyn Database>,
         timing: Timing,
         runtime: Handle,
         metrics: ShardMetrics,
     ) -> Self {
         let state = watch::Sender::new(ShardState::Up);
         let inner = Inner {
+            number,
             identity,
             store,
             timing,
@@ -125,6 +133,18 @@ impl Shard {
     #[must_use]
     pub fn name(&self) -> &str {
         &self.inner.identity.shard_name
+    }
+
+    /// Its number in this process; one that is opened again under another URL has another.
+    #[must_use]
+    pub fn number(&self) -> u16 {
+        self.inner.number
+    }
+
+    /// Who it must be.
+    #[must_use]
+    pub fn identity(&self) -> &Identity {
+        &self.inner.identity
     }
 
     /// Whether it answers.
@@ -230,7 +250,19 @@ impl Shard {
         if self.is_down() {
             return Err(ShardDown::Down(self.name().to_owned()));
         }
-        let work = self.clone().watched(call(self.inner.clone()));
+        self.call_within(self.inner.timing.answer, call).await
+    }
+
+    async fn call_within<T, F>(
+        &self,
+        limit: Duration,
+        call: impl FnOnce(Arc<Inner>) -> F,
+    ) -> Result<T, ShardDown>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, StoreError>> + Send + 'static,
+    {
+        let work = self.clone().watched(limit, call(self.inner.clone()));
         let result = self.inner.runtime.spawn(work).await;
         let result =
             result.unwrap_or_else(|e| Err(StoreError::Refused(format!("the call failed: {e}"))));
@@ -239,14 +271,16 @@ impl Shard {
                 self.open(&e.to_string());
                 ShardDown::Down(self.name().to_owned())
             }
-            StoreError::Conflict(_) | StoreError::Lost(_) | StoreError::Refused(_) => {
-                ShardDown::Failed(self.name().to_owned(), e)
-            }
+            StoreError::Conflict(_)
+            | StoreError::Lost(_)
+            | StoreError::Refused(_)
+            | StoreError::OtherDocument(_) => ShardDown::Failed(self.name().to_owned(), e),
         })
     }
 
     async fn watched<T>(
         self,
+        limit: Duration,
         call: impl Future<Output = Result<T, StoreError>>,
     ) -> Result<T, StoreError> {
         let begun = Instant::now();
@@ -260,10 +294,10 @@ impl Shard {
                 result = &mut call => return result,
                 probe = self.probe() => probe?,
             }
-            if begun.elapsed() > self.inner.timing.answer {
+            if begun.elapsed() > limit {
                 return Err(StoreError::Lost(format!(
                     "no answer within {} ms",
-                    self.inner.timing.answer.as_millis()
+                    limit.as_millis()
                 )));
             }
         }
@@ -331,15 +365,42 @@ impl Shard {
         .await
     }
 
+    /// Anything else that a database can be asked, within the same limits and the same circuit.
+    ///
+    /// # Errors
+    /// [`ShardDown`].
+    pub async fn ask<T, F>(
+        &self,
+        call: impl FnOnce(Arc<dyn Database>, Identity) -> F,
+    ) -> Result<T, ShardDown>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, StoreError>> + Send + 'static,
+    {
+        self.call(|inner| call(inner.store.clone(), inner.identity.clone()))
+            .await
+    }
+
+    /// [`Database::sizes`]; it may take minutes.
+    pub async fn sizes(&self) -> Result<BTreeMap<Slot, SlotSize>, ShardDown> {
+        self.call_within(COUNTING_LIMIT, |inner| async move {
+            inner.store.sizes(&inner.identity).await
+        })
+        .await
+    }
+
     /// [`Store::slots`].
-    pub async fn slots(&self) -> Result<SlotSet, ShardDown> {
+    pub async fn slots(&self) -> Result<Holding, ShardDown> {
         self.call(move |inner| async move { inner.store.slots(&inner.identity).await })
             .await
     }
 
     /// [`Store::counts`].
     pub async fn counts(&self) -> Result<Counts, ShardDown> {
-        self.call(move |inner| async move { inner.store.counts().await })
-            .await
+        self.call_within(
+            COUNTING_LIMIT,
+            |inner| async move { inner.store.counts().await },
+        )
+        .await
     }
 }

@@ -3,10 +3,12 @@
 //! SQLite has one writer at a time, so the locks of the protocol come with `BEGIN IMMEDIATE`; readers see snapshots (WAL)
 //! and are not in the writer's way. Commits are flushed to the disk before they are acknowledged.
 
+mod control;
+
 use super::{
-    Counts, Identity, InboxCursor, InboxPart, InboxRow, Known, Marked, Meta, NewMessage, Page,
-    Phase, Place, Range, SlotSet, Store, StoreError, StoredMessage, UNREAD_CAP, Written, migrate,
-    plan::BatchPlan,
+    Counts, Holding, Identity, InboxCursor, InboxPart, InboxRow, Known, Marked, Meta, NewMessage,
+    Page, Phase, Place, Range, SlotSet, Store, StoreError, StoredMessage, UNREAD_CAP, Written,
+    migrate, plan::BatchPlan,
 };
 use crate::config;
 use crate::dialog::{DialogId, Key, Seq, TextHash, Timestamp, UserId};
@@ -34,6 +36,9 @@ pub struct SqliteStore {
 
 /// How long a writer waits for another process that writes to the same file.
 const BUSY_LIMIT: Duration = Duration::from_secs(1);
+
+/// How often a migration is tried that another process may be doing at the same moment.
+const MIGRATION_TRIES: u32 = 10;
 
 impl SqliteStore {
     /// A store in the file `path`, which is made when it is first used.
@@ -132,10 +137,18 @@ fn now() -> Timestamp {
 impl Store for SqliteStore {
     async fn migrate(&self) -> Result<(), StoreError> {
         self.write_on(|connection| {
-            migrate::sqlite::migrations::runner()
-                .run(connection)
-                .map(drop)
-                .map_err(|e| StoreError::Refused(format!("migration: {e}")))
+            let mut migrated = Ok(());
+            for _ in 0..MIGRATION_TRIES {
+                migrated = migrate::sqlite::migrations::runner()
+                    .run(connection)
+                    .map(drop);
+                if migrated.is_ok() {
+                    break;
+                }
+                // Another process may have been faster by a step: what it did is there the next time.
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            migrated.map_err(|e| StoreError::Refused(format!("migration: {e}")))
         })
         .await
     }
@@ -208,7 +221,7 @@ impl Store for SqliteStore {
 
     async fn advance(&self, version: u64, hash: &str, phase: Phase) -> Result<(), StoreError> {
         let allowed = match phase {
-            Phase::Founding => return Ok(()),
+            Phase::Founding | Phase::Adjudicate => return Ok(()),
             Phase::Normal => Phase::Founding.as_str(),
         };
         let hash = hash.to_owned();
@@ -224,7 +237,7 @@ impl Store for SqliteStore {
         .await
     }
 
-    async fn slots(&self, identity: &Identity) -> Result<SlotSet, StoreError> {
+    async fn slots(&self, identity: &Identity) -> Result<Holding, StoreError> {
         let identity = identity.clone();
         self.read_on(move |snapshot| {
             check_identity(snapshot, &identity)?;
@@ -361,7 +374,7 @@ impl Store for SqliteStore {
             check_identity(&tx, &identity)?;
             let slot = Slot::of(dialog);
             let view = view(&tx, slot)?;
-            if !view.is_some_and(|view| view.state.takes_writes()) {
+            if !view.as_ref().is_some_and(|view| view.state.takes_writes()) {
                 return Ok(Marked::NotOwner(view.map(|view| view.state)));
             }
             let seq = seq.min(last_seq(&tx, slot, dialog)?);
@@ -459,24 +472,33 @@ fn check_identity(tx: &Transaction<'_>, expected: &Identity) -> Result<(), Store
     }
 }
 
-fn owned(tx: &Transaction<'_>) -> Result<SlotSet, StoreError> {
-    let mut slots = SlotSet::empty();
-    tx.prepare_cached("SELECT slot FROM slots WHERE state IN ('owner', 'sealed')")
+fn owned(tx: &Transaction<'_>) -> Result<Holding, StoreError> {
+    let mut holding = Holding {
+        owned: SlotSet::empty(),
+        sealed: SlotSet::empty(),
+    };
+    tx.prepare_cached("SELECT slot, state = 'owner' FROM slots WHERE state IN ('owner', 'sealed')")
         .and_then(|mut select| {
             let mut rows = select.query([])?;
             while let Some(row) = rows.next()? {
+                let slots = if row.get(1)? {
+                    &mut holding.owned
+                } else {
+                    &mut holding.sealed
+                };
                 if let Some(slot) = Slot::new(row.get(0)?) {
                     slots.insert(slot);
                 }
             }
-            Ok(slots)
+            Ok(())
         })
-        .map_err(|e| classify(&e))
+        .map_err(|e| classify(&e))?;
+    Ok(holding)
 }
 
 fn view(tx: &Transaction<'_>, slot: Slot) -> Result<Option<SlotView>, StoreError> {
     let row = tx
-        .prepare_cached("SELECT state, generation, history FROM slots WHERE slot = ?")
+        .prepare_cached("SELECT state, generation, history, peer FROM slots WHERE slot = ?")
         .and_then(|mut select| {
             select
                 .query_row([slot.get()], |row| {
@@ -484,17 +506,19 @@ fn view(tx: &Transaction<'_>, slot: Slot) -> Result<Option<SlotView>, StoreError
                         row.get::<_, String>(0)?,
                         row.get(1)?,
                         row.get::<_, String>(2)?,
+                        row.get(3)?,
                     ))
                 })
                 .optional()
         })
         .map_err(|e| classify(&e))?;
-    row.map(|(state, generation, history)| {
+    row.map(|(state, generation, history, peer)| {
         let state = state.parse().map_err(|_| corrupt("slots.state"))?;
         Ok(SlotView {
             state,
             generation,
             complete: history == COMPLETE,
+            peer,
         })
     })
     .transpose()

@@ -4,10 +4,12 @@
 //! one that inserts, updates and commits. Texts are sent whole rather than prepared, because prepared statements cannot be
 //! combined. What users wrote enters them as hexadecimal literals only, so that there is nothing to escape.
 
+mod control;
+
 use super::{
-    Counts, Identity, InboxCursor, InboxPart, InboxRow, Known, Marked, Meta, NewMessage, Page,
-    Phase, Place, Range, SlotSet, Store, StoreError, StoredMessage, UNREAD_CAP, Written, migrate,
-    plan::BatchPlan,
+    Counts, Holding, Identity, InboxCursor, InboxPart, InboxRow, Known, Marked, Meta, NewMessage,
+    Page, Phase, Place, Range, SlotSet, Store, StoreError, StoredMessage, UNREAD_CAP, Written,
+    migrate, plan::BatchPlan,
 };
 use crate::config;
 use crate::dialog::{DialogId, Key, Seq, TextHash, Timestamp, UserId};
@@ -32,8 +34,9 @@ pub struct MysqlStore {
     connect_limit: Duration,
 }
 
-/// Every session: ranges of keys estimated by statistics rather than by a dive into the index for each key; the isolation that the write path is built for, text exactly as it was sent, and an end to the locks of
-/// an instance that vanished without a word: MariaDB has a limit for idle transactions, MySQL one for idle sessions.
+/// Every session: ranges of keys estimated by statistics rather than by a dive into the index for each key; the isolation
+/// that the write path is built for; text exactly as it was sent; and an end to the locks of an instance that vanished
+/// without a word: MariaDB has a limit for idle transactions, MySQL one for idle sessions.
 const SETUP: [&str; 2] = [
     "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED",
     "SET SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION', time_zone = '+00:00', innodb_lock_wait_timeout = 1, \
@@ -256,7 +259,7 @@ impl Store for MysqlStore {
 
     async fn advance(&self, version: u64, hash: &str, phase: Phase) -> Result<(), StoreError> {
         let allowed = match phase {
-            Phase::Founding => return Ok(()),
+            Phase::Founding | Phase::Adjudicate => return Ok(()),
             Phase::Normal => Phase::Founding.as_str(),
         };
         self.on_write(async |conn| {
@@ -270,12 +273,12 @@ impl Store for MysqlStore {
         .await
     }
 
-    async fn slots(&self, identity: &Identity) -> Result<SlotSet, StoreError> {
+    async fn slots(&self, identity: &Identity) -> Result<Holding, StoreError> {
         let sql = format!("{SNAPSHOT}{}; {SELECT_OWNED}; COMMIT", select_identity());
         self.on_read(async |conn| {
             let mut sets = result_sets(conn, sql).await?.into_iter().skip(3);
             check_identity(identity, sets.next())?;
-            Ok(slot_set(rows(sets.next())?))
+            holding(rows(sets.next())?)
         })
         .await
     }
@@ -331,7 +334,7 @@ impl Store for MysqlStore {
         };
         // One statement is one snapshot: the messages, the head and the slot's row belong together.
         let sql = format!(
-            "SELECT s.state, s.generation, s.history, d.last_seq, m.seq, m.author, m.client_key, m.text, m.created_at
+            "SELECT s.state, s.generation, s.history, s.peer, d.last_seq, m.seq, m.author, m.client_key, m.text, m.created_at
                FROM meta i
                JOIN slots s ON s.slot = ?
                LEFT JOIN dialogs d ON d.slot = s.slot AND d.dialog = ?
@@ -354,6 +357,7 @@ impl Store for MysqlStore {
             String,
             u32,
             String,
+            Option<String>,
             Option<u64>,
             Option<u64>,
             Option<u64>,
@@ -369,8 +373,8 @@ impl Store for MysqlStore {
             last_seq: Seq::ZERO,
             messages: Vec::with_capacity(rows.len()),
         };
-        for (state, generation, history, last_seq, seq, author, key, text, at) in rows {
-            page.slot = Some(view_of(&state, generation, &history)?);
+        for (state, generation, history, peer, last_seq, seq, author, key, text, at) in rows {
+            page.slot = Some(view_of(&state, generation, &history, peer)?);
             page.last_seq = Seq::new(last_seq.unwrap_or(0));
             if let (Some(seq), Some(author), Some(text), Some(at)) = (seq, author, text, at) {
                 page.messages.push(stored(seq, author, key, text, at)?);
@@ -410,7 +414,7 @@ impl Store for MysqlStore {
         self.on_read(async |conn| {
             let mut sets = result_sets(conn, sql).await?.into_iter().skip(3);
             check_identity(identity, sets.next())?;
-            let slots = slot_set(rows(sets.next())?);
+            let slots = holding(rows(sets.next())?)?;
             type InboxRaw = (
                 u16,
                 String,
@@ -469,7 +473,7 @@ impl Store for MysqlStore {
             let mut sets = result_sets(conn, sql).await?.into_iter().skip(2);
             check_identity(identity, sets.next())?;
             let view = views_of(sets.next())?.remove(&slot);
-            if !view.is_some_and(|view| view.state.takes_writes()) {
+            if !view.as_ref().is_some_and(|view| view.state.takes_writes()) {
                 return Ok(Marked::NotOwner(view.map(|view| view.state)));
             }
             let read: Vec<u64> = rows(sets.nth(1))?;
@@ -573,7 +577,7 @@ fn fence(slots: &BTreeSet<Slot>) -> String {
         let _ = write!(list, "{}{slot}", comma(&list));
     }
     format!(
-        "SELECT slot, state, generation, history FROM slots WHERE slot IN ({list}) ORDER BY slot LOCK IN SHARE MODE"
+        "SELECT slot, state, generation, history, peer FROM slots WHERE slot IN ({list}) ORDER BY slot LOCK IN SHARE MODE"
     )
 }
 
@@ -755,38 +759,54 @@ fn check_identity(expected: &Identity, set: Option<Vec<Row>>) -> Result<Timestam
     }
 }
 
-/// The owned and sealed slots as 128 words of 32 bits, rather than a row each.
-const SELECT_OWNED: &str = "SELECT slot DIV 32, CAST(SUM(1 << (slot % 32)) AS UNSIGNED) FROM slots \
-     WHERE state IN ('owner', 'sealed') GROUP BY slot DIV 32";
+/// The owned and the sealed slots as words of 32 bits, rather than a row each.
+const SELECT_OWNED: &str = "SELECT state, slot DIV 32, CAST(SUM(1 << (slot % 32)) AS UNSIGNED) FROM slots \
+     WHERE state IN ('owner', 'sealed') GROUP BY state, slot DIV 32";
 
-fn slot_set(words: Vec<(u16, u64)>) -> SlotSet {
-    let mut slots = SlotSet::empty();
-    for (word, bits) in words {
+fn holding(words: Vec<(String, u16, u64)>) -> Result<Holding, StoreError> {
+    let mut holding = Holding {
+        owned: SlotSet::empty(),
+        sealed: SlotSet::empty(),
+    };
+    for (state, word, bits) in words {
+        let slots = match state.parse() {
+            Ok(SlotState::Owner) => &mut holding.owned,
+            Ok(SlotState::Sealed) => &mut holding.sealed,
+            Ok(SlotState::None | SlotState::Incoming | SlotState::Fenced) | Err(_) => {
+                return Err(corrupt("slots.state"));
+            }
+        };
         for bit in (0..32).filter(|bit| bits & (1 << bit) != 0) {
             if let Some(slot) = Slot::new(word * 32 + bit) {
                 slots.insert(slot);
             }
         }
     }
-    slots
+    Ok(holding)
 }
 
 fn views_of(set: Option<Vec<Row>>) -> Result<HashMap<Slot, SlotView>, StoreError> {
-    rows::<(u16, String, u32, String)>(set)?
+    rows::<(u16, String, u32, String, Option<String>)>(set)?
         .into_iter()
-        .map(|(slot, state, generation, history)| {
+        .map(|(slot, state, generation, history, peer)| {
             let slot = Slot::new(slot).ok_or_else(|| corrupt("slots.slot"))?;
-            Ok((slot, view_of(&state, generation, &history)?))
+            Ok((slot, view_of(&state, generation, &history, peer)?))
         })
         .collect()
 }
 
-fn view_of(state: &str, generation: u32, history: &str) -> Result<SlotView, StoreError> {
+fn view_of(
+    state: &str,
+    generation: u32,
+    history: &str,
+    peer: Option<String>,
+) -> Result<SlotView, StoreError> {
     let state = state.parse().map_err(|_| corrupt("slots.state"))?;
     Ok(SlotView {
         state,
         generation,
         complete: history == COMPLETE,
+        peer,
     })
 }
 

@@ -1,0 +1,375 @@
+//! Puts a document in force: on every shard that it does not declare down, in name order, each in its own transaction.
+//!
+//! Whoever is interrupted is continued by the next who looks. Two that are made at once cannot both be accepted by a shard; who
+//! loses looks again.
+
+use super::fault::point;
+use crate::cluster::{Cluster, View};
+use crate::ownership::SlotState;
+use crate::ring::ALGORITHM;
+use crate::store::{Acceptance, DocRef, Meta, Phase, Shard, ShardDown, SlotSet};
+use crate::topology::{Document, Held, ShardState, Topology};
+use std::time::Duration;
+
+/// What became of a file that was proposed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Proposed {
+    /// It says what is in force.
+    InForce,
+    /// It was put in force.
+    Installed(DocRef),
+}
+
+/// Why a file is not in force.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotInForce {
+    /// The operator must change it.
+    #[error("{0}")]
+    Refused(String),
+    /// Something must come back first; it is tried again.
+    #[error("{0}")]
+    Waiting(String),
+}
+
+impl From<ShardDown> for NotInForce {
+    fn from(e: ShardDown) -> Self {
+        NotInForce::Waiting(e.to_string())
+    }
+}
+
+/// How often two that propose at once try again.
+const TRIES: u32 = 8;
+
+/// Proposes what a file says: works out the next document and installs it.
+///
+/// # Errors
+/// [`NotInForce`]; the document that was in force still is.
+pub async fn propose(cluster: &Cluster, file: &Topology) -> Result<Proposed, NotInForce> {
+    for _ in 0..TRIES {
+        catch_up(cluster).await?;
+        let view = cluster.view();
+        if view.document.difference(&file.document()).is_none() {
+            return Ok(Proposed::InForce);
+        }
+        cluster
+            .open(file)
+            .map_err(|e| NotInForce::Refused(e.to_string()))?;
+        let mut held = Vec::new();
+        for name in view
+            .document
+            .shards
+            .keys()
+            .filter(|name| !file.shards.contains_key(*name))
+        {
+            held.push((name.clone(), held_by(cluster, name).await));
+        }
+        let of = |name: &str| {
+            let found = held.iter().find(|(held, _)| held == name);
+            found.map_or_else(
+                || Held::Unknown("it is not asked".into()),
+                |(_, held)| held.clone(),
+            )
+        };
+        let judging = view.doc.phase == Phase::Adjudicate;
+        let (next, judges) = view
+            .document
+            .next(file, judging, &of)
+            .map_err(|e| NotInForce::Refused(e.to_string()))?;
+        check_members(cluster, &view, &next).await?;
+        match install(cluster, &view, &next, judges).await? {
+            Some(doc) => return Ok(Proposed::Installed(doc)),
+            None => back_off().await,
+        }
+    }
+    Err(NotInForce::Waiting(
+        "conflict: other instances propose other files; give all of them the same".into(),
+    ))
+}
+
+/// Halts or resumes all moves, by a document that says so.
+///
+/// # Errors
+/// [`NotInForce`].
+pub async fn pause(cluster: &Cluster, paused: bool) -> Result<(), NotInForce> {
+    for _ in 0..TRIES {
+        catch_up(cluster).await?;
+        let view = cluster.view();
+        if view.document.paused == paused {
+            return Ok(());
+        }
+        let next = Document {
+            paused,
+            ..view.document.clone()
+        };
+        match install(cluster, &view, &next, view.doc.phase == Phase::Adjudicate).await? {
+            Some(_) => return Ok(()),
+            None => back_off().await,
+        }
+    }
+    Err(NotInForce::Waiting(
+        "conflict: other instances propose other documents at the same time".into(),
+    ))
+}
+
+/// Installs `next` above the document that `view` goes by; `None` if somebody else was faster.
+async fn install(
+    cluster: &Cluster,
+    view: &View,
+    next: &Document,
+    judges: bool,
+) -> Result<Option<DocRef>, NotInForce> {
+    let meta = Meta {
+        cluster_id: cluster.id().to_owned(),
+        shard_name: String::new(),
+        slot_algorithm: ALGORITHM.to_owned(),
+        doc_version: view.doc.version + 1,
+        doc_phase: if judges {
+            Phase::Adjudicate
+        } else {
+            Phase::Normal
+        },
+        doc_hash: next.hash(),
+        doc: next.to_json(),
+    };
+    point("installing").await;
+    for name in next.live() {
+        let Some(shard) = cluster.opened_shard(name) else {
+            return Err(NotInForce::Refused(format!(
+                "{name} is not in our shards.toml"
+            )));
+        };
+        match offer(&shard, &meta).await? {
+            Acceptance::Accept { .. } | Acceptance::There => point("installed").await,
+            Acceptance::Newer(_) | Acceptance::Conflict(_) => return Ok(None),
+        }
+    }
+    let doc = meta.doc_ref();
+    adopt(cluster, doc.clone(), next.clone())?;
+    Ok(Some(doc))
+}
+
+/// Takes a document on to its next phase on every shard that it does not declare down.
+///
+/// # Errors
+/// [`NotInForce`].
+pub async fn advance(cluster: &Cluster, view: &View, phase: Phase) -> Result<(), NotInForce> {
+    let mut meta = meta_of(cluster, view);
+    meta.doc_phase = phase;
+    for shard in &view.shards {
+        offer(shard, &meta).await?;
+        point("judged").await;
+    }
+    adopt(cluster, meta.doc_ref(), view.document.clone())
+}
+
+fn meta_of(cluster: &Cluster, view: &View) -> Meta {
+    Meta {
+        cluster_id: cluster.id().to_owned(),
+        shard_name: String::new(),
+        slot_algorithm: ALGORITHM.to_owned(),
+        doc_version: view.doc.version,
+        doc_phase: view.doc.phase,
+        doc_hash: view.doc.hash.clone(),
+        doc: view.document.to_json(),
+    }
+}
+
+/// Offers a document to a shard; one that is new is founded with it and owns nothing.
+async fn offer(shard: &Shard, meta: &Meta) -> Result<Acceptance, NotInForce> {
+    let meta = Meta {
+        shard_name: shard.name().to_owned(),
+        ..meta.clone()
+    };
+    if stored_meta(shard).await?.is_none() {
+        let founded = meta.clone();
+        let there = shard
+            .ask(move |store, _| async move { store.found(&founded, &SlotSet::empty()).await })
+            .await?;
+        if there.cluster_id != meta.cluster_id || there.shard_name != meta.shard_name {
+            return Err(foreign(shard, &there));
+        }
+    }
+    Ok(shard
+        .ask(move |store, identity| async move { store.accept(&identity, &meta).await })
+        .await?)
+}
+
+async fn stored_meta(shard: &Shard) -> Result<Option<Meta>, ShardDown> {
+    shard
+        .ask(|store, _| async move { store.meta().await })
+        .await
+}
+
+fn foreign(shard: &Shard, there: &Meta) -> NotInForce {
+    NotInForce::Refused(format!(
+        "the url of {} leads to the database of {} of service {}; every shard needs its own",
+        shard.name(),
+        there.shard_name,
+        there.cluster_id
+    ))
+}
+
+/// Every shard that the next document does not declare down must answer, and be who it is.
+async fn check_members(cluster: &Cluster, view: &View, next: &Document) -> Result<(), NotInForce> {
+    for name in next.live() {
+        let Some(shard) = cluster.opened_shard(name) else {
+            return Err(NotInForce::Refused(format!(
+                "{name} is not in our shards.toml"
+            )));
+        };
+        let found = shard
+            .ask(|store, _| async move {
+                store.ping().await?;
+                store.migrate().await?;
+                store.meta().await
+            })
+            .await
+            .map_err(|e| {
+                NotInForce::Waiting(format!("{e}; every shard that is not declared down must answer before an edit is in force"))
+            })?;
+        let known = view.document.shards.contains_key(name);
+        match found {
+            Some(meta) if meta.cluster_id != cluster.id() || meta.shard_name != name => {
+                return Err(foreign(&shard, &meta));
+            }
+            Some(_) => {}
+            None if known => {
+                return Err(NotInForce::Refused(format!(
+                    "the database of {name} is empty, but it is a shard of this service: it was wiped, or its url leads to another"
+                )));
+            }
+            None if view.document.retired.contains(name) => {
+                return Err(NotInForce::Refused(format!(
+                    "{name} was the name of a shard before; a new database needs a new name"
+                )));
+            }
+            None => {}
+        }
+    }
+    Ok(())
+}
+
+/// Reads the documents of all shards, adopts the latest, and completes one that is not on all of its shards yet.
+///
+/// # Errors
+/// [`NotInForce`].
+pub async fn catch_up(cluster: &Cluster) -> Result<(), NotInForce> {
+    let view = cluster.view();
+    let mut metas = Vec::new();
+    for shard in &view.shards {
+        // One that does not answer has nothing to say; a later look will tell.
+        if let Ok(Some(meta)) = stored_meta(shard).await {
+            metas.push((shard.clone(), meta));
+        }
+    }
+    let Some((_, newest)) = metas
+        .iter()
+        .max_by_key(|(_, meta)| (meta.doc_version, meta.doc_phase))
+    else {
+        return Ok(());
+    };
+    let rival = metas.iter().find(|(_, meta)| {
+        meta.doc_version == newest.doc_version && meta.doc_hash != newest.doc_hash
+    });
+    let document: Document = serde_json::from_str(&newest.doc).map_err(|e| {
+        NotInForce::Waiting(format!(
+            "the document of version {} is not readable: {e}",
+            newest.doc_version
+        ))
+    })?;
+    if rival.is_some() {
+        // Two were accepted under one version, each by other shards: whoever sees it puts one of them above both.
+        let (first, chosen) = metas
+            .iter()
+            .find(|(_, meta)| meta.doc_version == newest.doc_version)
+            .unwrap_or(&metas[0]);
+        let chosen_document: Document = serde_json::from_str(&chosen.doc).unwrap_or(document);
+        tracing::warn!(
+            version = newest.doc_version,
+            kept = first.name(),
+            "two documents of one version: one is put above both"
+        );
+        let mut above = chosen.clone();
+        above.doc_version += 1;
+        for name in chosen_document.live() {
+            if let Some(shard) = cluster.opened_shard(name) {
+                offer(&shard, &above).await?;
+            }
+        }
+        return adopt(cluster, above.doc_ref(), chosen_document);
+    }
+    let behind: Vec<&str> = document
+        .live()
+        .filter(|name| {
+            !metas
+                .iter()
+                .any(|(shard, meta)| shard.name() == *name && meta.doc_ref() == newest.doc_ref())
+        })
+        .collect();
+    for name in behind {
+        if let Some(shard) = cluster.opened_shard(name).filter(|shard| !shard.is_down()) {
+            match offer(&shard, newest).await? {
+                Acceptance::Accept { .. } => tracing::info!(
+                    shard = name,
+                    version = newest.doc_version,
+                    "document completed"
+                ),
+                Acceptance::There | Acceptance::Newer(_) | Acceptance::Conflict(_) => {}
+            }
+        }
+    }
+    if view.doc != newest.doc_ref()
+        && (newest.doc_version, newest.doc_phase) > (view.doc.version, view.doc.phase)
+    {
+        return adopt(cluster, newest.doc_ref(), document);
+    }
+    Ok(())
+}
+
+fn adopt(cluster: &Cluster, doc: DocRef, document: Document) -> Result<(), NotInForce> {
+    let shards: Vec<String> = document
+        .shards
+        .iter()
+        .map(|(name, member)| match member.state {
+            ShardState::Active => name.clone(),
+            ShardState::Draining => format!("{name} draining"),
+            ShardState::Down => format!("{name} down"),
+        })
+        .collect();
+    tracing::info!(
+        version = doc.version,
+        phase = doc.phase.as_str(),
+        shards = shards.join(", "),
+        "document in force"
+    );
+    cluster
+        .adopt(doc, document)
+        .map_err(|e| NotInForce::Refused(e.to_string()))
+}
+
+/// What a shard still has.
+async fn held_by(cluster: &Cluster, name: &str) -> Held {
+    let Some(shard) = cluster.opened_shard(name) else {
+        return Held::Unknown("it is not in our shards.toml; put it back as draining".into());
+    };
+    let rows = shard
+        .ask(|store, identity| async move { store.rows(&identity, None, None).await })
+        .await;
+    let leftovers = shard
+        .ask(|store, identity| async move { store.leftovers(&identity).await })
+        .await;
+    match (rows, leftovers) {
+        (Ok(rows), Ok(leftovers)) => Held::Slots {
+            slots: rows
+                .iter()
+                .filter(|row| row.state != SlotState::None)
+                .count(),
+            with_rows: leftovers.len(),
+        },
+        (Err(e), _) | (_, Err(e)) => Held::Unknown(e.to_string()),
+    }
+}
+
+async fn back_off() {
+    tokio::time::sleep(Duration::from_millis(50).mul_f64(1.0 + 5.0 * rand::random::<f64>())).await;
+}

@@ -1,0 +1,123 @@
+//! A shard that was declared down is back: what it alone holds goes to those who own its slots now (A6 of
+//! `docs/SHARDING.md`).
+
+use super::fault::point;
+use super::mover::{NotMoved, row_at, take};
+use crate::dialog::{DialogId, Seq};
+use crate::ownership::{SlotRow, SlotState, Step};
+use crate::ring::Slot;
+use crate::store::{DocRef, Head, Part, Shard};
+use std::collections::BTreeMap;
+
+/// Messages that go over in one transaction, at most.
+const PART_ROWS: u32 = 500;
+
+/// Dialogs that go over together.
+const DIALOGS_AT_ONCE: usize = 32;
+
+/// Brings everything of a fenced slot at `from` to its owner, and lets go of it. Returns how many messages were looked at.
+///
+/// # Errors
+/// [`NotMoved`]; what was brought over stays, and the rest is brought the next time.
+pub async fn merge(
+    doc: &DocRef,
+    slot: Slot,
+    from: &Shard,
+    fenced: &SlotRow,
+    owner: &Shard,
+) -> Result<u64, NotMoved> {
+    let heads: Vec<Head> = from
+        .ask(move |store, identity| async move { store.heads(&identity, slot).await })
+        .await?;
+    let mut merged = 0;
+    for group in heads.chunks(DIALOGS_AT_ONCE) {
+        let mut above: BTreeMap<DialogId, Seq> =
+            group.iter().map(|head| (head.dialog, Seq::ZERO)).collect();
+        loop {
+            let asked: Vec<(DialogId, Seq)> =
+                above.iter().map(|(dialog, seq)| (*dialog, *seq)).collect();
+            let messages = from
+                .ask(move |store, identity| async move {
+                    store.messages_of(&identity, slot, &asked, PART_ROWS).await
+                })
+                .await?;
+            for message in &messages {
+                above.insert(message.dialog, message.seq);
+            }
+            let count = messages.len();
+            merged += count as u64;
+            let (doc, part) = (
+                doc.clone(),
+                Part {
+                    messages,
+                    heads: group.to_vec(),
+                },
+            );
+            let taken = owner
+                .ask(move |store, identity| async move {
+                    store.merge_in(&identity, &doc, slot, &part).await
+                })
+                .await?;
+            taken.map_err(|refused| NotMoved::Refused {
+                step: "merge",
+                shard: owner.name().to_owned(),
+                refused,
+            })?;
+            point("merging").await;
+            if count < PART_ROWS as usize {
+                break;
+            }
+        }
+    }
+    take(from, doc, slot, &Step::MergedOut { term: fenced.term }).await?;
+    Ok(merged)
+}
+
+/// Notes at a slot's owner that nothing of `shard` is missing any more, if that is so.
+///
+/// # Errors
+/// [`NotMoved`].
+pub async fn heal(
+    doc: &DocRef,
+    slot: Slot,
+    owner: &Shard,
+    shard: &Shard,
+) -> Result<bool, NotMoved> {
+    if row_at(shard, doc, slot).await?.state == SlotState::Fenced {
+        return Ok(false);
+    }
+    take(
+        owner,
+        doc,
+        slot,
+        &Step::Heal {
+            shard: shard.name().to_owned(),
+        },
+    )
+    .await?;
+    Ok(true)
+}
+
+/// Writes off what `shard` alone held of a slot: it will not return.
+///
+/// # Errors
+/// [`NotMoved`].
+pub async fn write_off(
+    doc: &DocRef,
+    slot: Slot,
+    owner: &Shard,
+    shard: &str,
+) -> Result<(), NotMoved> {
+    let (doc, name) = (doc.clone(), shard.to_owned());
+    let done =
+        owner
+            .ask(move |store, identity| async move {
+                store.write_off(&identity, &doc, slot, &name).await
+            })
+            .await?;
+    done.map_err(|refused| NotMoved::Refused {
+        step: "write off",
+        shard: owner.name().to_owned(),
+        refused,
+    })
+}

@@ -1,0 +1,284 @@
+//! What changes of the shard set ask of a database: documents, rows of slots, copies, merges, purges.
+//!
+//! Every step holds the lock of the row it changes and a shared lock on `meta`, and is only taken under the document that it
+//! was decided by. What a step does to a row is not decided here but by [`SlotRow::after`].
+
+use super::{Identity, Meta, Phase, StoreError};
+use crate::dialog::{DialogId, Key, Seq, TextHash, Timestamp, UserId};
+use crate::ownership::{Refused, SlotRow, Step};
+use crate::ring::Slot;
+use crate::topology::Document;
+use async_trait::async_trait;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::Duration;
+
+impl Meta {
+    /// Which document it has.
+    #[must_use]
+    pub fn doc_ref(&self) -> DocRef {
+        DocRef {
+            version: self.doc_version,
+            phase: self.doc_phase,
+            hash: self.doc_hash.clone(),
+        }
+    }
+
+    /// What a shard with this row does when it is offered `new` (I8, I10).
+    ///
+    /// # Errors
+    /// [`StoreError::Refused`] for a document that cannot be read.
+    pub fn offered(&self, new: &Meta) -> Result<Acceptance, StoreError> {
+        let (ours, theirs) = (self.doc_version, new.doc_version);
+        if ours > theirs
+            || (ours == theirs && self.doc_hash == new.doc_hash && self.doc_phase >= new.doc_phase)
+        {
+            return Ok(if self.doc_ref() == new.doc_ref() {
+                Acceptance::There
+            } else {
+                Acceptance::Newer(self.clone())
+            });
+        }
+        if ours == theirs && self.doc_hash != new.doc_hash {
+            return Ok(Acceptance::Conflict(self.clone()));
+        }
+        let down_in = |text: &str| {
+            let document: Document = serde_json::from_str(text).map_err(|e| {
+                StoreError::Refused(format!("the document in meta is not readable: {e}"))
+            })?;
+            Ok(document
+                .shards
+                .get(&self.shard_name)
+                .map_or(0, |member| member.down_generation))
+        };
+        Ok(Acceptance::Accept {
+            fence: down_in(&new.doc)? > down_in(&self.doc)?,
+        })
+    }
+}
+
+/// Which document: control steps are only taken where it is the one they were decided by (I7).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DocRef {
+    /// From 1.
+    pub version: u64,
+    /// How far it is carried out.
+    pub phase: Phase,
+    /// [`crate::topology::Document::hash`].
+    pub hash: String,
+}
+
+impl fmt::Display for DocRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "version {} {}", self.version, self.phase.as_str())
+    }
+}
+
+/// What a shard says to a document.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Acceptance {
+    /// It takes it now; `fence` if it was declared down since the one it had: whatever it owned it owns no more.
+    Accept {
+        /// See above.
+        fence: bool,
+    },
+    /// It has it.
+    There,
+    /// It has a later one.
+    Newer(Meta),
+    /// It has another of the same version.
+    Conflict(Meta),
+}
+
+/// A message as it is copied from shard to shard: every column.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CopiedMessage {
+    /// The dialog.
+    pub dialog: DialogId,
+    /// Its place in it.
+    pub seq: Seq,
+    /// Who wrote it.
+    pub author: UserId,
+    /// The author's name for it; `None` for one that is a duplicate of another.
+    pub key: Option<Key>,
+    /// What a retry is compared by.
+    pub hash: TextHash,
+    /// What it is: `text`.
+    pub kind: String,
+    /// What it says.
+    pub text: String,
+    /// When it was stored.
+    pub at: Timestamp,
+    /// The seq of the message with the same key, where a shard that was wrongly declared down had stored it too.
+    pub duplicate_of: Option<Seq>,
+}
+
+/// A dialog's row and its members, as they are copied.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Head {
+    /// Which.
+    pub dialog: DialogId,
+    /// Its last seq.
+    pub last_seq: Seq,
+    /// When that was stored.
+    pub last_at: Timestamp,
+    /// Its members, by user.
+    pub members: Vec<Membership>,
+}
+
+/// A user's row in a dialog.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Membership {
+    /// Who.
+    pub user: UserId,
+    /// Read up to here.
+    pub read_seq: Seq,
+    /// Since when.
+    pub joined_at: Timestamp,
+}
+
+/// A part of a slot on its way: messages in key order, and the heads of their dialogs as far as they are copied.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Part {
+    /// In key order.
+    pub messages: Vec<CopiedMessage>,
+    /// In key order.
+    pub heads: Vec<Head>,
+}
+
+/// What a purge did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purged {
+    /// So many rows are gone, and there may be more.
+    Some(u64),
+    /// Nothing is left.
+    All,
+    /// The slot left not long ago; reads may still be looking at it.
+    TooEarly,
+    /// The slot is not `none` here: nothing was touched.
+    InUse,
+}
+
+/// How much lies in one slot of a shard.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SlotSize {
+    /// Dialogs.
+    pub dialogs: u64,
+    /// Messages.
+    pub messages: u64,
+    /// Bytes of their texts.
+    pub bytes: u64,
+}
+
+/// The turn to change shards: with it an instance saves the others' work; safety never rests on it. Dropped, it is free.
+#[async_trait]
+pub trait Turn: Send + Sync {
+    /// Says that we are still there.
+    ///
+    /// # Errors
+    /// [`StoreError`]: somebody else may have it now.
+    async fn keep(&mut self) -> Result<(), StoreError>;
+}
+
+/// What changes of the shard set ask of a shard's database.
+#[async_trait]
+pub trait Control: Send + Sync + 'static {
+    /// Offers a document; see [`Meta::offered`]. With [`Acceptance::Accept`] it is in force here, and this shard fenced if
+    /// that was asked for, in one transaction.
+    async fn accept(&self, identity: &Identity, new: &Meta) -> Result<Acceptance, StoreError>;
+
+    /// The rows of all slots, or of `only` one, ascending. With `doc` they are evidence: read while the shard had that
+    /// document.
+    async fn rows(
+        &self,
+        identity: &Identity,
+        doc: Option<&DocRef>,
+        only: Option<Slot>,
+    ) -> Result<Vec<SlotRow>, StoreError>;
+
+    /// Takes a step with a slot's row, in one transaction under the locks of the document and of the row, and returns the row
+    /// after it.
+    async fn step(
+        &self,
+        identity: &Identity,
+        doc: &DocRef,
+        slot: Slot,
+        step: &Step,
+    ) -> Result<Result<SlotRow, Refused>, StoreError>;
+
+    /// All dialogs of a slot, in key order, in one snapshot.
+    async fn heads(&self, identity: &Identity, slot: Slot) -> Result<Vec<Head>, StoreError>;
+
+    /// At most `limit` messages of these dialogs of a slot, each above a seq, in key order.
+    async fn messages_of(
+        &self,
+        identity: &Identity,
+        slot: Slot,
+        above: &[(DialogId, Seq)],
+        limit: u32,
+    ) -> Result<Vec<CopiedMessage>, StoreError>;
+
+    /// Adds a part to a slot that is incoming from `from` under `term`: what is there already stays, heads and read marks only
+    /// rise.
+    async fn copy_in(
+        &self,
+        identity: &Identity,
+        doc: &DocRef,
+        slot: Slot,
+        from: &str,
+        term: u64,
+        part: &Part,
+    ) -> Result<Result<(), Refused>, StoreError>;
+
+    /// Adds a part of a shard that has returned to a slot that is owned here. A message whose key is stored already comes in as
+    /// its duplicate. Every message of the part is there afterwards.
+    async fn merge_in(
+        &self,
+        identity: &Identity,
+        doc: &DocRef,
+        slot: Slot,
+        part: &Part,
+    ) -> Result<Result<(), Refused>, StoreError>;
+
+    /// Slots that are `none` here and have rows.
+    async fn leftovers(&self, identity: &Identity) -> Result<Vec<Slot>, StoreError>;
+
+    /// Deletes at most `limit` messages of a slot that is `none` here and was released at least `grace` ago.
+    async fn purge(
+        &self,
+        identity: &Identity,
+        slot: Slot,
+        grace: Duration,
+        limit: u32,
+    ) -> Result<Purged, StoreError>;
+
+    /// Writes off what `shard` alone held of a slot that is owned here.
+    async fn write_off(
+        &self,
+        identity: &Identity,
+        doc: &DocRef,
+        slot: Slot,
+        shard: &str,
+    ) -> Result<Result<(), Refused>, StoreError>;
+
+    /// How much lies in each slot. Reads it all: for operators, not for every request.
+    async fn sizes(&self, identity: &Identity) -> Result<BTreeMap<Slot, SlotSize>, StoreError>;
+
+    /// Takes the turn to change shards, if nobody has it.
+    async fn take_turn(&self) -> Result<Option<Box<dyn Turn>>, StoreError>;
+}
+
+/// Whether a shard may do what was decided by `doc`: it has that very document, and a step that judges is taken while judging,
+/// any other when that is over.
+pub(super) fn fits(there: &DocRef, doc: &DocRef, step: Option<&Step>) -> Result<(), StoreError> {
+    let phase = match step {
+        Some(step) if step.adjudicates() => Phase::Adjudicate,
+        Some(_) => Phase::Normal,
+        None => doc.phase,
+    };
+    if there == doc && doc.phase == phase {
+        Ok(())
+    } else {
+        Err(StoreError::OtherDocument(there.clone()))
+    }
+}

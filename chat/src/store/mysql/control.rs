@@ -1,0 +1,740 @@
+//! [`Control`] on MySQL and MariaDB. Locks are taken in the order meta, slots, dialogs, messages.
+
+use super::{
+    BEGIN, MetaRow, MysqlStore, SELECT_META, SNAPSHOT, check_identity, classify, comma, corrupt,
+    heads_of, lock_heads, meta_of, push_hex, result_sets, rows, select_identity, unreachable,
+};
+use crate::dialog::{DialogId, Key, Seq, TextHash, Timestamp, UserId};
+use crate::ownership::{Refused, SlotRow, SlotState, Step, history_of, history_text};
+use crate::ring::Slot;
+use crate::store::control::fits;
+use crate::store::{
+    Acceptance, Control, CopiedMessage, DocRef, Head, Identity, Membership, Meta, Part, Phase,
+    Purged, SlotSize, StoreError, Turn,
+};
+use async_trait::async_trait;
+use mysql_async::prelude::Queryable;
+use mysql_async::{Conn, OptsBuilder, Row};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt::Write as _;
+use std::time::Duration;
+use tokio::time::timeout;
+
+const COLUMNS: &str =
+    "dialog, seq, author, client_key, text_hash, kind, text, created_at, duplicate_of";
+
+const ROW: &str =
+    "slot, state, term, generation, peer, next_term, activated, claimed_generation, history";
+
+/// How long the server keeps the turn of an instance that vanished without a word, in seconds.
+const TURN_SECONDS: u32 = 5;
+
+#[async_trait]
+impl Control for MysqlStore {
+    async fn accept(&self, identity: &Identity, new: &Meta) -> Result<Acceptance, StoreError> {
+        self.on_write(async |conn| {
+            let sql = format!("{BEGIN}{}; {SELECT_META} FOR UPDATE", select_identity());
+            let mut sets = result_sets(conn, sql).await?.into_iter().skip(2);
+            check_identity(identity, sets.next())?;
+            let there = rows::<MetaRow>(sets.next())?.pop().map(meta_of).transpose()?;
+            let there = there.ok_or_else(|| corrupt("meta"))?;
+            let acceptance = there.offered(new)?;
+            let Acceptance::Accept { fence } = acceptance else {
+                conn.query_drop("ROLLBACK").await.map_err(classify)?;
+                return Ok(acceptance);
+            };
+            if fence {
+                conn.query_drop(
+                    "UPDATE slots SET state = 'fenced', peer = NULL, next_term = NULL WHERE state IN ('owner', 'sealed', 'incoming')",
+                )
+                .await
+                .map_err(classify)?;
+            }
+            conn.exec_drop(
+                "UPDATE meta SET doc_version = ?, doc_phase = ?, doc_hash = ?, doc = ? WHERE id = 1",
+                (new.doc_version, new.doc_phase.as_str(), &new.doc_hash, &new.doc),
+            )
+            .await
+            .map_err(classify)?;
+            conn.query_drop("COMMIT").await.map_err(classify)?;
+            Ok(acceptance)
+        })
+        .await
+    }
+
+    async fn rows(
+        &self,
+        identity: &Identity,
+        doc: Option<&DocRef>,
+        only: Option<Slot>,
+    ) -> Result<Vec<SlotRow>, StoreError> {
+        let (lock, only) = (
+            if doc.is_some() {
+                " LOCK IN SHARE MODE"
+            } else {
+                ""
+            },
+            only.map_or(String::new(), |slot| format!(" WHERE slot = {slot}")),
+        );
+        let sql = format!(
+            "{BEGIN}{}; {SELECT_DOC}{lock}; SELECT {ROW} FROM slots{only} ORDER BY slot; COMMIT",
+            select_identity()
+        );
+        self.on_read(async |conn| {
+            let mut sets = result_sets(conn, sql).await?.into_iter().skip(2);
+            check_identity(identity, sets.next())?;
+            let there = doc_of(sets.next())?;
+            if let Some(doc) = doc {
+                fits(&there, doc, None)?;
+            }
+            Ok(slot_rows(sets.next())?
+                .into_iter()
+                .map(|(_, row)| row)
+                .collect())
+        })
+        .await
+    }
+
+    async fn step(
+        &self,
+        identity: &Identity,
+        doc: &DocRef,
+        slot: Slot,
+        step: &Step,
+    ) -> Result<Result<SlotRow, Refused>, StoreError> {
+        self.on_write(async |conn| {
+            let before = lock_row(conn, identity, doc, Some(step), slot).await?;
+            let after = match before.row.after(step, before.holds_rows) {
+                Ok(after) => after,
+                Err(refused) => {
+                    conn.query_drop("ROLLBACK").await.map_err(classify)?;
+                    return Ok(Err(refused));
+                }
+            };
+            conn.query_drop(format!(
+                "{}; COMMIT",
+                update_row(slot, step, &after, before.now)
+            ))
+            .await
+            .map_err(classify)?;
+            Ok(Ok(after))
+        })
+        .await
+    }
+
+    async fn heads(&self, identity: &Identity, slot: Slot) -> Result<Vec<Head>, StoreError> {
+        let sql = format!(
+            "{SNAPSHOT}{}; SELECT dialog, last_seq, last_at FROM dialogs WHERE slot = {slot} ORDER BY dialog;
+             SELECT dialog, user_id, read_seq, joined_at FROM members WHERE slot = {slot} ORDER BY dialog, user_id; COMMIT",
+            select_identity()
+        );
+        self.on_read(async |conn| {
+            let mut sets = result_sets(conn, sql).await?.into_iter().skip(3);
+            check_identity(identity, sets.next())?;
+            let dialogs: Vec<(String, u64, i64)> = rows(sets.next())?;
+            let members: Vec<(String, u64, u64, i64)> = rows(sets.next())?;
+            let mut of = HashMap::<String, Vec<Membership>>::new();
+            for (dialog, user, read_seq, joined_at) in members {
+                of.entry(dialog).or_default().push(Membership {
+                    user: UserId::new(user).map_err(|_| corrupt("members.user_id"))?,
+                    read_seq: Seq::new(read_seq),
+                    joined_at: Timestamp::from_micros(joined_at),
+                });
+            }
+            let head = |(dialog, last_seq, last_at): (String, u64, i64)| {
+                Ok(Head {
+                    members: of.remove(&dialog).unwrap_or_default(),
+                    dialog: dialog.parse().map_err(|_| corrupt("dialogs.dialog"))?,
+                    last_seq: Seq::new(last_seq),
+                    last_at: Timestamp::from_micros(last_at),
+                })
+            };
+            dialogs.into_iter().map(head).collect()
+        })
+        .await
+    }
+
+    async fn messages_of(
+        &self,
+        identity: &Identity,
+        slot: Slot,
+        above: &[(DialogId, Seq)],
+        limit: u32,
+    ) -> Result<Vec<CopiedMessage>, StoreError> {
+        if above.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut ranges = String::new();
+        for (dialog, seq) in above {
+            let or = if ranges.is_empty() { "" } else { " OR " };
+            let _ = write!(
+                ranges,
+                "{or}(slot = {slot} AND dialog = '{dialog}' AND seq > {seq})"
+            );
+        }
+        let sql = format!(
+            "{SNAPSHOT}{}; SELECT {COLUMNS} FROM messages WHERE {ranges} ORDER BY dialog, seq LIMIT {limit}; COMMIT",
+            select_identity()
+        );
+        self.on_read(async |conn| {
+            let mut sets = result_sets(conn, sql).await?.into_iter().skip(3);
+            check_identity(identity, sets.next())?;
+            sets.next()
+                .unwrap_or_default()
+                .into_iter()
+                .map(copied)
+                .collect()
+        })
+        .await
+    }
+
+    async fn copy_in(
+        &self,
+        identity: &Identity,
+        doc: &DocRef,
+        slot: Slot,
+        from: &str,
+        term: u64,
+        part: &Part,
+    ) -> Result<Result<(), Refused>, StoreError> {
+        self.on_write(async |conn| {
+            let sql = format!(
+                "{BEGIN}{}; {SELECT_DOC} LOCK IN SHARE MODE; SELECT {ROW} FROM slots WHERE slot = {slot} LOCK IN SHARE MODE",
+                select_identity()
+            );
+            let mut sets = result_sets(conn, sql).await?.into_iter().skip(2);
+            check_identity(identity, sets.next())?;
+            fits(&doc_of(sets.next())?, doc, None)?;
+            let row = slot_rows(sets.next())?.pop().map(|(_, row)| row).ok_or_else(|| corrupt("slots"))?;
+            if !row.is_incoming(from, term) {
+                conn.query_drop("ROLLBACK").await.map_err(classify)?;
+                return Ok(Err(Refused(row)));
+            }
+            let sql = format!("{}{}COMMIT", insert_copied(slot, &part.messages), raise_heads(slot, &part.heads));
+            conn.query_drop(sql).await.map_err(classify)?;
+            Ok(Ok(()))
+        })
+        .await
+    }
+
+    async fn merge_in(
+        &self,
+        identity: &Identity,
+        doc: &DocRef,
+        slot: Slot,
+        part: &Part,
+    ) -> Result<Result<(), Refused>, StoreError> {
+        self.on_write(async |conn| {
+            let step = Step::MergedIn;
+            let before = lock_row(conn, identity, doc, Some(&step), slot).await?;
+            let after = match before.row.after(&step, before.holds_rows) {
+                Ok(after) => after,
+                Err(refused) => {
+                    conn.query_drop("ROLLBACK").await.map_err(classify)?;
+                    return Ok(Err(refused));
+                }
+            };
+            let dialogs: BTreeSet<(Slot, DialogId)> =
+                part.heads.iter().map(|head| (slot, head.dialog)).collect();
+            let missing: Vec<Head> = part
+                .heads
+                .iter()
+                .map(|head| Head {
+                    last_seq: Seq::ZERO,
+                    ..head.clone()
+                })
+                .collect();
+            let sql = format!(
+                "{}; {}{}",
+                update_row(slot, &step, &after, before.now),
+                raise_heads(slot, &missing),
+                lock_heads(&dialogs)
+            );
+            let locked = result_sets(conn, sql).await?;
+            heads_of(locked.into_iter().next_back())?;
+            // Only now, behind the dialogs' locks, is it certain what is there.
+            let there = places(conn, slot, &part.messages).await?;
+            let absent: Vec<CopiedMessage> = part
+                .messages
+                .iter()
+                .filter(|message| !there.seqs.contains(&(message.dialog, message.seq)))
+                .map(|message| there.as_duplicate(message))
+                .collect();
+            let sql = format!(
+                "{}{}COMMIT",
+                insert_copied(slot, &absent),
+                raise_heads(slot, &part.heads)
+            );
+            conn.query_drop(sql).await.map_err(classify)?;
+            Ok(Ok(()))
+        })
+        .await
+    }
+
+    async fn leftovers(&self, identity: &Identity) -> Result<Vec<Slot>, StoreError> {
+        let sql = format!(
+            "{SNAPSHOT}{}; SELECT slot FROM slots WHERE state = 'none'
+                AND EXISTS (SELECT 1 FROM dialogs WHERE dialogs.slot = slots.slot) ORDER BY slot; COMMIT",
+            select_identity()
+        );
+        self.on_read(async |conn| {
+            let mut sets = result_sets(conn, sql).await?.into_iter().skip(3);
+            check_identity(identity, sets.next())?;
+            Ok(rows::<u16>(sets.next())?
+                .into_iter()
+                .filter_map(Slot::new)
+                .collect())
+        })
+        .await
+    }
+
+    async fn purge(
+        &self,
+        identity: &Identity,
+        slot: Slot,
+        grace: Duration,
+        limit: u32,
+    ) -> Result<Purged, StoreError> {
+        self.on_write(async |conn| {
+            let sql = format!(
+                "{BEGIN}{}; SELECT state, released_at FROM slots WHERE slot = {slot} FOR UPDATE",
+                select_identity()
+            );
+            let mut sets = result_sets(conn, sql).await?.into_iter().skip(2);
+            let now = check_identity(identity, sets.next())?;
+            let (state, released_at): (String, i64) =
+                rows(sets.next())?.pop().ok_or_else(|| corrupt("slots"))?;
+            let grace = i64::try_from(grace.as_micros()).unwrap_or(i64::MAX);
+            let refused = if state != SlotState::None.as_str() {
+                Some(Purged::InUse)
+            } else {
+                (released_at.saturating_add(grace) > now.micros()).then_some(Purged::TooEarly)
+            };
+            if let Some(refused) = refused {
+                conn.query_drop("ROLLBACK").await.map_err(classify)?;
+                return Ok(refused);
+            }
+            conn.query_drop(format!(
+                "DELETE FROM messages WHERE slot = {slot} ORDER BY slot, dialog, seq LIMIT {limit}"
+            ))
+            .await
+            .map_err(classify)?;
+            let gone = conn.affected_rows();
+            if gone == u64::from(limit) {
+                conn.query_drop("COMMIT").await.map_err(classify)?;
+                return Ok(Purged::Some(gone));
+            }
+            // The dialogs go last: while one is there, so may be its messages.
+            conn.query_drop(format!(
+                "DELETE FROM members WHERE slot = {slot}; DELETE FROM dialogs WHERE slot = {slot};
+                 DELETE FROM lost WHERE slot = {slot}; COMMIT"
+            ))
+            .await
+            .map_err(classify)?;
+            Ok(Purged::All)
+        })
+        .await
+    }
+
+    async fn write_off(
+        &self,
+        identity: &Identity,
+        doc: &DocRef,
+        slot: Slot,
+        shard: &str,
+    ) -> Result<Result<(), Refused>, StoreError> {
+        let step = Step::Heal {
+            shard: shard.to_owned(),
+        };
+        self.on_write(async |conn| {
+            let before = lock_row(conn, identity, doc, Some(&step), slot).await?;
+            let after = match before.row.after(&step, before.holds_rows) {
+                Ok(after) => after,
+                Err(refused) => {
+                    conn.query_drop("ROLLBACK").await.map_err(classify)?;
+                    return Ok(Err(refused));
+                }
+            };
+            let upto = Seq::ZERO.next(after.generation);
+            conn.query_drop(format!(
+                "{}; INSERT INTO lost (slot, dialog, from_seq, to_seq, reason) VALUES ({slot}, '', 1, {upto}, 'forgotten: {shard}')
+                    ON DUPLICATE KEY UPDATE to_seq = GREATEST(to_seq, VALUES(to_seq)), reason = VALUES(reason); COMMIT",
+                update_row(slot, &step, &after, before.now)
+            ))
+            .await
+            .map_err(classify)?;
+            Ok(Ok(()))
+        })
+        .await
+    }
+
+    async fn sizes(&self, identity: &Identity) -> Result<BTreeMap<Slot, SlotSize>, StoreError> {
+        let sql = format!(
+            "{SNAPSHOT}{}; SELECT slot, COUNT(*) FROM dialogs GROUP BY slot;
+             SELECT slot, COUNT(*), CAST(SUM(LENGTH(text)) AS UNSIGNED) FROM messages GROUP BY slot; COMMIT",
+            select_identity()
+        );
+        self.on_read(async |conn| {
+            let mut sets = result_sets(conn, sql).await?.into_iter().skip(3);
+            check_identity(identity, sets.next())?;
+            let mut sizes = BTreeMap::<Slot, SlotSize>::new();
+            for (slot, dialogs) in rows::<(u16, u64)>(sets.next())? {
+                sizes
+                    .entry(Slot::new(slot).ok_or_else(|| corrupt("dialogs.slot"))?)
+                    .or_default()
+                    .dialogs = dialogs;
+            }
+            for (slot, messages, bytes) in rows::<(u16, u64, u64)>(sets.next())? {
+                let size = sizes
+                    .entry(Slot::new(slot).ok_or_else(|| corrupt("messages.slot"))?)
+                    .or_default();
+                (size.messages, size.bytes) = (messages, bytes);
+            }
+            Ok(sizes)
+        })
+        .await
+    }
+
+    async fn take_turn(&self) -> Result<Option<Box<dyn Turn>>, StoreError> {
+        let setup = format!("SET SESSION wait_timeout = {TURN_SECONDS}");
+        let opts = OptsBuilder::from_opts(self.opts.clone()).setup(vec![setup]);
+        let taking = async {
+            let mut conn = Conn::new(opts).await.map_err(unreachable)?;
+            let taken: Option<u8> = conn
+                .query_first("SELECT GET_LOCK(CONCAT('chat.change.', DATABASE()), 0)")
+                .await
+                .map_err(classify)?;
+            Ok((taken == Some(1)).then(|| {
+                Box::new(MysqlTurn {
+                    conn,
+                    limit: self.connect_limit,
+                }) as Box<dyn Turn>
+            }))
+        };
+        timeout(self.connect_limit, taking)
+            .await
+            .unwrap_or_else(|_| Err(StoreError::Unreachable("no answer in time".into())))
+    }
+}
+
+/// A connection that holds a lock by name; the server frees the lock when the connection ends, however it ends.
+struct MysqlTurn {
+    conn: Conn,
+    limit: Duration,
+}
+
+#[async_trait]
+impl Turn for MysqlTurn {
+    async fn keep(&mut self) -> Result<(), StoreError> {
+        timeout(self.limit, self.conn.query_drop("DO 0"))
+            .await
+            .map_err(|_| StoreError::Lost("no answer in time".into()))?
+            .map_err(classify)
+    }
+}
+
+const SELECT_DOC: &str = "SELECT doc_version, doc_phase, doc_hash FROM meta WHERE id = 1";
+
+fn doc_of(set: Option<Vec<Row>>) -> Result<DocRef, StoreError> {
+    let (version, phase, hash): (u64, String, String) =
+        rows(set)?.pop().ok_or_else(|| corrupt("meta"))?;
+    Ok(DocRef {
+        version,
+        phase: Phase::parse(&phase)?,
+        hash,
+    })
+}
+
+struct LockedRow {
+    now: Timestamp,
+    row: SlotRow,
+    holds_rows: bool,
+}
+
+/// Begins a transaction that holds the document's lock and the row's, if the document is the one the step was decided by.
+async fn lock_row(
+    conn: &mut Conn,
+    identity: &Identity,
+    doc: &DocRef,
+    step: Option<&Step>,
+    slot: Slot,
+) -> Result<LockedRow, StoreError> {
+    let sql = format!(
+        "{BEGIN}{}; {SELECT_DOC} LOCK IN SHARE MODE; SELECT {ROW} FROM slots WHERE slot = {slot} FOR UPDATE;
+         SELECT EXISTS (SELECT 1 FROM dialogs WHERE slot = {slot})",
+        select_identity()
+    );
+    let mut sets = result_sets(conn, sql).await?.into_iter().skip(2);
+    let now = check_identity(identity, sets.next())?;
+    fits(&doc_of(sets.next())?, doc, step)?;
+    let row = slot_rows(sets.next())?
+        .pop()
+        .map(|(_, row)| row)
+        .ok_or_else(|| corrupt("slots"))?;
+    let holds_rows = rows::<u8>(sets.next())?.pop() == Some(1);
+    Ok(LockedRow {
+        now,
+        row,
+        holds_rows,
+    })
+}
+
+fn update_row(slot: Slot, step: &Step, row: &SlotRow, now: Timestamp) -> String {
+    // Names are letters, digits, '-' and '_': nothing of them could end a literal.
+    let text = |value: &Option<String>| {
+        value
+            .as_ref()
+            .map_or("NULL".to_owned(), |value| format!("'{value}'"))
+    };
+    let number = |value: Option<u64>| value.map_or("NULL".to_owned(), |value| value.to_string());
+    let released = match step.released() {
+        None => String::new(),
+        Some(true) => format!(", released_at = {}", now.micros()),
+        Some(false) => ", released_at = 0".to_owned(),
+    };
+    format!(
+        "UPDATE slots SET state = '{}', term = {}, generation = {}, peer = {}, next_term = {}, activated = {},
+            claimed_generation = {}, history = '{}'{released} WHERE slot = {slot}",
+        row.state,
+        row.term,
+        row.generation,
+        text(&row.peer),
+        number(row.next_term),
+        row.activated,
+        row.claimed_generation,
+        history_text(&row.missing),
+    )
+}
+
+fn slot_rows(set: Option<Vec<Row>>) -> Result<Vec<(Slot, SlotRow)>, StoreError> {
+    type Raw = (
+        u16,
+        String,
+        u64,
+        u32,
+        Option<String>,
+        Option<u64>,
+        u64,
+        u32,
+        String,
+    );
+    rows::<Raw>(set)?
+        .into_iter()
+        .map(
+            |(
+                slot,
+                state,
+                term,
+                generation,
+                peer,
+                next_term,
+                activated,
+                claimed_generation,
+                history,
+            )| {
+                let slot = Slot::new(slot).ok_or_else(|| corrupt("slots.slot"))?;
+                let state = state.parse().map_err(|_| corrupt("slots.state"))?;
+                let missing = history_of(&history);
+                Ok((
+                    slot,
+                    SlotRow {
+                        state,
+                        term,
+                        generation,
+                        peer,
+                        next_term,
+                        activated,
+                        claimed_generation,
+                        missing,
+                    },
+                ))
+            },
+        )
+        .collect()
+}
+
+fn copied(row: Row) -> Result<CopiedMessage, StoreError> {
+    type Raw = (
+        String,
+        u64,
+        u64,
+        Option<Vec<u8>>,
+        Vec<u8>,
+        String,
+        String,
+        i64,
+        Option<u64>,
+    );
+    let (dialog, seq, author, key, hash, kind, text, at, duplicate_of): Raw =
+        mysql_async::from_row_opt(row).map_err(|_| corrupt("messages"))?;
+    Ok(CopiedMessage {
+        dialog: dialog.parse().map_err(|_| corrupt("messages.dialog"))?,
+        seq: Seq::new(seq),
+        author: UserId::new(author).map_err(|_| corrupt("messages.author"))?,
+        key: key.map(key_of).transpose()?,
+        hash: TextHash(hash.try_into().map_err(|_| corrupt("messages.text_hash"))?),
+        kind,
+        text,
+        at: Timestamp::from_micros(at),
+        duplicate_of: duplicate_of.map(Seq::new),
+    })
+}
+
+fn key_of(bytes: Vec<u8>) -> Result<Key, StoreError> {
+    let key = String::from_utf8(bytes)
+        .ok()
+        .and_then(|key| Key::new(key).ok());
+    key.ok_or_else(|| corrupt("messages.client_key"))
+}
+
+/// Statements that add messages, each ended by a semicolon; what is there stays as it is.
+fn insert_copied(slot: Slot, messages: &[CopiedMessage]) -> String {
+    if messages.is_empty() {
+        return String::new();
+    }
+    let mut sql = format!("INSERT INTO messages (slot, {COLUMNS}) VALUES ");
+    for (i, message) in messages.iter().enumerate() {
+        let comma = if i == 0 { "" } else { "," };
+        let _ = write!(
+            sql,
+            "{comma}({slot},'{}',{},{},",
+            message.dialog, message.seq, message.author
+        );
+        match &message.key {
+            Some(key) => {
+                sql.push_str("x'");
+                push_hex(&mut sql, key.as_str().as_bytes());
+                sql.push('\'');
+            }
+            None => sql.push_str("NULL"),
+        }
+        sql.push_str(",x'");
+        push_hex(&mut sql, &message.hash.0);
+        sql.push_str("',_ascii x'");
+        push_hex(&mut sql, message.kind.as_bytes());
+        sql.push_str("',_utf8mb4 x'");
+        push_hex(&mut sql, message.text.as_bytes());
+        let duplicate = message
+            .duplicate_of
+            .map_or("NULL".to_owned(), |seq| seq.to_string());
+        let _ = write!(sql, "',{},{duplicate})", message.at.micros());
+    }
+    sql.push_str(" ON DUPLICATE KEY UPDATE seq = messages.seq; ");
+    sql
+}
+
+/// Statements that add dialogs and members, each ended by a semicolon; what is there only rises.
+fn raise_heads(slot: Slot, heads: &[Head]) -> String {
+    if heads.is_empty() {
+        return String::new();
+    }
+    let (mut dialogs, mut members) = (String::new(), String::new());
+    for head in heads {
+        let dialog = head.dialog;
+        let _ = write!(
+            dialogs,
+            "{}({slot},'{dialog}',{},{})",
+            comma(&dialogs),
+            head.last_seq,
+            head.last_at.micros()
+        );
+        for member in &head.members {
+            let (user, read, joined) = (member.user, member.read_seq, member.joined_at.micros());
+            let _ = write!(
+                members,
+                "{}({slot},'{dialog}',{user},{read},{joined})",
+                comma(&members)
+            );
+        }
+    }
+    let mut sql = format!(
+        "INSERT INTO dialogs (slot, dialog, last_seq, last_at) VALUES {dialogs}
+           ON DUPLICATE KEY UPDATE last_seq = GREATEST(last_seq, VALUES(last_seq)), last_at = GREATEST(last_at, VALUES(last_at)); "
+    );
+    if !members.is_empty() {
+        let _ = write!(
+            sql,
+            "INSERT INTO members (slot, dialog, user_id, read_seq, joined_at) VALUES {members}
+               ON DUPLICATE KEY UPDATE read_seq = GREATEST(read_seq, VALUES(read_seq)), joined_at = LEAST(joined_at, VALUES(joined_at)); "
+        );
+    }
+    sql
+}
+
+/// What of a part is there already: its places, and where its keys lie.
+struct Places {
+    seqs: BTreeSet<(DialogId, Seq)>,
+    keys: HashMap<(DialogId, UserId, Key), Seq>,
+}
+
+impl Places {
+    /// A message whose key lies elsewhere comes in without it, and says where.
+    fn as_duplicate(&self, message: &CopiedMessage) -> CopiedMessage {
+        let stored = message.key.as_ref().and_then(|key| {
+            self.keys
+                .get(&(message.dialog, message.author, key.clone()))
+        });
+        match stored {
+            Some(seq) => CopiedMessage {
+                key: None,
+                duplicate_of: Some(*seq),
+                ..message.clone()
+            },
+            None => message.clone(),
+        }
+    }
+}
+
+async fn places(
+    conn: &mut Conn,
+    slot: Slot,
+    messages: &[CopiedMessage],
+) -> Result<Places, StoreError> {
+    let mut there = Places {
+        seqs: BTreeSet::new(),
+        keys: HashMap::new(),
+    };
+    if messages.is_empty() {
+        return Ok(there);
+    }
+    let (mut seqs, mut keys) = (String::new(), String::new());
+    for message in messages {
+        let _ = write!(
+            seqs,
+            "{}({slot},'{}',{})",
+            comma(&seqs),
+            message.dialog,
+            message.seq
+        );
+        if let Some(key) = &message.key {
+            let _ = write!(
+                keys,
+                "{}({slot},'{}',{},x'",
+                comma(&keys),
+                message.dialog,
+                message.author
+            );
+            push_hex(&mut keys, key.as_str().as_bytes());
+            keys.push_str("')");
+        }
+    }
+    let mut sql = format!("SELECT dialog, seq FROM messages WHERE (slot, dialog, seq) IN ({seqs})");
+    if !keys.is_empty() {
+        let _ = write!(
+            sql,
+            "; SELECT dialog, author, client_key, seq FROM messages WHERE (slot, dialog, author, client_key) IN ({keys})"
+        );
+    }
+    let mut sets = result_sets(conn, sql).await?.into_iter();
+    let dialog_of = |dialog: String| dialog.parse().map_err(|_| corrupt("messages.dialog"));
+    for (dialog, seq) in rows::<(String, u64)>(sets.next())? {
+        there.seqs.insert((dialog_of(dialog)?, Seq::new(seq)));
+    }
+    for (dialog, author, key, seq) in rows::<(String, u64, Vec<u8>, u64)>(sets.next())? {
+        let author = UserId::new(author).map_err(|_| corrupt("messages.author"))?;
+        there
+            .keys
+            .insert((dialog_of(dialog)?, author, key_of(key)?), Seq::new(seq));
+    }
+    Ok(there)
+}

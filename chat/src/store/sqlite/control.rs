@@ -1,0 +1,565 @@
+//! [`Control`] on SQLite: the same steps; `BEGIN IMMEDIATE` stands for all of their locks.
+
+use super::{SqliteStore, check_identity, clamp, classify, corrupt, immediate, now, select_meta};
+use crate::dialog::{DialogId, Key, Seq, TextHash, Timestamp, UserId};
+use crate::ownership::{Refused, SlotRow, SlotState, Step, history_of, history_text};
+use crate::ring::Slot;
+use crate::store::control::fits;
+use crate::store::{
+    Acceptance, Control, CopiedMessage, DocRef, Head, Identity, Membership, Meta, Part, Purged,
+    SlotSize, StoreError, Turn,
+};
+use async_trait::async_trait;
+use rusqlite::{OptionalExtension, Transaction, params};
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+#[async_trait]
+impl Control for SqliteStore {
+    async fn accept(&self, identity: &Identity, new: &Meta) -> Result<Acceptance, StoreError> {
+        let (identity, new) = (identity.clone(), new.clone());
+        self.write_on(move |connection| {
+            let tx = immediate(connection)?;
+            check_identity(&tx, &identity)?;
+            let there = select_meta(&tx)?.ok_or_else(|| corrupt("meta"))?;
+            let acceptance = there.offered(&new)?;
+            if let Acceptance::Accept { fence } = acceptance {
+                if fence {
+                    tx.execute(
+                        "UPDATE slots SET state = 'fenced', peer = NULL, next_term = NULL WHERE state IN ('owner', 'sealed', 'incoming')",
+                        [],
+                    )
+                    .map_err(|e| classify(&e))?;
+                }
+                tx.execute(
+                    "UPDATE meta SET doc_version = ?, doc_phase = ?, doc_hash = ?, doc = ? WHERE id = 1",
+                    params![new.doc_version, new.doc_phase.as_str(), new.doc_hash, new.doc],
+                )
+                .map_err(|e| classify(&e))?;
+                tx.commit().map_err(|e| classify(&e))?;
+            }
+            Ok(acceptance)
+        })
+        .await
+    }
+
+    async fn rows(
+        &self,
+        identity: &Identity,
+        doc: Option<&DocRef>,
+        only: Option<Slot>,
+    ) -> Result<Vec<SlotRow>, StoreError> {
+        let (identity, doc) = (identity.clone(), doc.cloned());
+        self.read_on(move |snapshot| {
+            check_identity(snapshot, &identity)?;
+            if let Some(doc) = doc {
+                fits(&doc_of(snapshot)?, &doc, None)?;
+            }
+            slot_rows(snapshot, only)
+        })
+        .await
+    }
+
+    async fn step(
+        &self,
+        identity: &Identity,
+        doc: &DocRef,
+        slot: Slot,
+        step: &Step,
+    ) -> Result<Result<SlotRow, Refused>, StoreError> {
+        let (identity, doc, step) = (identity.clone(), doc.clone(), step.clone());
+        self.write_on(move |connection| {
+            let tx = immediate(connection)?;
+            let after = match take(&tx, &identity, &doc, slot, &step)? {
+                Ok(after) => after,
+                Err(refused) => return Ok(Err(refused)),
+            };
+            tx.commit().map_err(|e| classify(&e))?;
+            Ok(Ok(after))
+        })
+        .await
+    }
+
+    async fn heads(&self, identity: &Identity, slot: Slot) -> Result<Vec<Head>, StoreError> {
+        let identity = identity.clone();
+        self.read_on(move |snapshot| {
+            check_identity(snapshot, &identity)?;
+            let mut heads = BTreeMap::<String, Head>::new();
+            let dialogs: Vec<(String, u64, i64)> = snapshot
+                .prepare_cached("SELECT dialog, last_seq, last_at FROM dialogs WHERE slot = ?")
+                .and_then(|mut select| {
+                    select.query_map([slot.get()], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?.collect()
+                })
+                .map_err(|e| classify(&e))?;
+            for (name, last_seq, last_at) in dialogs {
+                let dialog = name.parse().map_err(|_| corrupt("dialogs.dialog"))?;
+                let (last_seq, last_at) = (Seq::new(last_seq), Timestamp::from_micros(last_at));
+                heads.insert(name, Head { dialog, last_seq, last_at, members: Vec::new() });
+            }
+            let members: Vec<(String, u64, u64, i64)> = snapshot
+                .prepare_cached("SELECT dialog, user_id, read_seq, joined_at FROM members WHERE slot = ? ORDER BY dialog, user_id")
+                .and_then(|mut select| {
+                    select
+                        .query_map([slot.get()], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?)))?
+                        .collect()
+                })
+                .map_err(|e| classify(&e))?;
+            for (name, user, read_seq, joined_at) in members {
+                let user = UserId::new(user).map_err(|_| corrupt("members.user_id"))?;
+                if let Some(head) = heads.get_mut(&name) {
+                    head.members.push(Membership {
+                        user,
+                        read_seq: Seq::new(read_seq),
+                        joined_at: Timestamp::from_micros(joined_at),
+                    });
+                }
+            }
+            Ok(heads.into_values().collect())
+        })
+        .await
+    }
+
+    async fn messages_of(
+        &self,
+        identity: &Identity,
+        slot: Slot,
+        above: &[(DialogId, Seq)],
+        limit: u32,
+    ) -> Result<Vec<CopiedMessage>, StoreError> {
+        let identity = identity.clone();
+        let mut above: Vec<(String, Seq)> = above
+            .iter()
+            .map(|(dialog, seq)| (dialog.to_string(), *seq))
+            .collect();
+        above.sort();
+        self.read_on(move |snapshot| {
+            check_identity(snapshot, &identity)?;
+            let mut messages = Vec::new();
+            let mut select = snapshot
+                .prepare_cached(
+                    "SELECT dialog, seq, author, client_key, text_hash, kind, text, created_at, duplicate_of FROM messages
+                      WHERE slot = ? AND dialog = ? AND seq > ? ORDER BY seq LIMIT ?",
+                )
+                .map_err(|e| classify(&e))?;
+            for (dialog, seq) in above {
+                let room = i64::from(limit) - messages.len() as i64;
+                let mut rows =
+                    select.query(params![slot.get(), dialog, clamp(seq.get()), room]).map_err(|e| classify(&e))?;
+                while let Some(row) = rows.next().map_err(|e| classify(&e))? {
+                    messages.push(copied(row)?);
+                }
+            }
+            Ok(messages)
+        })
+        .await
+    }
+
+    async fn copy_in(
+        &self,
+        identity: &Identity,
+        doc: &DocRef,
+        slot: Slot,
+        from: &str,
+        term: u64,
+        part: &Part,
+    ) -> Result<Result<(), Refused>, StoreError> {
+        let (identity, doc, from, part) =
+            (identity.clone(), doc.clone(), from.to_owned(), part.clone());
+        self.write_on(move |connection| {
+            let tx = immediate(connection)?;
+            check_identity(&tx, &identity)?;
+            fits(&doc_of(&tx)?, &doc, None)?;
+            let row = slot_rows(&tx, Some(slot))?
+                .pop()
+                .ok_or_else(|| corrupt("slots"))?;
+            if !row.is_incoming(&from, term) {
+                return Ok(Err(Refused(row)));
+            }
+            for message in &part.messages {
+                insert_copied(&tx, slot, message)?;
+            }
+            raise_heads(&tx, slot, &part.heads).map_err(|e| classify(&e))?;
+            tx.commit().map_err(|e| classify(&e))?;
+            Ok(Ok(()))
+        })
+        .await
+    }
+
+    async fn merge_in(
+        &self,
+        identity: &Identity,
+        doc: &DocRef,
+        slot: Slot,
+        part: &Part,
+    ) -> Result<Result<(), Refused>, StoreError> {
+        let (identity, doc, part) = (identity.clone(), doc.clone(), part.clone());
+        self.write_on(move |connection| {
+            let tx = immediate(connection)?;
+            if let Err(refused) = take(&tx, &identity, &doc, slot, &Step::MergedIn)? {
+                return Ok(Err(refused));
+            }
+            for message in &part.messages {
+                let stored: Option<u64> = match &message.key {
+                    None => None,
+                    Some(key) => tx
+                        .prepare_cached(
+                            "SELECT seq FROM messages WHERE slot = ? AND dialog = ? AND author = ? AND client_key = ? AND seq <> ?",
+                        )
+                        .and_then(|mut select| {
+                            let name = message.dialog.to_string();
+                            let key = key.as_str().as_bytes();
+                            select
+                                .query_row(
+                                    params![slot.get(), name, message.author.get(), key, message.seq.get()],
+                                    |row| row.get(0),
+                                )
+                                .optional()
+                        })
+                        .map_err(|e| classify(&e))?,
+                };
+                match stored {
+                    Some(seq) => {
+                        let duplicate =
+                            CopiedMessage { key: None, duplicate_of: Some(Seq::new(seq)), ..message.clone() };
+                        insert_copied(&tx, slot, &duplicate)?;
+                    }
+                    None => insert_copied(&tx, slot, message)?,
+                }
+            }
+            raise_heads(&tx, slot, &part.heads).map_err(|e| classify(&e))?;
+            tx.commit().map_err(|e| classify(&e))?;
+            Ok(Ok(()))
+        })
+        .await
+    }
+
+    async fn leftovers(&self, identity: &Identity) -> Result<Vec<Slot>, StoreError> {
+        let identity = identity.clone();
+        self.read_on(move |snapshot| {
+            check_identity(snapshot, &identity)?;
+            let slots: Vec<u16> = snapshot
+                .prepare_cached(
+                    "SELECT slot FROM slots WHERE state = 'none' AND EXISTS (SELECT 1 FROM dialogs WHERE dialogs.slot = slots.slot)
+                      ORDER BY slot",
+                )
+                .and_then(|mut select| select.query_map([], |row| row.get(0))?.collect())
+                .map_err(|e| classify(&e))?;
+            Ok(slots.into_iter().filter_map(Slot::new).collect())
+        })
+        .await
+    }
+
+    async fn purge(
+        &self,
+        identity: &Identity,
+        slot: Slot,
+        grace: Duration,
+        limit: u32,
+    ) -> Result<Purged, StoreError> {
+        let identity = identity.clone();
+        self.write_on(move |connection| {
+            let tx = immediate(connection)?;
+            check_identity(&tx, &identity)?;
+            let (state, released_at): (String, i64) = tx
+                .query_row("SELECT state, released_at FROM slots WHERE slot = ?", [slot.get()], |row| {
+                    Ok((row.get(0)?, row.get(1)?))
+                })
+                .map_err(|e| classify(&e))?;
+            if state != SlotState::None.as_str() {
+                return Ok(Purged::InUse);
+            }
+            let grace = i64::try_from(grace.as_micros()).unwrap_or(i64::MAX);
+            if released_at.saturating_add(grace) > now().micros() {
+                return Ok(Purged::TooEarly);
+            }
+            let purge = || {
+                let gone = tx.execute(
+                    "DELETE FROM messages WHERE slot = ?1 AND (dialog, seq) IN
+                       (SELECT dialog, seq FROM messages WHERE slot = ?1 ORDER BY dialog, seq LIMIT ?2)",
+                    params![slot.get(), limit],
+                )? as u64;
+                if gone < u64::from(limit) {
+                    for table in ["members", "dialogs", "lost"] {
+                        tx.execute(&format!("DELETE FROM {table} WHERE slot = ?"), [slot.get()])?;
+                    }
+                }
+                Ok(gone)
+            };
+            let gone = purge().map_err(|e: rusqlite::Error| classify(&e))?;
+            tx.commit().map_err(|e| classify(&e))?;
+            Ok(if gone < u64::from(limit) { Purged::All } else { Purged::Some(gone) })
+        })
+        .await
+    }
+
+    async fn write_off(
+        &self,
+        identity: &Identity,
+        doc: &DocRef,
+        slot: Slot,
+        shard: &str,
+    ) -> Result<Result<(), Refused>, StoreError> {
+        let (identity, doc, shard) = (identity.clone(), doc.clone(), shard.to_owned());
+        self.write_on(move |connection| {
+            let tx = immediate(connection)?;
+            let step = Step::Heal { shard: shard.clone() };
+            let after = match take(&tx, &identity, &doc, slot, &step)? {
+                Ok(after) => after,
+                Err(refused) => return Ok(Err(refused)),
+            };
+            let upto = clamp(Seq::ZERO.next(after.generation).get());
+            tx.execute(
+                "INSERT INTO lost (slot, dialog, from_seq, to_seq, reason) VALUES (?, '', 1, ?, ?)
+                 ON CONFLICT DO UPDATE SET to_seq = MAX(to_seq, excluded.to_seq), reason = excluded.reason",
+                params![slot.get(), upto, format!("forgotten: {shard}")],
+            )
+            .map_err(|e| classify(&e))?;
+            tx.commit().map_err(|e| classify(&e))?;
+            Ok(Ok(()))
+        })
+        .await
+    }
+
+    async fn sizes(&self, identity: &Identity) -> Result<BTreeMap<Slot, SlotSize>, StoreError> {
+        let identity = identity.clone();
+        self.read_on(move |snapshot| {
+            check_identity(snapshot, &identity)?;
+            let rows: Vec<(u16, u64, u64, u64)> = snapshot
+                .prepare_cached(
+                    "SELECT d.slot, COUNT(*), COALESCE(SUM(m.messages), 0), COALESCE(SUM(m.bytes), 0) FROM dialogs d
+                       LEFT JOIN (SELECT slot, dialog, COUNT(*) AS messages, SUM(LENGTH(CAST(text AS BLOB))) AS bytes
+                                    FROM messages GROUP BY slot, dialog) m ON m.slot = d.slot AND m.dialog = d.dialog
+                      GROUP BY d.slot",
+                )
+                .and_then(|mut select| {
+                    select.query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?)))?.collect()
+                })
+                .map_err(|e| classify(&e))?;
+            let size = |(slot, dialogs, messages, bytes)| Some((Slot::new(slot)?, SlotSize { dialogs, messages, bytes }));
+            Ok(rows.into_iter().filter_map(size).collect())
+        })
+        .await
+    }
+
+    async fn take_turn(&self) -> Result<Option<Box<dyn Turn>>, StoreError> {
+        // Two processes on the same files are rare, and safe all the same.
+        Ok(Some(Box::new(Always)))
+    }
+}
+
+struct Always;
+
+#[async_trait]
+impl Turn for Always {
+    async fn keep(&mut self) -> Result<(), StoreError> {
+        Ok(())
+    }
+}
+
+fn doc_of(tx: &Transaction<'_>) -> Result<DocRef, StoreError> {
+    Ok(select_meta(tx)?.ok_or_else(|| corrupt("meta"))?.doc_ref())
+}
+
+/// Takes a step within a transaction.
+fn take(
+    tx: &Transaction<'_>,
+    identity: &Identity,
+    doc: &DocRef,
+    slot: Slot,
+    step: &Step,
+) -> Result<Result<SlotRow, Refused>, StoreError> {
+    check_identity(tx, identity)?;
+    fits(&doc_of(tx)?, doc, Some(step))?;
+    let row = slot_rows(tx, Some(slot))?
+        .pop()
+        .ok_or_else(|| corrupt("slots"))?;
+    let holds_rows: bool = tx
+        .query_row(
+            "SELECT EXISTS (SELECT 1 FROM dialogs WHERE slot = ?)",
+            [slot.get()],
+            |row| row.get(0),
+        )
+        .map_err(|e| classify(&e))?;
+    let after = match row.after(step, holds_rows) {
+        Ok(after) => after,
+        Err(refused) => return Ok(Err(refused)),
+    };
+    let released = step
+        .released()
+        .map(|read| if read { now().micros() } else { 0 });
+    tx.execute(
+        "UPDATE slots SET state = ?, term = ?, generation = ?, peer = ?, next_term = ?, activated = ?, claimed_generation = ?,
+            history = ?, released_at = COALESCE(?, released_at) WHERE slot = ?",
+        params![
+            after.state.as_str(),
+            after.term,
+            after.generation,
+            after.peer,
+            after.next_term,
+            after.activated,
+            after.claimed_generation,
+            history_text(&after.missing),
+            released,
+            slot.get()
+        ],
+    )
+    .map_err(|e| classify(&e))?;
+    Ok(Ok(after))
+}
+
+fn slot_rows(tx: &Transaction<'_>, only: Option<Slot>) -> Result<Vec<SlotRow>, StoreError> {
+    type Raw = (
+        String,
+        u64,
+        u32,
+        Option<String>,
+        Option<u64>,
+        u64,
+        u32,
+        String,
+    );
+    let rows: Vec<Raw> = tx
+        .prepare_cached(
+            "SELECT state, term, generation, peer, next_term, activated, claimed_generation, history FROM slots
+              WHERE slot = COALESCE(?, slot) ORDER BY slot",
+        )
+        .and_then(|mut select| {
+            let read = |row: &rusqlite::Row<'_>| {
+                Ok((
+                    row.get(0)?,
+                    row.get(1)?,
+                    row.get(2)?,
+                    row.get(3)?,
+                    row.get(4)?,
+                    row.get(5)?,
+                    row.get(6)?,
+                    row.get(7)?,
+                ))
+            };
+            select.query_map([only.map(Slot::get)], read)?.collect()
+        })
+        .map_err(|e| classify(&e))?;
+    rows.into_iter()
+        .map(
+            |(state, term, generation, peer, next_term, activated, claimed_generation, history)| {
+                let state = state.parse().map_err(|_| corrupt("slots.state"))?;
+                let missing = history_of(&history);
+                Ok(SlotRow {
+                    state,
+                    term,
+                    generation,
+                    peer,
+                    next_term,
+                    activated,
+                    claimed_generation,
+                    missing,
+                })
+            },
+        )
+        .collect()
+}
+
+fn copied(row: &rusqlite::Row<'_>) -> Result<CopiedMessage, StoreError> {
+    type Raw = (
+        String,
+        u64,
+        u64,
+        Option<Vec<u8>>,
+        [u8; 16],
+        String,
+        String,
+        i64,
+        Option<u64>,
+    );
+    let read = || -> rusqlite::Result<Raw> {
+        Ok((
+            row.get(0)?,
+            row.get(1)?,
+            row.get(2)?,
+            row.get(3)?,
+            row.get(4)?,
+            row.get(5)?,
+            row.get(6)?,
+            row.get(7)?,
+            row.get(8)?,
+        ))
+    };
+    let (dialog, seq, author, key, hash, kind, text, at, duplicate_of) =
+        read().map_err(|e| classify(&e))?;
+    let key_of = |key: Vec<u8>| {
+        String::from_utf8(key)
+            .ok()
+            .and_then(|key| Key::new(key).ok())
+            .ok_or_else(|| corrupt("messages.client_key"))
+    };
+    Ok(CopiedMessage {
+        dialog: dialog.parse().map_err(|_| corrupt("messages.dialog"))?,
+        seq: Seq::new(seq),
+        author: UserId::new(author).map_err(|_| corrupt("messages.author"))?,
+        key: key.map(key_of).transpose()?,
+        hash: TextHash(hash),
+        kind,
+        text,
+        at: Timestamp::from_micros(at),
+        duplicate_of: duplicate_of.map(Seq::new),
+    })
+}
+
+/// What is there stays as it is.
+fn insert_copied(
+    tx: &Transaction<'_>,
+    slot: Slot,
+    message: &CopiedMessage,
+) -> Result<(), StoreError> {
+    tx.prepare_cached(
+        "INSERT INTO messages (slot, dialog, seq, author, client_key, text_hash, kind, text, created_at, duplicate_of)
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+    )
+    .and_then(|mut insert| {
+        insert.execute(params![
+            slot.get(),
+            message.dialog.to_string(),
+            message.seq.get(),
+            message.author.get(),
+            message.key.as_ref().map(|key| key.as_str().as_bytes()),
+            message.hash.0,
+            message.kind,
+            message.text,
+            message.at.micros(),
+            message.duplicate_of.map(Seq::get)
+        ])
+    })
+    .map(drop)
+    .map_err(|e| classify(&e))
+}
+
+/// What is there only rises.
+fn raise_heads(tx: &Transaction<'_>, slot: Slot, heads: &[Head]) -> rusqlite::Result<()> {
+    let mut dialog = tx.prepare_cached(
+        "INSERT INTO dialogs (slot, dialog, last_seq, last_at) VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE
+            SET last_seq = MAX(last_seq, excluded.last_seq), last_at = MAX(last_at, excluded.last_at)",
+    )?;
+    let mut member = tx.prepare_cached(
+        "INSERT INTO members (slot, dialog, user_id, read_seq, joined_at) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE
+            SET read_seq = MAX(read_seq, excluded.read_seq), joined_at = MIN(joined_at, excluded.joined_at)",
+    )?;
+    for head in heads {
+        let name = head.dialog.to_string();
+        dialog.execute(params![
+            slot.get(),
+            name,
+            head.last_seq.get(),
+            head.last_at.micros()
+        ])?;
+        for of in &head.members {
+            member.execute(params![
+                slot.get(),
+                name,
+                of.user.get(),
+                of.read_seq.get(),
+                of.joined_at.micros()
+            ])?;
+        }
+    }
+    Ok(())
+}
