@@ -187,21 +187,54 @@ impl Cluster {
         Ok(cluster)
     }
 
-    /// Opens the shards of a file that are not open yet, or that have another URL than before. What is no longer in the file
-    /// stays open: it may still be needed.
+    /// Opens the shards of a file that are not open yet, or that have another URL than before. A shard of the document under
+    /// another URL must be the one that it was. What is no longer in the file stays open: it may still be needed.
     ///
     /// # Errors
-    /// A URL that cannot be one.
-    pub fn open(&self, topology: &Topology) -> Result<(), StartError> {
+    /// `Fatal` for a URL that cannot be one or leads elsewhere, `Wait` for one that does not answer; all stays as it was.
+    pub async fn open(&self, topology: &Topology) -> Result<(), StartError> {
+        let mut opened = Vec::new();
         for (name, shard) in &topology.shards {
             let known = self.opened().get(name).map(|(url, _)| url.clone());
-            if known.as_ref() != Some(&shard.url) {
-                let store = open(name, &shard.url, &self.inner.settings, &self.inner.runtime)?;
-                self.enlist(name, &shard.url, store);
+            if known.as_ref() == Some(&shard.url) {
+                continue;
             }
+            let store = open(name, &shard.url, &self.inner.settings, &self.inner.runtime)?;
+            if known.is_some() && self.view().document.shards.contains_key(name) {
+                self.recognize(name, &store).await?;
+            }
+            opened.push((name, &shard.url, store));
         }
-        let view = self.view();
-        self.adopt(view.doc.clone(), view.document.clone())
+        if !opened.is_empty() {
+            for (name, url, store) in opened {
+                self.enlist(name, url, store);
+            }
+            let view = self.view();
+            self.adopt(view.doc.clone(), view.document.clone())?;
+            self.refresh().await;
+        }
+        Ok(())
+    }
+
+    async fn recognize(&self, name: &str, store: &Arc<dyn Database>) -> Result<(), StartError> {
+        let asked = store.clone();
+        let found = self.inner.runtime.spawn(async move { asked.meta().await });
+        let found = found
+            .await
+            .unwrap_or_else(|e| Err(StoreError::Refused(e.to_string())))
+            .map_err(|e| StartError::Wait(format!("the new url of {name}: {e}")))?;
+        match found {
+            Some(meta) if meta.cluster_id == self.inner.cluster_id && meta.shard_name == name => {
+                Ok(())
+            }
+            Some(meta) => Err(StartError::Fatal(format!(
+                "the new url of {name} leads to the database of {}; it must be the same database",
+                meta.shard_name
+            ))),
+            None => Err(StartError::Fatal(format!(
+                "the new url of {name} leads to an empty database; it must be the same database"
+            ))),
+        }
     }
 
     fn enlist(&self, name: &str, url: &StoreUrl, store: Arc<dyn Database>) -> Shard {

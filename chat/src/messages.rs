@@ -526,7 +526,7 @@ fn inbox_page(
     limit: usize,
     incomplete: Vec<String>,
 ) -> InboxPage {
-    rows.sort_by(|a, b| (b.last_at, b.dialog.to_string()).cmp(&(a.last_at, a.dialog.to_string())));
+    rows.sort_by_key(|row| std::cmp::Reverse((row.last_at, row.dialog.to_string())));
     let more = rows.len() > limit;
     rows.truncate(limit);
     let cursor = rows
@@ -721,7 +721,7 @@ mod tests {
                 vec![6],
             ),
             // Sealed, and not taken over yet.
-            (vec![part(others.clone(), the_slot.clone(), 5)], 0, vec![5]),
+            (vec![part(others.clone(), the_slot, 5)], 0, vec![5]),
             // Not owned by whoever answered: it is asked for again, and its rows here are none.
             (vec![part(others.clone(), none.clone(), 5)], 1, vec![]),
         ] {

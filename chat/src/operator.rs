@@ -80,7 +80,7 @@ pub async fn plan(settings: &Settings, file: &Path) -> anyhow::Result<()> {
     let found = work_out(&cluster, &topology)
         .await
         .map_err(|what| anyhow::anyhow!("{}: {what}", file.display()))?;
-    cluster.open(&topology)?;
+    cluster.open(&topology).await?;
     for name in topology
         .shards
         .keys()

@@ -4,7 +4,7 @@
 //! loses looks again.
 
 use super::fault::point;
-use crate::cluster::{Cluster, View};
+use crate::cluster::{Cluster, StartError, View};
 use crate::ownership::SlotState;
 use crate::ring::ALGORITHM;
 use crate::store::{Acceptance, DocRef, Meta, Phase, Shard, ShardDown, SlotSet};
@@ -37,6 +37,15 @@ impl From<ShardDown> for NotInForce {
     }
 }
 
+impl From<StartError> for NotInForce {
+    fn from(e: StartError) -> Self {
+        match e {
+            StartError::Wait(what) => NotInForce::Waiting(what),
+            StartError::Fatal(what) => NotInForce::Refused(what),
+        }
+    }
+}
+
 /// How often two that propose at once try again.
 const TRIES: u32 = 8;
 
@@ -47,13 +56,11 @@ const TRIES: u32 = 8;
 pub async fn propose(cluster: &Cluster, file: &Topology) -> Result<Proposed, NotInForce> {
     for _ in 0..TRIES {
         catch_up(cluster).await?;
+        cluster.open(file).await?;
         let view = cluster.view();
         if view.document.difference(&file.document()).is_none() {
             return Ok(Proposed::InForce);
         }
-        cluster
-            .open(file)
-            .map_err(|e| NotInForce::Refused(e.to_string()))?;
         let mut held = Vec::new();
         for name in view
             .document
@@ -132,6 +139,15 @@ async fn install(
         doc: next.to_json(),
     };
     point("installing").await;
+    // First they become shards of this service, without a part in it: from then on an empty database of a shard was wiped.
+    for name in next
+        .live()
+        .filter(|name| !view.document.shards.contains_key(*name))
+    {
+        if let Some(shard) = cluster.opened_shard(name) {
+            found(&shard, &meta_of(cluster, view)).await?;
+        }
+    }
     for name in next.live() {
         let Some(shard) = cluster.opened_shard(name) else {
             return Err(NotInForce::Refused(format!(
@@ -174,24 +190,31 @@ fn meta_of(cluster: &Cluster, view: &View) -> Meta {
     }
 }
 
-/// Offers a document to a shard; one that is new is founded with it and owns nothing.
+/// Offers a document to a shard.
 async fn offer(shard: &Shard, meta: &Meta) -> Result<Acceptance, NotInForce> {
     let meta = Meta {
         shard_name: shard.name().to_owned(),
         ..meta.clone()
     };
-    if stored_meta(shard).await?.is_none() {
-        let founded = meta.clone();
-        let there = shard
-            .ask(move |store, _| async move { store.found(&founded, &SlotSet::empty()).await })
-            .await?;
-        if there.cluster_id != meta.cluster_id || there.shard_name != meta.shard_name {
-            return Err(foreign(shard, &there));
-        }
-    }
     Ok(shard
         .ask(move |store, identity| async move { store.accept(&identity, &meta).await })
         .await?)
+}
+
+/// Makes an empty database a shard of this service that owns nothing.
+async fn found(shard: &Shard, meta: &Meta) -> Result<(), NotInForce> {
+    let meta = Meta {
+        shard_name: shard.name().to_owned(),
+        ..meta.clone()
+    };
+    let founded = meta.clone();
+    let there = shard
+        .ask(move |store, _| async move { store.found(&founded, &SlotSet::empty()).await })
+        .await?;
+    if there.cluster_id != meta.cluster_id || there.shard_name != meta.shard_name {
+        return Err(foreign(shard, &there));
+    }
+    Ok(())
 }
 
 async fn stored_meta(shard: &Shard) -> Result<Option<Meta>, ShardDown> {
@@ -342,9 +365,7 @@ fn adopt(cluster: &Cluster, doc: DocRef, document: Document) -> Result<(), NotIn
         shards = shards.join(", "),
         "document in force"
     );
-    cluster
-        .adopt(doc, document)
-        .map_err(|e| NotInForce::Refused(e.to_string()))
+    Ok(cluster.adopt(doc, document)?)
 }
 
 /// What a shard still has.

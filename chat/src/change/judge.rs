@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 pub type Rows = BTreeMap<String, Vec<SlotRow>>;
 
 /// Steps that are taken at once.
-const AT_ONCE: usize = 16;
+pub const AT_ONCE: usize = 16;
 
 /// Judges every slot by `rows`, which must be those of all live shards. `true` when there is nothing left to do: every slot is
 /// owned, or on its way between live shards.

@@ -92,6 +92,9 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Slots that are begun in one round; between rounds all rows are looked at anew.
 const MOVES_A_ROUND: usize = 64;
 
+/// Slots that are merged in one round.
+const MERGES_A_ROUND: usize = 256;
+
 /// How long other instances are waited for that do not go by the document yet.
 const PEERS_LIMIT: Duration = Duration::from_secs(10);
 
@@ -245,12 +248,6 @@ impl Inner {
             // What it says was in force before: the file is old, and nobody has edited it.
             return FileState::Older(difference.clone());
         }
-        if differs.is_none()
-            && let Err(e) = self.cluster.open(topology)
-        {
-            // The same shards, and a URL that is new.
-            return FileState::Refused(e.to_string());
-        }
         match install::propose(&self.cluster, topology).await {
             Ok(_) => FileState::InForce,
             Err(NotInForce::Refused(what)) => FileState::Refused(what),
@@ -294,7 +291,11 @@ impl Inner {
                 Err(held_up) => {
                     tracing::debug!(held_up, "change");
                     if turn.ours() {
-                        self.progress.stage("waiting", Some(held_up));
+                        self.progress.stage(
+                            self.cluster.view().doc.version,
+                            "waiting",
+                            Some(held_up),
+                        );
                     }
                     false
                 }
@@ -330,7 +331,7 @@ impl Inner {
         }
         let (rows, silent) = read_rows(&view).await;
         if view.doc.phase == Phase::Adjudicate {
-            self.progress.stage("judging", None);
+            self.progress.stage(view.doc.version, "judging", None);
             if let Some(name) = silent.first() {
                 return Err(format!(
                     "{name} must answer, or be declared down too, before slots can be judged"
@@ -354,6 +355,7 @@ impl Inner {
             && adopted.1.elapsed() < PEERS_LIMIT
         {
             self.progress.stage(
+                view.doc.version,
                 "waiting",
                 Some("other instances have not seen the document yet".into()),
             );
@@ -362,7 +364,7 @@ impl Inner {
         }
         let mut busy = self.settle(&view, &rows).await;
         if view.document.paused {
-            self.progress.stage("paused", None);
+            self.progress.stage(view.doc.version, "paused", None);
             return Ok(false);
         }
         busy |= self.merge(&view, &rows).await;
@@ -372,6 +374,7 @@ impl Inner {
             let waiting = silent.first().map(|name| format!("{name} does not answer"));
             let to_do = self.progress.report().slots_left > 0;
             self.progress.stage(
+                view.doc.version,
                 if to_do { "waiting" } else { "idle" },
                 waiting.filter(|_| to_do),
             );
@@ -407,7 +410,7 @@ impl Inner {
                 let peer = row.peer.as_deref().and_then(|peer| view.shard(peer));
                 let settled = match (row.state, peer) {
                     (SlotState::Sealed, Some(to)) => {
-                        self.progress.stage("moving", None);
+                        self.progress.stage(view.doc.version, "moving", None);
                         let settled = self.a_move(view, slot, shard, to).settle(row).await;
                         tracing::info!(%slot, from = name, to = to.name(), outcome = ?settled.as_ref().ok(), "a slot was found sealed");
                         settled.map(|_| true)
@@ -466,7 +469,6 @@ impl Inner {
 
     /// Brings back what shards that returned alone hold, and writes off what was given up.
     async fn merge(&self, view: &View, rows: &Rows) -> bool {
-        let mut busy = false;
         let mut fenced = Vec::new();
         for (name, of_shard) in rows {
             for (slot, row) in Slot::all().zip(of_shard) {
@@ -475,26 +477,39 @@ impl Inner {
                 }
             }
         }
-        let mut to_merge = fenced.len() as u64;
-        for (name, slot, row) in fenced {
-            let Some((from, (owner, _))) = view.shard(name).zip(owner_of(view, rows, slot)) else {
-                continue;
-            };
-            self.progress.stage("merging", None);
-            match merge::merge(&view.doc, slot, from, row, owner).await {
-                Ok(messages) => {
-                    busy = true;
-                    to_merge -= 1;
-                    self.progress.merged(messages);
-                    self.progress.left(BTreeMap::new(), to_merge);
-                }
-                Err(e) => {
-                    self.progress.failed();
-                    tracing::info!(%slot, reason = %e, "not merged yet");
-                    return busy;
-                }
-            }
+        if !fenced.is_empty() {
+            self.progress.stage(view.doc.version, "merging", None);
         }
+        self.progress.to_merge(fenced.len() as u64);
+        let to_merge: Vec<_> = fenced
+            .into_iter()
+            .filter_map(|(name, slot, row)| {
+                let (from, (owner, _)) = view.shard(name).zip(owner_of(view, rows, slot))?;
+                Some((slot, row.clone(), from.clone(), owner.clone()))
+            })
+            .take(MERGES_A_ROUND)
+            .collect();
+        let merged = futures_util::stream::iter(to_merge)
+            .map(|(slot, row, from, owner)| async move {
+                match merge::merge(&view.doc, slot, &from, &row, &owner).await {
+                    Ok(messages) => {
+                        self.progress.merged(messages);
+                        true
+                    }
+                    Err(e) => {
+                        self.progress.failed();
+                        tracing::info!(%slot, reason = %e, "not merged yet");
+                        tokio::time::sleep(Duration::from_millis(100)).await;
+                        false
+                    }
+                }
+            })
+            .buffer_unordered(self.settings.slots_at_once.max(1));
+        let merged = merged
+            .fold(false, |any, merged| std::future::ready(any | merged))
+            .await;
+
+        let mut to_heal = Vec::new();
         for slot in Slot::all() {
             let Some((owner, row)) = owner_of(view, rows, slot) else {
                 continue;
@@ -503,20 +518,33 @@ impl Inner {
                 let member = view.document.shards.get(shard);
                 let given_up =
                     member.is_none_or(|member| member.state == ShardState::Down && member.forget);
-                let done = match view.shard(shard) {
-                    _ if given_up => merge::write_off(&view.doc, slot, owner, shard)
-                        .await
-                        .map(|()| true),
-                    Some(returned) => merge::heal(&view.doc, slot, owner, returned).await,
-                    None => Ok(false),
-                };
-                match done {
-                    Ok(did) => busy |= did,
-                    Err(e) => tracing::debug!(%slot, reason = %e, "not healed yet"),
+                let fenced = rows
+                    .get(shard)
+                    .is_none_or(|rows| rows[slot.index()].state == SlotState::Fenced);
+                if given_up || !fenced {
+                    to_heal.push((slot, owner.clone(), shard.clone(), given_up));
                 }
             }
         }
-        busy
+        let healed = futures_util::stream::iter(to_heal)
+            .map(|(slot, owner, shard, given_up)| async move {
+                let done = match view.shard(&shard) {
+                    _ if given_up => merge::write_off(&view.doc, slot, &owner, &shard)
+                        .await
+                        .map(|()| true),
+                    Some(returned) => merge::heal(&view.doc, slot, &owner, returned).await,
+                    None => Ok(false),
+                };
+                done.unwrap_or_else(|e| {
+                    tracing::debug!(%slot, reason = %e, "not healed yet");
+                    false
+                })
+            })
+            .buffer_unordered(judge::AT_ONCE);
+        let healed = healed
+            .fold(false, |any, healed| std::future::ready(any | healed))
+            .await;
+        merged || healed
     }
 
     /// Moves slots that are owned elsewhere than wanted, a few at once.
@@ -537,16 +565,14 @@ impl Inner {
             }
         }
         let name = |(from, to): &(String, String)| format!("{from} -> {to}");
-        let to_merge = self.progress.report().slots_to_merge;
         if !by_pair.is_empty() {
-            self.progress.stage("moving", None);
+            self.progress.stage(view.doc.version, "moving", None);
         }
         self.progress.left(
             by_pair
                 .iter()
                 .map(|(pair, slots)| (name(pair), slots.len() as u64))
                 .collect(),
-            to_merge,
         );
         // One of each pair in turn, so that the load is spread over all shards.
         let longest = by_pair.values().map(Vec::len).max().unwrap_or(0);

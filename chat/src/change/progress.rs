@@ -10,6 +10,8 @@ use std::time::Instant;
 /// How a change stands.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Report {
+    /// The version of the document that it speaks of.
+    pub version: u64,
     /// `idle`, `waiting`, `judging`, `moving`, `merging`, `purging` or `paused`.
     pub stage: String,
     /// Why it does not go on, if it does not.
@@ -82,8 +84,8 @@ impl Progress {
         update(&mut self.inner.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// Says what is being done, and what holds it up.
-    pub fn stage(&self, stage: &str, held_up: Option<String>) {
+    /// Says what is being done under the document of that version, and what holds it up.
+    pub fn stage(&self, version: u64, stage: &str, held_up: Option<String>) {
         self.update(|inner| {
             let idle = stage == "idle";
             if !idle && (inner.begun.is_none() || inner.ended.is_some()) {
@@ -95,20 +97,25 @@ impl Progress {
             if idle && inner.begun.is_some() && inner.ended.is_none() {
                 inner.ended = Some(Instant::now());
             }
+            inner.report.version = version;
             stage.clone_into(&mut inner.report.stage);
             inner.report.held_up = held_up;
         });
     }
 
     /// Says how much is left.
-    pub fn left(&self, by_pair: BTreeMap<String, u64>, to_merge: u64) {
+    pub fn left(&self, by_pair: BTreeMap<String, u64>) {
         let left = by_pair.values().sum();
         self.metrics.slots_to_move.set(left as i64);
         self.update(|inner| {
             inner.report.slots_left = left;
             inner.report.left_by_pair = by_pair;
-            inner.report.slots_to_merge = to_merge;
         });
+    }
+
+    /// Says how many slots wait for their rows of a shard that has returned.
+    pub fn to_merge(&self, slots: u64) {
+        self.update(|inner| inner.report.slots_to_merge = slots);
     }
 
     /// A slot has moved.
@@ -136,6 +143,7 @@ impl Progress {
     pub fn merged(&self, messages: u64) {
         self.update(|inner| {
             inner.report.slots_merged += 1;
+            inner.report.slots_to_merge = inner.report.slots_to_merge.saturating_sub(1);
             inner.report.messages_copied += messages;
         });
     }

@@ -31,7 +31,11 @@ fn command(shards: &Path, settings: Settings<'_>) -> Command {
         .stdout(Stdio::null())
         .stderr(Stdio::piped());
     for (name, value) in settings {
-        command.env(format!("CHAT__{name}"), value);
+        // Faults are no setting: see chat/src/change/fault.rs.
+        match *name {
+            "FAULT" => command.env("CHAT_FAULT", value),
+            name => command.env(format!("CHAT__{name}"), value),
+        };
     }
     command
 }

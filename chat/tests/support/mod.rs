@@ -11,6 +11,7 @@
 
 pub mod instance;
 pub mod proxy;
+pub mod service;
 pub mod socket;
 
 use mysql_async::prelude::Queryable;

@@ -1,0 +1,381 @@
+//! The set of shards is changed while people talk: by edits of the file, with processes dying, on real servers.
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::wildcard_enum_match_arm)]
+
+mod support;
+
+use support::Kind;
+use support::proxy::{Mode, Proxy};
+use support::service::{Service, Talk, check};
+use support::until;
+
+async fn add_drain_remove(kind: Kind) {
+    let mut service = Service::new(kind, 4, 1).await;
+    let nats = support::nats_url();
+    let settings = [("NATS_URL", nats.as_str())];
+    let (one, two) = (
+        service.start(&settings).await,
+        service.start(&settings).await,
+    );
+    let talk = Talk::begin(&[&one, &two], 20, 4, rand::random::<u32>().into());
+    talk.goes_on(300).await;
+
+    service.add(4);
+    service.settled(&one, 2).await;
+    talk.goes_on(100).await;
+    let moved = service
+        .databases
+        .number(4, "SELECT COUNT(*) FROM slots WHERE state = 'owner'")
+        .await;
+    assert!(
+        (737..=902).contains(&moved),
+        "a fifth of 4096, and two in a hundred: {moved}"
+    );
+
+    // Too early: the file is complained of, and nothing changes.
+    let whole = service.entries.clone();
+    service.remove("shard2");
+    let complaint = service.complaint(&one).await;
+    assert!(
+        complaint.contains("refused shard2 is gone from the file but active"),
+        "{complaint}"
+    );
+    service.entries = whole;
+
+    service.set("shard2", "state = \"draining\"");
+    service.settled(&two, 3).await;
+    talk.goes_on(100).await;
+    for table in ["messages", "dialogs", "members"] {
+        assert_eq!(
+            service
+                .databases
+                .number(1, &format!("SELECT COUNT(*) FROM {table}"))
+                .await,
+            0,
+            "{table}"
+        );
+    }
+    service.remove("shard2");
+    service.settled(&one, 4).await;
+    talk.goes_on(100).await;
+    let acknowledged = talk.end().await;
+    check(&service, &[&one, &two], &acknowledged, &[0, 2, 3, 4]).await;
+    for instance in [&one, &two] {
+        assert!(!instance.log().contains("does not add up"), "a torn page");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shard_is_added_another_drained_and_removed_while_people_talk_on_sqlite() {
+    // One process: SQLite files are not shared between instances.
+    let mut service = Service::new(Kind::Sqlite, 4, 1).await;
+    let one = service.start(&[]).await;
+    let talk = Talk::begin(&[&one], 10, 4, rand::random::<u32>().into());
+    talk.goes_on(100).await;
+    service.add(4);
+    service.settled(&one, 2).await;
+    service.set("shard2", "state = \"draining\"");
+    service.settled(&one, 3).await;
+    service.remove("shard2");
+    service.settled(&one, 4).await;
+    talk.goes_on(50).await;
+    let acknowledged = talk.end().await;
+    check(&service, &[&one], &acknowledged, &[0, 2, 3, 4]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shard_is_added_another_drained_and_removed_while_people_talk_on_mysql() {
+    add_drain_remove(Kind::Mysql).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shard_is_added_another_drained_and_removed_while_people_talk_on_mariadb() {
+    add_drain_remove(Kind::Mariadb).await;
+}
+
+/// The instance that moves dies at a place, and another one finishes.
+async fn dies_at(place: &str, pass: u32) {
+    let mut service = Service::new(Kind::Mysql, 3, 1).await;
+    let nats = support::nats_url();
+    let healthy = [("NATS_URL", nats.as_str())];
+    let one = service.start(&healthy).await;
+    let talk = Talk::begin(&[&one], 8, 4, rand::random::<u32>().into());
+    talk.goes_on(60).await;
+    drop(one);
+    // The one with the fault comes first, and so has the turn.
+    let fault = format!("{place}=abort@{pass}");
+    let mut faulty = service
+        .start(&[("NATS_URL", nats.as_str()), ("FAULT", &fault)])
+        .await;
+    service.add(3);
+    faulty.ended().await;
+    assert!(
+        faulty.log().contains(&format!("fault place=\"{place}\"")),
+        "it died of something else:\n{}",
+        faulty.log()
+    );
+    let other = service.start(&healthy).await;
+    service.settled(&other, 2).await;
+    let fresh = Talk::begin(&[&other], 8, 4, rand::random::<u32>().into());
+    fresh.goes_on(60).await;
+    drop((talk, fresh.end().await));
+    let total = service
+        .databases
+        .total("SELECT COUNT(*) FROM slots WHERE state = 'owner'")
+        .await;
+    assert_eq!(total, 4096);
+    check(&service, &[&other], &[], &[0, 1, 2, 3]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_dies_at_any_place_of_a_move_is_finished_by_another() {
+    for (place, pass) in [
+        ("installing", 1),
+        ("installed", 1),
+        ("installed", 3),
+        ("prepared", 3),
+        ("copied", 3),
+        ("sealed", 3),
+        ("compared", 3),
+        ("activated", 3),
+        ("released", 3),
+        ("purging", 2),
+    ] {
+        dies_at(place, pass).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_shard_that_is_declared_down_is_taken_over_and_merged_when_it_returns() {
+    let mut service = Service::new(Kind::Mysql, 3, 0).await;
+    let server = std::env::var("CHAT_TEST_MYSQL").unwrap();
+    let proxy = Proxy::to(server.trim_start_matches("mysql://root@").to_owned()).await;
+    service.entries[1].url = service.databases.url_through(1, proxy.port);
+    service.save();
+    let nats = support::nats_url();
+    let settings = [("NATS_URL", nats.as_str())];
+    let (one, two) = (
+        service.start(&settings).await,
+        service.start(&settings).await,
+    );
+    // One at a time: what is refused while the shard is dead is repeated by each for itself.
+    let talk = Talk::begin(&[&one, &two], 12, 1, rand::random::<u32>().into());
+    talk.goes_on(200).await;
+
+    proxy.set(Mode::Cut);
+    until("its death is noticed", async || {
+        (one.ready().await.1["status"] == "degraded").then_some(())
+    })
+    .await;
+    service.set("shard2", "state = \"down\"");
+    service.in_force(&one, 2).await;
+    until("every slot has an owner again", async || {
+        let mut owned = 0;
+        for i in [0, 2] {
+            owned += service
+                .databases
+                .number(i, "SELECT COUNT(*) FROM slots WHERE state = 'owner'")
+                .await;
+        }
+        (owned == 4096).then_some(())
+    })
+    .await;
+    // Everyone goes on, also those whose dialogs lay there; their pages say that something is missing.
+    talk.goes_on(300).await;
+    let in_gap = {
+        let log = talk.log.lock().unwrap().clone();
+        log.into_iter()
+            .find(|one| one.seq > 1 << 40)
+            .expect("a message in a new generation")
+    };
+    let page = one
+        .api(in_gap.from)
+        .await
+        .history(in_gap.to, &[])
+        .await
+        .unwrap();
+    assert!(page.gap, "{page:?}");
+
+    proxy.set(Mode::Pass);
+    until("it answers again", async || {
+        (one.ready().await.1["status"] == "ok").then_some(())
+    })
+    .await;
+    service.set("shard2", "");
+    service.settled(&one, 3).await;
+    talk.goes_on(100).await;
+    let acknowledged = talk.end().await;
+    check(&service, &[&one, &two], &acknowledged, &[0, 1, 2]).await;
+    let page = one
+        .api(in_gap.from)
+        .await
+        .history(in_gap.to, &[])
+        .await
+        .unwrap();
+    assert!(!page.gap, "healed: {page:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_edit_that_is_taken_back_at_once_ten_times_leaves_everything_as_it_was() {
+    let mut service = Service::new(Kind::Mysql, 3, 1).await;
+    let nats = support::nats_url();
+    let settings = [("NATS_URL", nats.as_str())];
+    let (one, two) = (
+        service.start(&settings).await,
+        service.start(&settings).await,
+    );
+    let talk = Talk::begin(&[&one, &two], 8, 4, rand::random::<u32>().into());
+    talk.goes_on(50).await;
+    let before = service.entries.clone();
+    for round in 0..10 {
+        if round == 0 {
+            service.add(3);
+        } else {
+            service.set("shard4", "");
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(800)).await;
+        service.set("shard4", "state = \"draining\"");
+        tokio::time::sleep(std::time::Duration::from_millis(800)).await;
+    }
+    let version = async |instance: &support::instance::Instance| {
+        instance
+            .get(&format!("{}/admin/change", instance.admin))
+            .await
+            .1["version"]
+            .as_u64()
+            .unwrap()
+    };
+    until("both see the last edit", async || {
+        for instance in [&one, &two] {
+            let (_, topology) = instance
+                .get(&format!("{}/admin/topology", instance.admin))
+                .await;
+            let state = &topology["document"]["shards"]["shard4"]["state"];
+            if topology["file"]["state"] != "in_force" || state != "draining" {
+                return None;
+            }
+        }
+        (version(&one).await == version(&two).await).then_some(())
+    })
+    .await;
+    let latest = version(&one).await;
+    assert!(latest > 2, "some of the edits were seen: {latest}");
+    service.settled(&one, latest).await;
+    service.entries = before;
+    service.save();
+    service.settled(&two, latest + 1).await;
+    let acknowledged = talk.end().await;
+    check(&service, &[&one, &two], &acknowledged, &[0, 1, 2]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bad_edit_is_answered_in_one_line_and_changes_nothing() {
+    let mut service = Service::new(Kind::Mysql, 3, 3).await;
+    let one = service.start(&[]).await;
+    let foreign = Service::new(Kind::Mysql, 1, 0).await;
+    drop(foreign.start(&[]).await);
+    let good = service.entries.clone();
+    let shard = |name: &str, url: &str, more: &str| {
+        format!("[[shard]]\nname = \"{name}\"\nurl = \"{url}\"\n{more}\n")
+    };
+    let whole = service.text();
+    let spare = service.databases.url(3);
+    let all_draining = whole.replace("[[shard]]", "[[shard]]\nstate = \"draining\"");
+    let without = |name: &str| {
+        let mut copy = good.clone();
+        copy.retain(|entry| entry.name != name);
+        copy.iter()
+            .map(|entry| shard(&entry.name, &entry.url, ""))
+            .collect::<String>()
+    };
+    let two_down = good
+        .iter()
+        .map(|entry| {
+            shard(
+                &entry.name,
+                &entry.url,
+                if entry.name == "shard1" {
+                    ""
+                } else {
+                    "state = \"down\""
+                },
+            )
+        })
+        .collect::<String>();
+    for (text, answer) in [
+        (whole[..whole.len() / 2].to_owned(), ""),
+        (whole.replace("name =", "nome ="), "unknown field `nome`"),
+        (
+            whole.clone() + &shard("shard1", &spare, ""),
+            "a second shard named shard1",
+        ),
+        (
+            whole.clone() + &shard("shard4", &service.databases.url(0), ""),
+            "shard4 and shard1 have the same url",
+        ),
+        (
+            whole.clone() + &shard("shard4", &format!("{}?", service.databases.url(0)), ""),
+            "leads to the database of shard1",
+        ),
+        (
+            whole.clone() + &shard("shard4", &foreign.databases.url(0), ""),
+            "of service",
+        ),
+        (all_draining, "no active shard"),
+        (without("shard3"), "shard3 is gone from the file but active"),
+        (
+            whole.clone() + &shard("shard4", "mysql://root@127.0.0.1:1/chat", ""),
+            "waiting shard4 does not answer",
+        ),
+        (
+            whole.clone()
+                + &shard(
+                    "shard4",
+                    "mysql://root:${NO_SUCH_VARIABLE}@127.0.0.1:1/chat",
+                    "",
+                ),
+            "NO_SUCH_VARIABLE",
+        ),
+        (
+            whole.clone() + &shard("shard4", &spare, "weight = 0"),
+            "weight 0 of shard4 must be from 1",
+        ),
+        (
+            whole.clone() + &shard("shard4", &spare, "weight = -1"),
+            "weight -1 of shard4 must be from 1",
+        ),
+        (
+            whole.clone() + "[[pin]]\ndialog = \"7_42\"\nshard = \"shard9\"\n",
+            "there is no such shard",
+        ),
+        (two_down, "2 of 3 shards would be down"),
+        (
+            whole.clone() + &shard("shard4", &spare, "state = \"down\""),
+            "shard4 is new and cannot be down",
+        ),
+        (
+            whole.clone() + &shard("shard4", &spare, "forget = true"),
+            "belongs beside state",
+        ),
+    ] {
+        std::fs::write(&service.file, &text).unwrap();
+        let complaint = until("the complaint", async || {
+            let complaint = service.complaint(&one).await;
+            complaint.contains(answer).then_some(complaint)
+        })
+        .await;
+        assert!(!complaint.contains('\n'), "{complaint}");
+        // What was good is good again, and was in force all the time.
+        service.save();
+        until("the good file is in force", async || {
+            let (_, change) = one.get(&format!("{}/admin/change", one.admin)).await;
+            assert_eq!(change["version"], 1, "{text}");
+            (change["file"]["state"] == "in_force").then_some(())
+        })
+        .await;
+    }
+    let (_, slots) = one.get(&format!("{}/admin/slots", one.admin)).await;
+    assert_eq!(slots["shards"].as_array().unwrap().len(), 3);
+    assert!(!one.log().contains("panicked"));
+    service.entries = good;
+}

@@ -1,0 +1,387 @@
+//! A service whose shards are changed while people talk, and the proof afterwards that nothing went wrong.
+
+use super::instance::{Instance, Settings};
+use super::{Databases, Kind, until};
+use chat_client::{Client, ClientError};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+use tokio::task::JoinHandle;
+
+/// Settings for changes in tests: no limits that protect against single users, and rows of slots that left go at once.
+pub const QUICK: [(&str, &str); 5] = [
+    ("LIMITS__SENDS_PER_SECOND", "100000"),
+    ("LIMITS__SENDS_BURST", "100000"),
+    ("LIMITS__FRAMES_PER_SECOND", "100000"),
+    ("LIMITS__CONNECTIONS_PER_IP", "10000"),
+    ("CHANGE__PURGE_AFTER_MS", "200"),
+];
+
+/// One `[[shard]]` of the file.
+#[derive(Clone)]
+pub struct Entry {
+    pub name: String,
+    pub url: String,
+    pub more: String,
+}
+
+/// Databases, and the file that names some of them.
+pub struct Service {
+    pub databases: Databases,
+    pub file: PathBuf,
+    pub entries: Vec<Entry>,
+}
+
+impl Service {
+    /// `count` shards in the file, and `spare` databases beside.
+    pub async fn new(kind: Kind, count: usize, spare: usize) -> Self {
+        let databases = Databases::new(kind, count + spare).await;
+        let entries = (0..count).map(|i| Self::entry_of(&databases, i)).collect();
+        let file = databases.directory().join("shards.toml");
+        let service = Self {
+            databases,
+            file,
+            entries,
+        };
+        service.save();
+        service
+    }
+
+    fn entry_of(databases: &Databases, i: usize) -> Entry {
+        Entry {
+            name: format!("shard{}", i + 1),
+            url: databases.url(i),
+            more: String::new(),
+        }
+    }
+
+    /// The entry of the database with index `i`, in the file or not.
+    pub fn entry(&self, i: usize) -> Entry {
+        Self::entry_of(&self.databases, i)
+    }
+
+    pub fn text(&self) -> String {
+        let entry = |entry: &Entry| {
+            format!(
+                "[[shard]]\nname = \"{}\"\nurl = \"{}\"\n{}\n",
+                entry.name, entry.url, entry.more
+            )
+        };
+        self.entries.iter().map(entry).collect()
+    }
+
+    /// Saves as an editor does: a new file, renamed over the old one.
+    pub fn save(&self) {
+        let new = self.file.with_extension("new");
+        std::fs::write(&new, self.text()).unwrap();
+        std::fs::rename(&new, &self.file).unwrap();
+    }
+
+    pub fn set(&mut self, name: &str, more: &str) {
+        let entry = self
+            .entries
+            .iter_mut()
+            .find(|entry| entry.name == name)
+            .unwrap();
+        more.clone_into(&mut entry.more);
+        self.save();
+    }
+
+    pub fn add(&mut self, i: usize) {
+        self.entries.push(self.entry(i));
+        self.save();
+    }
+
+    pub fn remove(&mut self, name: &str) {
+        self.entries.retain(|entry| entry.name != name);
+        self.save();
+    }
+
+    pub async fn start(&self, settings: Settings<'_>) -> Instance {
+        let settings: Vec<(&str, &str)> = QUICK.iter().chain(settings).copied().collect();
+        Instance::start(&self.file, &settings).await
+    }
+
+    /// Waits until `version` is in force at an instance, every slot is where it is wanted, and nothing is left behind.
+    pub async fn settled(&self, instance: &Instance, version: u64) {
+        self.settled_within(instance, version, Duration::from_secs(90))
+            .await;
+    }
+
+    async fn settled_within(&self, instance: &Instance, version: u64, limit: Duration) {
+        let begun = Instant::now();
+        loop {
+            let (_, change) = instance
+                .get(&format!("{}/admin/change", instance.admin))
+                .await;
+            let (_, slots) = instance
+                .get(&format!("{}/admin/slots", instance.admin))
+                .await;
+            let number = |field: &str| -> u64 {
+                let shards = slots["shards"].as_array().unwrap();
+                shards
+                    .iter()
+                    .map(|shard| shard[field].as_u64().unwrap_or(0))
+                    .sum()
+            };
+            let in_force =
+                change["version"].as_u64() == Some(version) && change["phase"] == "normal";
+            let work = &change["work"];
+            let at_rest =
+                work["stage"] == "idle" && work["version"] == version && work["slots_left"] == 0;
+            let left = ["sealed", "incoming", "fenced", "to_purge"].map(number);
+            if in_force && at_rest && number("owner") == 4096 && left == [0; 4] {
+                return;
+            }
+            assert!(
+                begun.elapsed() < limit,
+                "not settled at version {version}: {change}\n{slots}"
+            );
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Waits until an instance goes by a version.
+    pub async fn in_force(&self, instance: &Instance, version: u64) {
+        until("the document is in force", async || {
+            let (_, change) = instance
+                .get(&format!("{}/admin/change", instance.admin))
+                .await;
+            (change["version"].as_u64() >= Some(version)).then_some(())
+        })
+        .await;
+    }
+
+    /// What an instance says of its file, once it says something else than that it is in force.
+    pub async fn complaint(&self, instance: &Instance) -> String {
+        until("the file is complained of", async || {
+            let (_, change) = instance
+                .get(&format!("{}/admin/change", instance.admin))
+                .await;
+            let file = &change["file"];
+            (file["state"] != "in_force").then(|| {
+                format!(
+                    "{} {}",
+                    file["state"].as_str().unwrap(),
+                    file["what"].as_str().unwrap()
+                )
+            })
+        })
+        .await
+    }
+}
+
+/// An acknowledged send.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Acknowledged {
+    pub from: u64,
+    pub to: u64,
+    pub key: String,
+    pub text: String,
+    pub seq: u64,
+}
+
+/// People who write all the time, through several instances.
+pub struct Talk {
+    stop: Arc<AtomicBool>,
+    writers: Vec<JoinHandle<()>>,
+    pub log: Arc<Mutex<Vec<Acknowledged>>>,
+    pub slowest: Arc<Mutex<Duration>>,
+}
+
+impl Talk {
+    /// `pairs` people, each writing to others in turn, up to `burst` messages at once.
+    pub fn begin(instances: &[&Instance], pairs: u64, burst: u32, seed: u64) -> Self {
+        println!("seed {seed}");
+        let talk = Self {
+            stop: Arc::default(),
+            writers: Vec::new(),
+            log: Arc::default(),
+            slowest: Arc::default(),
+        };
+        let writers = (0..pairs).map(|n| {
+            let (client, mut events) =
+                Client::start(instances[n as usize % instances.len()].access(), 1 + n);
+            tokio::spawn(async move { while events.recv().await.is_some() {} });
+            let (stop, log, slowest) = (talk.stop.clone(), talk.log.clone(), talk.slowest.clone());
+            let mut chance = StdRng::seed_from_u64(seed + n);
+            tokio::spawn(async move {
+                let mut number = 0;
+                while !stop.load(Ordering::Relaxed) {
+                    // Several at once into one dialog: their order must be kept.
+                    let to = 1 + (n + chance.random_range(1..4)) % (pairs + 3);
+                    let begun = Instant::now();
+                    let burst: Vec<(String, String)> = (0..chance.random_range(1..=burst))
+                        .map(|_| {
+                            number += 1;
+                            (format!("k{number}"), format!("{n} says {number}"))
+                        })
+                        .collect();
+                    let sends = burst
+                        .iter()
+                        .map(|(key, text)| client.send(to, key.clone(), text.clone()));
+                    let answers = futures_util::future::join_all(sends).await;
+                    {
+                        let mut slowest = slowest.lock().unwrap();
+                        *slowest = begun.elapsed().max(*slowest);
+                    }
+                    for ((key, text), answer) in burst.into_iter().zip(answers) {
+                        match answer {
+                            Ok(sent) => log.lock().unwrap().push(Acknowledged {
+                                from: 1 + n,
+                                to,
+                                key,
+                                text,
+                                seq: sent.seq,
+                            }),
+                            Err(ClientError::Closed) => return,
+                            Err(e) => panic!("{e}"),
+                        }
+                    }
+                    // Talk, not load: the machine has other work.
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            })
+        });
+        let writers: Vec<_> = writers.collect();
+        Self { writers, ..talk }
+    }
+
+    /// How many were acknowledged so far.
+    pub fn count(&self) -> usize {
+        self.log.lock().unwrap().len()
+    }
+
+    /// Waits until `more` were acknowledged.
+    pub async fn goes_on(&self, more: usize) {
+        let before = self.count();
+        until("people go on talking", async || {
+            (self.count() >= before + more).then_some(())
+        })
+        .await;
+    }
+
+    /// Lets everyone end their sentence.
+    pub async fn end(self) -> Vec<Acknowledged> {
+        self.stop.store(true, Ordering::Relaxed);
+        for writer in self.writers {
+            writer.await.unwrap();
+        }
+        Arc::try_unwrap(self.log).unwrap().into_inner().unwrap()
+    }
+}
+
+/// K of `docs/SHARDING.md`: every acknowledged key is stored once, where it was said to be; logs are whole and in order, the
+/// same through every instance for both users; every slot is owned once; nothing lies where it does not belong; each key that
+/// is repeated, through any instance, gets the same answer.
+pub async fn check(
+    service: &Service,
+    instances: &[&Instance],
+    acknowledged: &[Acknowledged],
+    live: &[usize],
+) {
+    let mut dialogs = BTreeMap::<(u64, u64), Vec<&Acknowledged>>::new();
+    for one in acknowledged {
+        dialogs
+            .entry((one.from.min(one.to), one.from.max(one.to)))
+            .or_default()
+            .push(one);
+    }
+    for ((low, high), expected) in &dialogs {
+        let mut first = None;
+        for instance in instances {
+            for (user, with) in [(*low, *high), (*high, *low)] {
+                let api = instance.api(user).await;
+                let (up, down) = (
+                    api.log_upwards(with).await.unwrap(),
+                    api.log_downwards(with).await.unwrap(),
+                );
+                assert_eq!(up, down, "{low}_{high}");
+                assert_eq!(*first.get_or_insert(up.clone()), up, "{low}_{high}");
+            }
+        }
+        let log = first.unwrap();
+        let mut before = 0;
+        for message in &log {
+            let first_of_a_generation = message.seq & ((1 << 40) - 1) == 1;
+            assert!(
+                message.seq == before + 1 || (first_of_a_generation && message.seq > before),
+                "{low}_{high}: {before} then {}",
+                message.seq
+            );
+            before = message.seq;
+        }
+        let mut by_key = HashMap::<(u64, &str), Vec<u64>>::new();
+        for message in &log {
+            if let Some(key) = &message.key {
+                by_key
+                    .entry((message.from, key))
+                    .or_default()
+                    .push(message.seq);
+            }
+        }
+        let mut order = HashMap::<u64, u64>::new();
+        for one in expected {
+            assert_eq!(
+                by_key.get(&(one.from, one.key.as_str())).map(Vec::as_slice),
+                Some([one.seq].as_slice()),
+                "{low}_{high}: {one:?}"
+            );
+            let there = log.iter().find(|message| message.seq == one.seq).unwrap();
+            assert_eq!(there.text, one.text);
+            // Everyone's own messages stand in the order in which they were written, pipelined as they were.
+            let last = order.insert(one.from, one.seq).unwrap_or(0);
+            assert!(
+                one.seq > last,
+                "{low}_{high}: {} wrote {} after {last}",
+                one.from,
+                one.seq
+            );
+        }
+    }
+    // Stratified: some of every dialog, through each instance in turn.
+    for (n, one) in acknowledged.iter().enumerate().filter(|(n, _)| n % 7 == 0) {
+        let instance = instances[n % instances.len()];
+        let again = instance
+            .api(one.from)
+            .await
+            .send(one.to, &one.key, &one.text)
+            .await
+            .unwrap();
+        assert_eq!(again.seq, one.seq, "a repeat of {one:?}");
+    }
+    let (mut owned, mut seen) = (0, BTreeSet::new());
+    for i in live {
+        owned += service
+            .databases
+            .number(*i, "SELECT COUNT(*) FROM slots WHERE state = 'owner'")
+            .await;
+        assert_eq!(
+            service
+                .databases
+                .number(
+                    *i,
+                    "SELECT COUNT(*) FROM slots WHERE state NOT IN ('owner', 'none')"
+                )
+                .await,
+            0
+        );
+        for table in ["messages", "dialogs", "members"] {
+            let orphans = format!(
+                "SELECT COUNT(*) FROM {table} JOIN slots ON slots.slot = {table}.slot WHERE state <> 'owner'"
+            );
+            assert_eq!(
+                service.databases.number(*i, &orphans).await,
+                0,
+                "{table} where they do not belong"
+            );
+        }
+        seen.insert(*i);
+    }
+    assert_eq!(owned, 4096, "every slot is owned once");
+    assert_eq!(seen.len(), live.len());
+}
