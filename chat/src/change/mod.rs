@@ -3,7 +3,7 @@
 //! Every instance follows its file and every document. One of them at a time has the turn to carry documents out; that saves
 //! work, and safety never rests on it: each step is a compare-and-set in a shard (`docs/SHARDING.md`).
 //!
-//! - [`file`]: an edit is seen.
+//! - [`mod@file`]: an edit is seen.
 //! - [`install`]: it is put in force on all shards, or refused.
 //! - [`judge`]: slots of shards that were declared down get new owners.
 //! - [`mover`]: a slot moves. [`merge`]: what a shard that returned alone holds comes back.

@@ -303,7 +303,7 @@ impl Shard {
         }
     }
 
-    /// [`Store::write`].
+    /// [`super::Store::write`].
     pub async fn write(
         &self,
         batch: Arc<Vec<NewMessage>>,
@@ -320,7 +320,7 @@ impl Shard {
         .await
     }
 
-    /// [`Store::page`].
+    /// [`super::Store::page`].
     pub async fn page(
         &self,
         dialog: DialogId,
@@ -336,7 +336,7 @@ impl Shard {
         .await
     }
 
-    /// [`Store::inbox`].
+    /// [`super::Store::inbox`].
     pub async fn inbox(
         &self,
         user: UserId,
@@ -349,7 +349,7 @@ impl Shard {
         .await
     }
 
-    /// [`Store::mark_read`].
+    /// [`super::Store::mark_read`].
     pub async fn mark_read(
         &self,
         dialog: DialogId,
@@ -381,7 +381,7 @@ impl Shard {
             .await
     }
 
-    /// [`Database::sizes`]; it may take minutes.
+    /// [`super::Control::sizes`]; it may take minutes.
     pub async fn sizes(&self) -> Result<BTreeMap<Slot, SlotSize>, ShardDown> {
         self.call_within(COUNTING_LIMIT, |inner| async move {
             inner.store.sizes(&inner.identity).await
@@ -389,13 +389,13 @@ impl Shard {
         .await
     }
 
-    /// [`Store::slots`].
+    /// [`super::Store::slots`].
     pub async fn slots(&self) -> Result<Holding, ShardDown> {
         self.call(move |inner| async move { inner.store.slots(&inner.identity).await })
             .await
     }
 
-    /// [`Store::counts`].
+    /// [`super::Store::counts`].
     pub async fn counts(&self) -> Result<Counts, ShardDown> {
         self.call_within(
             COUNTING_LIMIT,
