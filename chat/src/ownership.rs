@@ -155,14 +155,13 @@ impl SlotRow {
         };
         let allowed = match step {
             Step::Prepare { from, term } => {
-                let joined = self.is_incoming(from, *term);
                 let free = self.state == SlotState::None && self.term < *term && !holds_rows;
                 if free {
                     to(SlotState::Incoming, &mut row);
                     row.term = *term;
                     row.peer = Some(from.clone());
                 }
-                joined || free
+                free
             }
             Step::Seal {
                 owned_since,
@@ -281,7 +280,8 @@ impl SlotRow {
 /// A change of a slot's row, each made in a transaction that holds the row's lock and the document's.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Step {
-    /// R1, at the target: expect the slot. Already expected under this term: join in.
+    /// R1, at the target: expect the slot. Only where nothing of it is: a copy that somebody else began may be of a source
+    /// that has changed hands since.
     Prepare {
         /// The source.
         from: String,
@@ -409,7 +409,7 @@ impl Step {
 pub struct Refused(pub SlotRow);
 
 /// What becomes of a sealed slot is read off its target, never off a clock (R5).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Verdict {
     /// The target took over: release.
     TookOver,

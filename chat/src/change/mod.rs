@@ -416,17 +416,12 @@ impl Inner {
                         settled.map(|_| true)
                     }
                     (SlotState::Incoming, from) => {
-                        let expected = from.is_some_and(|from| {
-                            let source =
-                                &rows.get(from.name()).map(|rows| rows[slot.index()].clone());
-                            source.as_ref().is_none_or(|source| {
-                                source.is_sealed(name, row.term)
-                                    || (source.state == SlotState::Owner
-                                        && view.wanted(slot) == name)
-                            })
-                        });
+                        // A copy that somebody began and nobody goes on with: its source may have changed hands since.
+                        let sealed_for_it = from
+                            .and_then(|from| rows.get(from.name()))
+                            .is_none_or(|source| source[slot.index()].is_sealed(name, row.term));
                         let from = row.peer.clone().unwrap_or_default();
-                        if expected {
+                        if sealed_for_it {
                             Ok(false)
                         } else {
                             self.cancel(view, slot, shard, row, from).await

@@ -100,13 +100,7 @@ impl Move {
     /// [`NotMoved`]. What was begun is taken back as far as that is possible now; the rest is settled by whoever looks next.
     pub async fn run(&self) -> Result<Moved, NotMoved> {
         let (source, target) = (self.row_at(&self.from).await?, self.row_at(&self.to).await?);
-        // Somebody's unfinished copy is taken on where that is possible.
-        let joins = target.is_incoming(self.from.name(), target.term) && target.term > source.term;
-        let term = if joins {
-            target.term
-        } else {
-            source.term.max(target.term) + 1
-        };
+        let term = source.term.max(target.term) + 1;
         if target.state == SlotState::None {
             self.clear_target().await?;
         }
