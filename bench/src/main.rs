@@ -3,6 +3,7 @@
 mod echo;
 mod idle;
 mod plain;
+mod prove;
 mod saturate;
 
 use clap::Parser;
@@ -21,6 +22,8 @@ enum Cli {
     Idle(idle::Options),
     /// Keeps sends of many users under way and prints what is acknowledged and delivered a second.
     Saturate(saturate::Options),
+    /// Changes the set of shards under load, kills processes, and proves that nothing went wrong.
+    Prove(prove::Options),
 }
 
 #[actix_web::main]
@@ -30,5 +33,6 @@ async fn main() -> anyhow::Result<()> {
         Cli::Echo { listen } => echo::serve(&listen).await,
         Cli::Idle(options) => idle::run(options).await,
         Cli::Saturate(options) => saturate::run(options).await,
+        Cli::Prove(options) => prove::run(options).await,
     }
 }
