@@ -62,6 +62,7 @@ struct Log {
     under_way: AtomicU64,
     repeated: AtomicU64,
     wrong: Mutex<Vec<String>>,
+    connected: AtomicU64,
     /// When sessions were closed.
     closed: Mutex<Vec<Instant>>,
 }
@@ -328,14 +329,19 @@ async fn prove(service: &mut Service, options: &Arc<Options>) -> anyhow::Result<
             let log = log.clone();
             tokio::spawn(async move {
                 while let Some(event) = events.recv().await {
-                    if matches!(event, Event::Disconnected { .. }) {
-                        locked(&log.closed).push(Instant::now());
+                    match event {
+                        Event::Connected => drop(log.connected.fetch_add(1, Ordering::Relaxed)),
+                        Event::Disconnected { .. } => locked(&log.closed).push(Instant::now()),
+                        Event::Message(_) | Event::Read(_) | Event::Closed(_) => {}
                     }
                 }
             });
             client
         })
         .collect();
+    while log.connected.load(Ordering::Relaxed) < options.users {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
     let begun = Instant::now();
     let talk = tokio::spawn(talk(
         options.clone(),

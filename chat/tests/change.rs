@@ -9,6 +9,9 @@ use support::proxy::{Mode, Proxy};
 use support::service::{Service, Talk, check};
 use support::until;
 
+/// Each of these keeps several processes busy: two at once are enough for a small machine.
+static ROOM: tokio::sync::Semaphore = tokio::sync::Semaphore::const_new(2);
+
 async fn add_drain_remove(kind: Kind) {
     let mut service = Service::new(kind, 4, 1).await;
     let nats = support::nats_url();
@@ -67,6 +70,7 @@ async fn add_drain_remove(kind: Kind) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_shard_is_added_another_drained_and_removed_while_people_talk_on_sqlite() {
+    let _room = ROOM.acquire().await.unwrap();
     // One process: SQLite files are not shared between instances.
     let mut service = Service::new(Kind::Sqlite, 4, 1).await;
     let one = service.start(&[]).await;
@@ -85,11 +89,13 @@ async fn a_shard_is_added_another_drained_and_removed_while_people_talk_on_sqlit
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_shard_is_added_another_drained_and_removed_while_people_talk_on_mysql() {
+    let _room = ROOM.acquire().await.unwrap();
     add_drain_remove(Kind::Mysql).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_shard_is_added_another_drained_and_removed_while_people_talk_on_mariadb() {
+    let _room = ROOM.acquire().await.unwrap();
     add_drain_remove(Kind::Mariadb).await;
 }
 
@@ -129,6 +135,7 @@ async fn dies_at(place: &str, pass: u32) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn whoever_dies_at_any_place_of_a_move_is_finished_by_another() {
+    let _room = ROOM.acquire().await.unwrap();
     for (place, pass) in [
         ("installing", 1),
         ("installed", 1),
@@ -147,6 +154,7 @@ async fn whoever_dies_at_any_place_of_a_move_is_finished_by_another() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dead_shard_that_is_declared_down_is_taken_over_and_merged_when_it_returns() {
+    let _room = ROOM.acquire().await.unwrap();
     let mut service = Service::new(Kind::Mysql, 3, 0).await;
     let server = std::env::var("CHAT_TEST_MYSQL").unwrap();
     let proxy = Proxy::to(server.trim_start_matches("mysql://root@").to_owned()).await;
@@ -217,6 +225,7 @@ async fn a_dead_shard_that_is_declared_down_is_taken_over_and_merged_when_it_ret
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_edit_that_is_taken_back_at_once_ten_times_leaves_everything_as_it_was() {
+    let _room = ROOM.acquire().await.unwrap();
     let mut service = Service::new(Kind::Mysql, 3, 1).await;
     let nats = support::nats_url();
     let settings = [("NATS_URL", nats.as_str())];
@@ -270,6 +279,7 @@ async fn an_edit_that_is_taken_back_at_once_ten_times_leaves_everything_as_it_wa
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bad_edit_is_answered_in_one_line_and_changes_nothing() {
+    let _room = ROOM.acquire().await.unwrap();
     let mut service = Service::new(Kind::Mysql, 3, 3).await;
     let one = service.start(&[]).await;
     let foreign = Service::new(Kind::Mysql, 1, 0).await;

@@ -108,7 +108,7 @@ impl Service {
 
     /// Waits until `version` is in force at an instance, every slot is where it is wanted, and nothing is left behind.
     pub async fn settled(&self, instance: &Instance, version: u64) {
-        self.settled_within(instance, version, Duration::from_secs(90))
+        self.settled_within(instance, version, Duration::from_secs(180))
             .await;
     }
 
