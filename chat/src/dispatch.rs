@@ -138,24 +138,19 @@ impl Inner {
             &self.runtime,
         );
         // Two may have started one at the same moment: the first that is entered is used by all, and keeps the order.
+        let mut entered = writer;
         self.writers.rcu(|writers| {
             let mut writers = HashMap::clone(writers);
-            writers
-                .entry(shard.number())
-                .or_insert_with(|| writer.clone());
+            let view = self.cluster.view();
             // Those of shards that are gone end when their queues are empty.
-            writers.retain(|number, _| {
-                *number == shard.number()
-                    || self
-                        .cluster
-                        .view()
-                        .shards
-                        .iter()
-                        .any(|shard| shard.number() == *number)
-            });
+            writers.retain(|number, _| view.shards.iter().any(|shard| shard.number() == *number));
+            entered = writers
+                .entry(shard.number())
+                .or_insert_with(|| entered.clone())
+                .clone();
             writers
         });
-        self.writers.load()[&shard.number()].clone()
+        entered
     }
 
     fn parked(&self, slot: Slot) -> MutexGuard<'_, Parked> {
@@ -193,12 +188,14 @@ impl Inner {
         let shard = self.cluster.route(slot).filter(|shard| !shard.is_down());
         let Some(shard) = shard else { return false };
         let writer = self.writer(&shard);
-        gate.reopen(shard.number(), parked.len());
+        gate.admit(shard.number(), parked.len());
         for (_, (_, mut job)) in std::mem::take(&mut *parked) {
             job.hold = Some(self.gates.hold(slot));
             // A full queue answers by dropping: whoever waits is told that it is not through.
             let _ = writer.submit(job);
         }
+        // Not before all of them are in the queue: a later send must not slip in between.
+        gate.open();
         true
     }
 
@@ -221,7 +218,7 @@ impl Inner {
             }
         }
         if parked.is_empty() && gate.under_way() == 0 {
-            gate.reopen(0, 0);
+            gate.open();
             return true;
         }
         false
@@ -233,7 +230,7 @@ async fn see_on(inner: Weak<Inner>, slot: Slot) {
     let mut looked = false;
     loop {
         let Some(inner) = inner.upgrade() else { return };
-        // The first look is at what the map says already: another slot's look may have just brought it.
+        // Not before the first look at the shards: until then the map names the one that has just refused.
         if (looked && inner.unpark(slot)) || inner.give_up_late(slot) {
             inner.metrics.slots_parked.dec();
             return;

@@ -89,10 +89,15 @@ impl Gate {
         self.state.fetch_or(CLOSED, Ordering::AcqRel) & CLOSED == 0
     }
 
-    /// Opens with so many under way to `shard`; only while it is closed and none is under way.
-    pub fn reopen(&self, shard: u16, count: usize) {
-        self.state
-            .store((u64::from(shard) << 32) | count as u64, Ordering::Release);
+    /// Lets so many in that go to `shard`, while it stays closed to all others; only when none is under way.
+    pub fn admit(&self, shard: u16, count: usize) {
+        let state = CLOSED | (u64::from(shard) << 32) | count as u64;
+        self.state.store(state, Ordering::Release);
+    }
+
+    /// Opens: whoever comes now is behind those who were let in.
+    pub fn open(&self) {
+        self.state.fetch_and(!CLOSED, Ordering::AcqRel);
     }
 }
 
@@ -113,7 +118,9 @@ mod tests {
         assert!(!gate.enter(4));
         drop(gates.hold(slot));
         assert_eq!(gate.under_way(), 0);
-        gate.reopen(5, 2);
+        gate.admit(5, 2);
+        assert!(!gate.enter(5), "nobody overtakes those who were let in");
+        gate.open();
         assert!(gate.enter(5) && !gate.enter(4));
         assert_eq!(gate.under_way(), 3);
         assert!(gate.ticket() < gate.ticket());
