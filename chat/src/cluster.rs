@@ -3,6 +3,7 @@
 //! What is known here of ownership is a hint: the slot's row in the shard decides (see [`crate::ownership`]). A wrong hint
 //! costs a refused write and a look at the shards, nothing else.
 
+use crate::chance;
 use crate::config;
 use crate::metrics::Metrics;
 use crate::ring::{ALGORITHM, Placement, SLOTS, Slot};
@@ -27,6 +28,7 @@ pub struct Cluster {
 struct Inner {
     cluster_id: String,
     settings: config::Store,
+    open: Open,
     runtime: Handle,
     /// The document that this instance goes by, and the shards it names. Read by every message, hence without a lock.
     view: ArcSwap<View>,
@@ -34,7 +36,7 @@ struct Inner {
     roster: ArcSwap<Vec<Shard>>,
     /// By name, what the file says, and the shard that was opened for it; held while view or roster change.
     opened: Mutex<BTreeMap<String, (StoreUrl, Shard)>>,
-    /// For each slot the number of its owner, as far as known.
+    /// For each slot the number of its owner, as far as known; with [`SEALED`] where it was last seen handing over.
     owners: Vec<AtomicU16>,
     refreshing: tokio::sync::Mutex<()>,
     /// Rounds of asking that have ended.
@@ -77,7 +79,10 @@ impl View {
 }
 
 /// No shard is known to own the slot.
-const NOBODY: u16 = u16::MAX;
+const NOBODY: u16 = SEALED - 1;
+
+/// Beside the number of a shard: it takes no writes for the slot, but is read there until the next owner is known.
+const SEALED: u16 = 1 << 15;
 
 /// Why the shards could not be taken into service. Each is one line: what, where, and how to mend it.
 #[derive(Debug, thiserror::Error)]
@@ -107,6 +112,7 @@ impl Cluster {
     /// [`StartError`]: `Wait` while a database that is needed does not answer, `Fatal` for what must be mended first.
     pub async fn start(
         topology: &Topology,
+        open: Open,
         settings: &config::Store,
         founding: Founding,
         runtime: &Handle,
@@ -114,7 +120,7 @@ impl Cluster {
     ) -> Result<Self, StartError> {
         let mut stores = BTreeMap::new();
         for (name, shard) in &topology.shards {
-            stores.insert(name.clone(), open(name, &shard.url, settings, runtime)?);
+            stores.insert(name.clone(), open(name, &shard.url)?);
         }
         let mut found = look_at_all(&stores, founding, runtime).await;
         let agreed = match agree(topology, &found) {
@@ -158,6 +164,7 @@ impl Cluster {
         let inner = Inner {
             cluster_id,
             settings: settings.clone(),
+            open,
             runtime: runtime.clone(),
             view: ArcSwap::from_pointee(view_of(doc, document, Vec::new())?),
             roster: ArcSwap::default(),
@@ -199,7 +206,7 @@ impl Cluster {
             if known.as_ref() == Some(&shard.url) {
                 continue;
             }
-            let store = open(name, &shard.url, &self.inner.settings, &self.inner.runtime)?;
+            let store = (self.inner.open)(name, &shard.url)?;
             if known.is_some() && self.view().document.shards.contains_key(name) {
                 self.recognize(name, &store).await?;
             }
@@ -244,9 +251,10 @@ impl Cluster {
             cluster_id: self.inner.cluster_id.clone(),
             shard_name: name.to_owned(),
         };
-        // A process would have to open sixty thousand to run out of numbers; then the last is used again, and owners go wrong,
+        // A process would have to open thirty thousand to run out of numbers; then the last is used again, and owners go wrong,
         // which costs refused writes.
-        let number = u16::try_from(roster.len()).unwrap_or(NOBODY - 1);
+        let number =
+            u16::try_from(roster.len()).map_or(NOBODY - 1, |number| number.min(NOBODY - 1));
         let shard = Shard::new(
             number,
             identity,
@@ -296,7 +304,7 @@ impl Cluster {
             .view
             .store(Arc::new(view_of(doc, document, shards)?));
         for owner in &self.inner.owners {
-            let number = owner.load(Ordering::Relaxed);
+            let number = owner.load(Ordering::Relaxed) & !SEALED;
             if number != NOBODY && !numbers.contains(&number) {
                 owner.store(NOBODY, Ordering::Relaxed);
             }
@@ -316,9 +324,16 @@ impl Cluster {
         &self.inner.cluster_id
     }
 
-    /// The shard that is known to own a slot.
+    /// The shard that is known to own a slot, or to hand it over just now.
     #[must_use]
     pub fn known_owner(&self, slot: Slot) -> Option<Shard> {
+        let number = self.inner.owners[slot.index()].load(Ordering::Relaxed) & !SEALED;
+        self.inner.roster.load().get(usize::from(number)).cloned()
+    }
+
+    /// The shard that is known to take writes for a slot.
+    #[must_use]
+    pub fn known_writable(&self, slot: Slot) -> Option<Shard> {
         let number = self.inner.owners[slot.index()].load(Ordering::Relaxed);
         self.inner.roster.load().get(usize::from(number)).cloned()
     }
@@ -369,20 +384,20 @@ impl Cluster {
         for slot in Slot::all() {
             let owner = &self.inner.owners[slot.index()];
             // A sealed slot is still read where it is sealed, until its target has it.
-            let holder = answered
-                .iter()
-                .find(|(_, holding)| holding.owned.contains(slot))
-                .or_else(|| {
-                    answered
-                        .iter()
-                        .find(|(_, holding)| holding.sealed.contains(slot))
-                });
-            match holder {
-                Some((shard, _)) => owner.store(shard.number(), Ordering::Relaxed),
-                // Only what we believed of a shard that has answered is known to be wrong.
-                None if answered
+            let holder = |of: fn(&Holding) -> &SlotSet| {
+                let holds = answered
                     .iter()
-                    .any(|(shard, _)| shard.number() == owner.load(Ordering::Relaxed)) =>
+                    .find(|(_, holding)| of(holding).contains(slot));
+                holds.map(|(shard, _)| shard.number())
+            };
+            let owned = holder(|holding| &holding.owned);
+            let sealed = holder(|holding| &holding.sealed).map(|number| number | SEALED);
+            match owned.or(sealed) {
+                Some(number) => owner.store(number, Ordering::Relaxed),
+                // Only what we believed of a shard that has answered is known to be wrong.
+                None if answered.iter().any(|(shard, _)| {
+                    shard.number() == owner.load(Ordering::Relaxed) & !SEALED
+                }) =>
                 {
                     owner.store(NOBODY, Ordering::Relaxed);
                 }
@@ -465,18 +480,21 @@ async fn look(store: &dyn Database, founding: Founding) -> Result<Seen, StoreErr
     })
 }
 
-fn open(
-    name: &str,
-    url: &StoreUrl,
-    settings: &config::Store,
-    runtime: &Handle,
-) -> Result<Arc<dyn Database>, StartError> {
-    Ok(match url {
-        StoreUrl::Mysql(url) => Arc::new(
-            MysqlStore::new(url, settings, runtime.clone())
-                .map_err(|e| StartError::Fatal(format!("{name}: {e}")))?,
-        ),
-        StoreUrl::Sqlite(path) => Arc::new(SqliteStore::new(path, settings, runtime.clone())),
+/// Makes a store for a shard's name and URL; opens no connection yet.
+pub type Open = Arc<dyn Fn(&str, &StoreUrl) -> Result<Arc<dyn Database>, StartError> + Send + Sync>;
+
+/// The stores there are, with connections on `runtime`.
+#[must_use]
+pub fn stores(settings: &config::Store, runtime: &Handle) -> Open {
+    let (settings, runtime) = (settings.clone(), runtime.clone());
+    Arc::new(move |name, url| {
+        Ok(match url {
+            StoreUrl::Mysql(url) => Arc::new(
+                MysqlStore::new(url, &settings, runtime.clone())
+                    .map_err(|e| StartError::Fatal(format!("{name}: {e}")))?,
+            ),
+            StoreUrl::Sqlite(path) => Arc::new(SqliteStore::new(path, &settings, runtime.clone())),
+        })
     })
 }
 
@@ -589,7 +607,7 @@ fn agree(
                     "{name} is down in shards.toml, but a new service needs all its shards"
                 ));
             }
-            let cluster_id = format!("{:032x}", rand::random::<u128>());
+            let cluster_id = format!("{:032x}", chance::number());
             Ok(Agreed::ToFound {
                 document: topology.document(),
                 cluster_id,

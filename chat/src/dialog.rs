@@ -140,6 +140,12 @@ impl Seq {
         Self(self.0.max(u64::from(generation) << GENERATION_SHIFT) + 1)
     }
 
+    /// The generation it was given in: 0 until a shard is declared down.
+    #[must_use]
+    pub fn generation(self) -> u32 {
+        u32::try_from(self.0 >> GENERATION_SHIFT).unwrap_or(u32::MAX)
+    }
+
     /// Whether `self` is what [`Seq::next`] may give after `before`: one more, or the first of a later generation.
     #[must_use]
     pub fn follows(self, before: Seq) -> bool {

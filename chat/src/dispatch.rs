@@ -14,9 +14,10 @@ use crate::writer::{Answer, GiveBack, Job, OnCommit, Writer};
 use arc_swap::ArcSwap;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 /// A handle; a clone is one more reference.
 #[derive(Clone)]
@@ -185,8 +186,11 @@ impl Inner {
         if gate.under_way() > 0 {
             return false;
         }
-        let shard = self.cluster.route(slot).filter(|shard| !shard.is_down());
-        let Some(shard) = shard else { return false };
+        // Not on a guess, nor to a shard that is handing over: what is refused there would come back and wait anew.
+        let owner = self.cluster.known_writable(slot);
+        let Some(shard) = owner.filter(|shard| !shard.is_down()) else {
+            return false;
+        };
         let writer = self.writer(&shard);
         gate.admit(shard.number(), parked.len());
         for (_, (_, mut job)) in std::mem::take(&mut *parked) {
@@ -244,6 +248,7 @@ async fn see_on(inner: Weak<Inner>, slot: Slot) {
         looked = true;
         drop(inner);
         tokio::select! {
+            biased;
             () = tokio::time::sleep(LOOK_EVERY) => {}
             _ = changed.changed() => {}
         }

@@ -6,6 +6,9 @@
 // What can be set.
 pub mod config;
 
+// Chance, in one place.
+pub mod chance;
+
 // Pure: no async, no clock, no chance, no file.
 pub mod dialog;
 

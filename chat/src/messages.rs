@@ -5,7 +5,7 @@ use crate::config;
 use crate::dialog::{BadKey, BadText, BadUser, DialogId, Key, Seq, Text, UserId};
 use crate::dispatch::{Dispatch, NotTaken};
 use crate::metrics::Metrics;
-use crate::ownership::SlotState;
+use crate::ownership::{SlotState, SlotView};
 use crate::ring::Slot;
 use crate::store::{
     Holding, InboxCursor, InboxPart, InboxRow, Marked, NewMessage, Page, Place, Range, Shard,
@@ -16,11 +16,12 @@ use chat_wire::{HistoryPage, InboxEntry, InboxPage, Message, ReadMark};
 use futures_util::future::{BoxFuture, FutureExt, Shared, join_all};
 use governor::clock::{Clock, DefaultClock};
 use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::runtime::Handle;
+use tokio::time::Instant;
 
 /// A handle; a clone is one more reference.
 #[derive(Clone)]
@@ -282,12 +283,17 @@ impl Messages {
                 .collect(),
         };
         kept.sort_by_key(|message| message.seq);
+        let more = kept.len() < page.messages.len();
+        let first = kept.first().map(|message| message.seq);
         HistoryPage {
             dialog: dialog.to_string(),
             first: kept.first().map_or(0, |message| message.seq.get()),
             last: kept.last().map_or(0, |message| message.seq.get()),
-            more: kept.len() < page.messages.len(),
-            gap: page.slot.as_ref().is_some_and(|view| !view.complete),
+            more,
+            gap: page
+                .slot
+                .as_ref()
+                .is_some_and(|view| may_lack(view, range, first, more)),
             messages: kept
                 .into_iter()
                 .map(|message| wire(dialog, message))
@@ -298,7 +304,8 @@ impl Messages {
     /// A page of the dialogs of `me`, newest first, from all shards together.
     ///
     /// # Errors
-    /// [`NotDone`]. A shard that does not answer is no error: its name is in `incomplete`.
+    /// [`NotDone`]. A shard that does not answer, or that was declared down and alone holds a part, is no error: its name is
+    /// in `incomplete`.
     pub async fn inbox(
         &self,
         me: UserId,
@@ -339,11 +346,15 @@ impl Messages {
             if !gathered.missing().all(lies_there) {
                 continue;
             }
-            if gathered.missing().next().is_none() {
+            let mut incomplete: BTreeSet<String> = if gathered.missing().next().is_some() {
+                incomplete.into_iter().collect()
+            } else {
                 // A shard that does not answer and owns nothing takes nothing away.
-                incomplete.clear();
-            }
-            incomplete.sort();
+                BTreeSet::new()
+            };
+            // Others have its slots now, but not what it alone holds of them.
+            incomplete.append(&mut gathered.lacking);
+            let incomplete = incomplete.into_iter().collect();
             return Ok(inbox_page(me, gathered.rows, limit as usize, incomplete));
         }
         Err(NotDone::Unavailable)
@@ -451,6 +462,18 @@ fn parse_cursor(cursor: &str) -> Result<InboxCursor, NotDone> {
     ))
 }
 
+/// Whether messages may be missing from a page that begins with `first`. While a slot lacks some, that is so of every page but
+/// one that lies within the generation that began when they were lost, and does not reach down to its beginning.
+fn may_lack(slot: &SlotView, range: Range, first: Option<Seq>, more: bool) -> bool {
+    let begins_within = match (range, first) {
+        (_, None) => false,
+        (Range::After(after), Some(first)) => first.get() == after.get() + 1,
+        (Range::Newest | Range::Before(_), Some(_)) => more,
+    };
+    let of_this_generation = first.is_some_and(|first| first.generation() == slot.generation);
+    !(slot.complete || begins_within && of_this_generation)
+}
+
 /// Whether a page is whole: seqs are dense, so that a hole shows. `limit` is what the shard was asked for.
 fn adds_up(page: &Page, range: Range, limit: u32) -> bool {
     let seqs: Vec<Seq> = page.messages.iter().map(|message| message.seq).collect();
@@ -487,6 +510,7 @@ fn adds_up(page: &Page, range: Range, limit: u32) -> bool {
 struct Gathered {
     covered: SlotSet,
     rows: Vec<InboxRow>,
+    lacking: BTreeSet<String>,
 }
 
 impl Gathered {
@@ -497,6 +521,9 @@ impl Gathered {
             .into_iter()
             .map(|part| (part.slots, part.rows))
             .collect();
+        for (holding, _) in &parts {
+            self.lacking.extend(holding.lacking.iter().cloned());
+        }
         for of in [
             |holding: &Holding| holding.owned.clone(),
             |holding: &Holding| holding.sealed.clone(),
@@ -615,7 +642,6 @@ impl Drop for Begins {
 mod tests {
     use super::*;
     use crate::dialog::Timestamp;
-    use crate::ownership::SlotView;
 
     fn page(seqs: &[u64], last_seq: u64) -> Page {
         let message = |seq: &u64| StoredMessage {
@@ -677,6 +703,38 @@ mod tests {
     }
 
     #[test]
+    fn a_page_says_that_messages_may_be_missing_where_they_may_be() {
+        let of = |generation: u32, n: u64| Seq::new((u64::from(generation) << 40) + n);
+        let after = |generation, n| Range::After(of(generation, n));
+        let (newest, before) = (Range::Newest, Range::Before(of(1, 9)));
+        for (complete, range, first, more, lacks) in [
+            (true, newest, None, false, false),
+            (true, newest, Some(of(0, 1)), false, false),
+            (false, newest, None, false, true),
+            // What came since the loss is whole, but for its beginning.
+            (false, newest, Some(of(1, 3)), true, false),
+            (false, before, Some(of(1, 3)), true, false),
+            (false, newest, Some(of(1, 1)), false, true),
+            (false, after(1, 3), Some(of(1, 4)), false, false),
+            (false, after(0, 7), Some(of(1, 1)), false, true),
+            (false, after(0, 0), Some(of(0, 1)), true, true),
+            (false, before, Some(of(0, 3)), true, true),
+        ] {
+            let slot = SlotView {
+                state: SlotState::Owner,
+                generation: 1,
+                complete,
+                peer: None,
+            };
+            assert_eq!(
+                may_lack(&slot, range, first, more),
+                lacks,
+                "{complete} {range:?} {first:?} {more}"
+            );
+        }
+    }
+
+    #[test]
     fn an_inbox_takes_each_slot_from_one_answer() {
         let set = |slots: &dyn Fn(Slot) -> bool| {
             let mut set = SlotSet::empty();
@@ -696,7 +754,11 @@ mod tests {
         };
         let part = |owned: SlotSet, sealed: SlotSet, seq: u64| InboxPart {
             rows: vec![row(seq)],
-            slots: Holding { owned, sealed },
+            slots: Holding {
+                owned,
+                sealed,
+                lacking: BTreeSet::new(),
+            },
         };
         let (none, all) = (SlotSet::empty(), set(&|_| true));
         let (others, the_slot) = (set(&|slot| slot != theirs), set(&|slot| slot == theirs));

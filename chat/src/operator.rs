@@ -3,7 +3,7 @@
 use anyhow::{Context, bail};
 use chat::change::plan::{Plan, plan as work_out};
 use chat::change::progress::Report;
-use chat::cluster::{Cluster, Founding};
+use chat::cluster::{Cluster, Founding, stores};
 use chat::config::{Secret, Settings};
 use chat::dialog::DialogId;
 use chat::metrics::Metrics;
@@ -23,6 +23,7 @@ async fn look(settings: &Settings) -> anyhow::Result<Cluster> {
     let runtime = tokio::runtime::Handle::current();
     let cluster = Cluster::start(
         &topology,
+        stores(&settings.store, &runtime),
         &settings.store,
         Founding::Refused,
         &runtime,
@@ -56,11 +57,10 @@ pub async fn find(settings: &Settings, dialog: DialogId) -> anyhow::Result<()> {
                 .peer
                 .as_ref()
                 .map_or(String::new(), |peer| format!(", with {peer}"));
-            let missing: Vec<&str> = row.missing.iter().map(String::as_str).collect();
-            let gap = if missing.is_empty() {
+            let gap = if row.history.is_complete() {
                 String::new()
             } else {
-                format!(", without what only {} has", missing.join(", "))
+                format!(", {}", row.history)
             };
             println!(
                 "       {:<12} {} (term {}{peer}{gap})",

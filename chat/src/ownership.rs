@@ -83,7 +83,7 @@ pub struct SlotView {
     pub state: SlotState,
     /// Seqs of new messages are above `generation << 40`.
     pub generation: u32,
-    /// Whether all messages are here that were ever acknowledged; not so while a shard that was declared down holds some.
+    /// Whether all messages are here that were ever acknowledged; see [`History`].
     pub complete: bool,
     /// Where a sealed slot goes.
     pub peer: Option<String>,
@@ -106,8 +106,79 @@ pub struct SlotRow {
     pub activated: u64,
     /// The generation under which the slot was last claimed here.
     pub claimed_generation: u32,
-    /// Shards that were declared down and may hold acknowledged messages that are missing here.
+    /// Which acknowledged messages may not be here.
+    pub history: History,
+}
+
+/// Whether a slot has all messages that were ever acknowledged in it, and if not, who may have the rest.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct History {
+    /// Shards that were declared down and may hold some: when one returns, it is merged.
     pub missing: BTreeSet<String>,
+    /// Shards that were given up: what they alone held is lost.
+    pub forgotten: BTreeSet<String>,
+}
+
+impl History {
+    /// Nothing is missing, and nothing was given up.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        self.missing.is_empty() && self.forgotten.is_empty()
+    }
+}
+
+/// The value of the column `history` while nothing is missing.
+pub const COMPLETE: &str = "complete";
+
+const MISSING: &str = "incomplete: ";
+const FORGOTTEN: &str = "forgotten: ";
+
+/// As it stands in the table: `complete`, or `incomplete: a b`, `forgotten: c`, or both with `; ` between.
+impl fmt::Display for History {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.is_complete() {
+            return f.write_str(COMPLETE);
+        }
+        let part = |begins: &str, names: &BTreeSet<String>| {
+            let names: Vec<&str> = names.iter().map(String::as_str).collect();
+            (!names.is_empty()).then(|| format!("{begins}{}", names.join(" ")))
+        };
+        let parts: Vec<String> = [
+            part(MISSING, &self.missing),
+            part(FORGOTTEN, &self.forgotten),
+        ]
+        .into_iter()
+        .flatten()
+        .collect();
+        f.write_str(&parts.join("; "))
+    }
+}
+
+/// A text that is no [`History`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("'{0}' says nothing about a history")]
+pub struct BadHistory(pub String);
+
+impl FromStr for History {
+    type Err = BadHistory;
+
+    fn from_str(s: &str) -> Result<Self, BadHistory> {
+        let mut history = Self::default();
+        if s == COMPLETE {
+            return Ok(history);
+        }
+        for part in s.split("; ") {
+            let (names, into) = if let Some(names) = part.strip_prefix(MISSING) {
+                (names, &mut history.missing)
+            } else if let Some(names) = part.strip_prefix(FORGOTTEN) {
+                (names, &mut history.forgotten)
+            } else {
+                return Err(BadHistory(s.to_owned()));
+            };
+            into.extend(names.split_whitespace().map(str::to_owned));
+        }
+        Ok(history)
+    }
 }
 
 impl SlotRow {
@@ -126,7 +197,7 @@ impl SlotRow {
             next_term: None,
             activated: 0,
             claimed_generation: 0,
-            missing: BTreeSet::new(),
+            history: History::default(),
         }
     }
 
@@ -136,7 +207,7 @@ impl SlotRow {
         SlotView {
             state: self.state,
             generation: self.generation,
-            complete: self.missing.is_empty(),
+            complete: self.history.is_complete(),
             peer: self.peer.clone(),
         }
     }
@@ -177,18 +248,18 @@ impl SlotRow {
                 from,
                 term,
                 generation,
-                missing,
+                history,
             } => {
                 to(SlotState::Owner, &mut row);
                 row.activated = *term;
                 row.generation = *generation;
-                row.missing = missing.clone();
+                row.history = history.clone();
                 self.is_incoming(from, *term)
             }
             Step::Release { to: target, term } => {
                 to(SlotState::None, &mut row);
                 row.term = *term;
-                row.missing.clear();
+                row.history = History::default();
                 self.is_sealed(target, *term)
             }
             Step::Unseal {
@@ -202,7 +273,7 @@ impl SlotRow {
             }
             Step::Cancel { from, term } => {
                 to(SlotState::None, &mut row);
-                row.missing.clear();
+                row.history = History::default();
                 self.is_incoming(from, *term)
             }
             Step::Claim {
@@ -214,7 +285,7 @@ impl SlotRow {
                 row.term = *term;
                 row.generation = *generation;
                 row.claimed_generation = *generation;
-                row.missing.extend(missing.iter().cloned());
+                row.history.missing.extend(missing.iter().cloned());
                 self.state != SlotState::Owner
                     && self.claimed_generation < *generation
                     && self.generation < *generation
@@ -231,13 +302,20 @@ impl SlotRow {
             }
             Step::MergedOut { term } => {
                 to(SlotState::None, &mut row);
-                row.missing.clear();
+                row.history = History::default();
                 self.state == SlotState::Fenced && self.term == *term
             }
             Step::Heal { shard } => {
                 row.term += 1;
-                row.missing.remove(shard);
-                self.state == SlotState::Owner && self.missing.contains(shard)
+                let missing = row.history.missing.remove(shard);
+                let forgotten = row.history.forgotten.remove(shard);
+                self.state == SlotState::Owner && (missing || forgotten)
+            }
+            Step::Forget { shard } => {
+                row.term += 1;
+                let missing = row.history.missing.remove(shard);
+                row.history.forgotten.insert(shard.clone());
+                self.state == SlotState::Owner && missing
             }
         };
         if allowed {
@@ -306,7 +384,7 @@ pub enum Step {
         /// The source's.
         generation: u32,
         /// The source's.
-        missing: BTreeSet<String>,
+        history: History,
     },
     /// R5a, at the source, once the target was seen to have activated.
     Release {
@@ -354,7 +432,12 @@ pub enum Step {
     },
     /// A6, at the owner: nothing of `shard` is missing any more.
     Heal {
-        /// The shard that has returned, or was given up for good.
+        /// The shard that has returned.
+        shard: String,
+    },
+    /// At the owner: what `shard` alone held will not come back.
+    Forget {
+        /// The shard that an operator has given up.
         shard: String,
     },
 }
@@ -375,6 +458,7 @@ impl Step {
             Step::MergedIn => "merged-in",
             Step::MergedOut { .. } => "merged-out",
             Step::Heal { .. } => "heal",
+            Step::Forget { .. } => "forget",
         }
     }
 
@@ -392,7 +476,8 @@ impl Step {
             | Step::Claim { .. }
             | Step::Fence { .. }
             | Step::MergedIn
-            | Step::Heal { .. } => None,
+            | Step::Heal { .. }
+            | Step::Forget { .. } => None,
         }
     }
 
@@ -494,26 +579,6 @@ pub fn adjudicate(live: &BTreeMap<String, SlotRow>, wanted: &str) -> Judgement {
     }
 }
 
-/// The value of the column `history` while nothing is missing.
-pub const COMPLETE: &str = "complete";
-
-/// The column `history`: `complete`, or the names of the shards whose messages may be missing.
-#[must_use]
-pub fn history_text(missing: &BTreeSet<String>) -> String {
-    if missing.is_empty() {
-        return COMPLETE.to_owned();
-    }
-    let names: Vec<&str> = missing.iter().map(String::as_str).collect();
-    format!("incomplete: {}", names.join(" "))
-}
-
-/// Reads [`history_text`] back.
-#[must_use]
-pub fn history_of(text: &str) -> BTreeSet<String> {
-    let names = text.strip_prefix("incomplete: ").unwrap_or_default();
-    names.split_whitespace().map(str::to_owned).collect()
-}
-
 /// The term a slot's first owner starts with; all others start with 0.
 pub const FIRST_TERM: u64 = 1;
 
@@ -533,6 +598,38 @@ mod tests {
             assert_eq!(state.as_str().parse(), Ok(state));
         }
         assert_eq!("Owner".parse::<SlotState>(), Err(BadState("Owner".into())));
+    }
+
+    #[test]
+    fn every_history_reads_back_as_it_was_written() {
+        let names = |names: &str| names.split_whitespace().map(str::to_owned).collect();
+        for (missing, forgotten, text) in [
+            ("", "", "complete"),
+            ("a b", "", "incomplete: a b"),
+            ("", "c", "forgotten: c"),
+            ("a", "b c", "incomplete: a; forgotten: b c"),
+        ] {
+            let history = History {
+                missing: names(missing),
+                forgotten: names(forgotten),
+            };
+            assert_eq!(history.to_string(), text);
+            assert_eq!(text.parse(), Ok(history));
+        }
+        assert_eq!("".parse::<History>(), Err(BadHistory(String::new())));
+    }
+
+    #[test]
+    fn what_was_forgotten_stays_known_until_it_returns_after_all() {
+        let mut row = SlotRow::founded(true);
+        row.history.missing.insert("a".into());
+        let forget = Step::Forget { shard: "a".into() };
+        let heal = Step::Heal { shard: "a".into() };
+        let forgotten = row.after(&forget, true).unwrap();
+        assert!(!forgotten.view().complete && forgotten.history.missing.is_empty());
+        assert!(forgotten.after(&forget, true).is_err(), "once is enough");
+        assert!(forgotten.after(&heal, true).unwrap().view().complete);
+        assert!(row.after(&heal, true).unwrap().view().complete);
     }
 
     #[test]

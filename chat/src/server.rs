@@ -2,7 +2,8 @@
 
 use crate::bus::{Bus, LocalBus, NatsBus};
 use crate::change::Change;
-use crate::cluster::{Cluster, Founding, StartError};
+use crate::change::file::Source;
+use crate::cluster::{Cluster, Founding, StartError, stores};
 use crate::config::Settings;
 use crate::delivery::Delivery;
 use crate::http::{self, App, Counter, Line, Tokens};
@@ -118,7 +119,7 @@ impl Server {
         let messages = Messages::start(cluster, &settings, on_commit, &runtime, metrics.clone());
         let change = Change::start(
             messages.cluster(),
-            settings.shards_file.clone(),
+            Source::file(settings.shards_file.clone()),
             text,
             &settings.change,
             bus,
@@ -264,6 +265,7 @@ async fn start_cluster(
     loop {
         match Cluster::start(
             topology,
+            stores(&settings.store, runtime),
             &settings.store,
             Founding::Allowed,
             runtime,

@@ -3,14 +3,16 @@
 //! A writer has a few lanes, and a slot always takes the same one. While a lane's transaction is in flight its next batch
 //! gathers, so batches size themselves: an idle lane adds no delay, a busy one spreads the cost of a commit over many.
 
+use crate::chance;
 use crate::config;
 use crate::gate::Hold;
 use crate::metrics::WriterMetrics;
 use crate::store::{NewMessage, Place, Shard, ShardDown, StoreError, Written};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
 
 /// A send on its way.
 pub struct Job {
@@ -214,7 +216,7 @@ impl Lane {
                     return Err(ShardDown::Failed(failed.0, failed.1));
                 }
             };
-            let pause = pause.mul_f64(1.0 + rand::random::<f64>());
+            let pause = pause.mul_f64(1.0 + chance::fraction());
             if deadline.is_none_or(|deadline| Instant::now() + pause >= deadline) {
                 return Err(ShardDown::Failed(failed.0, failed.1));
             }

@@ -235,7 +235,7 @@ fn violation(bounds: &Bounds, state: &State) -> Option<&'static str> {
     for owner in fresh {
         let has = |key: u8| owner.log.messages.iter().any(|message| message.key == key);
         let lacks = (0..bounds.keys).any(|key| state.acknowledged >> key & 1 == 1 && !has(key));
-        if lacks && owner.row.missing.is_empty() {
+        if lacks && owner.row.history.is_complete() {
             return Some("the owner lacks an acknowledged message and does not say so");
         }
         for key in 0..bounds.keys {
@@ -251,7 +251,7 @@ fn violation(bounds: &Bounds, state: &State) -> Option<&'static str> {
             }
         }
         let mut expected = BTreeMap::<u32, u8>::new();
-        if owner.row.missing.is_empty() {
+        if owner.row.history.is_complete() {
             for message in &owner.log.messages {
                 let next = expected.entry(message.seq.0).or_insert(0);
                 *next += 1;
@@ -470,7 +470,7 @@ fn coordinate(bounds: &Bounds, state: &State, c: usize, next: &mut Vec<(String, 
                 from: name(*from),
                 term: *term,
                 generation: sealed.generation,
-                missing: sealed.missing.clone(),
+                history: sealed.history.clone(),
             };
             if let Some(after) = bounds.take(state, doc, *to, &activate) {
                 go(format!("activates {}", NAMES[*to]), after, At::Idle);
@@ -719,7 +719,7 @@ fn idle(bounds: &Bounds, state: &State, doc: u8, go: &mut impl FnMut(String, Sta
         }
         if moves
             && here.state == SlotState::Owner
-            && here.missing.contains("A")
+            && here.history.missing.contains("A")
             && doc == 3
             && bounds.fits(state, doc, 0)
             && row(0).state != SlotState::Fenced
@@ -869,7 +869,7 @@ fn goal(bounds: &Bounds, state: &State) -> bool {
         && rows
             .iter()
             .all(|row| matches!(row.state, SlotState::Owner | SlotState::None))
-        && (bounds.documents != 3 || rows.iter().all(|row| row.missing.is_empty()))
+        && (bounds.documents != 3 || rows.iter().all(|row| row.history.is_complete()))
 }
 
 fn bounds(what: &'static str) -> Bounds {

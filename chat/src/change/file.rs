@@ -1,8 +1,11 @@
 //! Edits of `shards.toml`: seen by content, a few times a second. A watch on the file itself goes deaf when an editor saves by
 //! renaming, or when a mounted configuration is swapped. An edit counts once two reads in a row give the same.
 
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
 use serde::Serialize;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// How the file stands to the document in force.
@@ -11,7 +14,7 @@ use std::time::Duration;
 pub enum FileState {
     /// It says the same.
     InForce,
-    /// It says what was in force before, and nobody has edited it since we started: it is old.
+    /// It says what was in force before, and a later document came from elsewhere: it is old.
     Older(String),
     /// It is to be put in force; something must come back first.
     Waiting(String),
@@ -36,56 +39,80 @@ pub enum Seen {
     Gone,
 }
 
-/// A file and its content as it was last seen.
+/// Where edits come from.
+#[derive(Clone)]
+pub struct Source {
+    /// For messages.
+    pub name: String,
+    /// Reads the whole of it; `None` if that cannot be done.
+    pub read: Arc<dyn Fn() -> BoxFuture<'static, Option<String>> + Send + Sync>,
+}
+
+impl Source {
+    /// A file.
+    #[must_use]
+    pub fn file(path: PathBuf) -> Self {
+        Self {
+            name: path.display().to_string(),
+            read: Arc::new(move || {
+                let path = path.clone();
+                async move { tokio::fs::read_to_string(path).await.ok() }.boxed()
+            }),
+        }
+    }
+}
+
+/// A file and its content as it was last seen; `None` while there is none.
 pub struct Watched {
-    path: PathBuf,
-    seen: String,
+    source: Source,
+    seen: Option<String>,
 }
 
 impl Watched {
     /// Watches a file of which `seen` was read: an edit between that reading and the first look counts like any other.
     #[must_use]
-    pub fn new(path: PathBuf, seen: String) -> Self {
-        Self { path, seen }
-    }
-
-    /// The content that was last seen.
-    #[must_use]
-    pub fn text(&self) -> &str {
-        &self.seen
+    pub fn new(source: Source, seen: String) -> Self {
+        Self {
+            source,
+            seen: Some(seen),
+        }
     }
 
     /// Waits, then looks.
     pub async fn changed_within(&mut self, wait: Duration) -> Seen {
         tokio::time::sleep(wait).await;
-        let first = tokio::fs::read_to_string(&self.path).await.ok();
-        if first.as_ref() == Some(&self.seen) {
+        let first = (self.source.read)().await;
+        if first == self.seen {
             return Seen::Same;
         }
         tokio::time::sleep(SETTLE).await;
-        let second = tokio::fs::read_to_string(&self.path).await.ok();
-        match second {
-            None if first.is_none() => Seen::Gone,
-            Some(text) if first.as_ref() == Some(&text) => {
-                text.clone_into(&mut self.seen);
-                Seen::Changed(text)
-            }
-            None | Some(_) => Seen::Same,
+        let second = (self.source.read)().await;
+        if first != second {
+            return Seen::Same;
         }
+        self.seen.clone_from(&second);
+        second.map_or(Seen::Gone, Seen::Changed)
     }
 }
 
 /// Says in one line how the file stands now.
-pub fn report(path: &Path, state: &FileState) {
-    let file = path.display();
+pub fn report(file: &str, state: &FileState) {
     match state {
-        FileState::InForce => tracing::info!(%file, "shards file: in force"),
+        FileState::InForce => tracing::info!(file, "shards file: in force"),
         FileState::Older(what) => {
-            tracing::warn!(%file, what, "shards file: it is an old one; the document stays in force")
+            tracing::warn!(
+                file,
+                what,
+                "shards file: it is an old one; the document stays in force"
+            )
         }
-        FileState::Waiting(what) => tracing::warn!(%file, what, "shards file: not in force yet"),
+        FileState::Waiting(what) => tracing::warn!(file, what, "shards file: not in force yet"),
         FileState::Refused(what) => {
-            tracing::warn!(%file, what, "shards file: refused; the document stays in force")
+            tracing::warn!(
+                file,
+                what,
+                "shards file: refused; the document stays in force"
+            )
         }
     }
 }
@@ -99,7 +126,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (file, other) = (folder.path().join("shards.toml"), folder.path().join("new"));
         std::fs::write(&file, "0").unwrap();
-        let mut watched = Watched::new(file.clone(), "0".into());
+        let mut watched = Watched::new(Source::file(file.clone()), "0".into());
         let wait = Duration::from_millis(1);
         assert_eq!(watched.changed_within(wait).await, Seen::Same);
         std::fs::write(&file, "1").unwrap();
@@ -116,6 +143,18 @@ mod tests {
         std::fs::write(&other, "3").unwrap();
         std::fs::remove_file(&file).unwrap();
         assert_eq!(watched.changed_within(wait).await, Seen::Gone);
+        assert_eq!(
+            watched.changed_within(wait).await,
+            Seen::Same,
+            "it is still gone"
+        );
+        std::fs::write(&file, "2").unwrap();
+        assert_eq!(
+            watched.changed_within(wait).await,
+            Seen::Changed("2".into()),
+            "it is back"
+        );
+        std::fs::remove_file(&file).unwrap();
         std::os::unix::fs::symlink(&other, &file).unwrap();
         assert_eq!(
             watched.changed_within(wait).await,

@@ -4,6 +4,7 @@
 //! loses looks again.
 
 use super::fault::point;
+use crate::chance;
 use crate::cluster::{Cluster, StartError, View};
 use crate::ownership::SlotState;
 use crate::ring::ALGORITHM;
@@ -392,5 +393,5 @@ async fn held_by(cluster: &Cluster, name: &str) -> Held {
 }
 
 async fn back_off() {
-    tokio::time::sleep(Duration::from_millis(50).mul_f64(1.0 + 5.0 * rand::random::<f64>())).await;
+    tokio::time::sleep(Duration::from_millis(50).mul_f64(1.0 + 5.0 * chance::fraction())).await;
 }

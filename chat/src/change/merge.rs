@@ -2,9 +2,9 @@
 //! `docs/SHARDING.md`).
 
 use super::fault::point;
-use super::mover::{NotMoved, row_at, take};
+use super::mover::{NotMoved, take};
 use crate::dialog::{DialogId, Seq};
-use crate::ownership::{SlotRow, SlotState, Step};
+use crate::ownership::{SlotRow, Step};
 use crate::ring::Slot;
 use crate::store::{DocRef, Head, Part, Shard};
 use std::collections::BTreeMap;
@@ -71,53 +71,4 @@ pub async fn merge(
     }
     take(from, doc, slot, &Step::MergedOut { term: fenced.term }).await?;
     Ok(merged)
-}
-
-/// Notes at a slot's owner that nothing of `shard` is missing any more, if that is so.
-///
-/// # Errors
-/// [`NotMoved`].
-pub async fn heal(
-    doc: &DocRef,
-    slot: Slot,
-    owner: &Shard,
-    shard: &Shard,
-) -> Result<bool, NotMoved> {
-    if row_at(shard, doc, slot).await?.state == SlotState::Fenced {
-        return Ok(false);
-    }
-    take(
-        owner,
-        doc,
-        slot,
-        &Step::Heal {
-            shard: shard.name().to_owned(),
-        },
-    )
-    .await?;
-    Ok(true)
-}
-
-/// Writes off what `shard` alone held of a slot: it will not return.
-///
-/// # Errors
-/// [`NotMoved`].
-pub async fn write_off(
-    doc: &DocRef,
-    slot: Slot,
-    owner: &Shard,
-    shard: &str,
-) -> Result<(), NotMoved> {
-    let (doc, name) = (doc.clone(), shard.to_owned());
-    let done =
-        owner
-            .ask(move |store, identity| async move {
-                store.write_off(&identity, &doc, slot, &name).await
-            })
-            .await?;
-    done.map_err(|refused| NotMoved::Refused {
-        step: "write off",
-        shard: owner.name().to_owned(),
-        refused,
-    })
 }

@@ -22,6 +22,7 @@ pub mod progress;
 pub use fault::PLACES;
 
 use crate::bus::Bus;
+use crate::chance;
 use crate::cluster::{Cluster, View};
 use crate::config;
 use crate::metrics::Metrics;
@@ -38,12 +39,12 @@ use peers::{Peer, Peers};
 use progress::Progress;
 use serde::Serialize;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
 /// A handle; the work ends when the last is dropped.
@@ -102,11 +103,11 @@ const PEERS_LIMIT: Duration = Duration::from_secs(10);
 const PURGE_BUDGET: Duration = Duration::from_millis(500);
 
 impl Change {
-    /// Follows the file at `path`, of which `seen` was read, and carries documents out, on the database runtime.
+    /// Follows a file, of which `seen` was read, and carries documents out, on the database runtime.
     #[must_use]
     pub fn start(
         cluster: &Cluster,
-        path: PathBuf,
+        source: file::Source,
         seen: String,
         settings: &config::Change,
         bus: Arc<dyn Bus>,
@@ -120,11 +121,11 @@ impl Change {
             peers: Peers::listen(bus),
             file: watch::Sender::new(FileState::InForce),
             wake: Notify::new(),
-            instance: format!("{:08x}", rand::random::<u32>()),
+            instance: format!("{:08x}", chance::number() as u32),
             at_work: AtomicBool::new(false),
         });
         let tasks = vec![
-            AbortOnDropHandle::new(runtime.spawn(inner.clone().follow_file(path, seen))),
+            AbortOnDropHandle::new(runtime.spawn(inner.clone().follow_file(source, seen))),
             AbortOnDropHandle::new(runtime.spawn(inner.clone().coordinate())),
             AbortOnDropHandle::new(runtime.spawn(inner.clone().tell())),
         ];
@@ -200,53 +201,68 @@ impl Inner {
     }
 
     /// Proposes what the file says, when it has changed, and again while something must come back first.
-    async fn follow_file(self: Arc<Self>, path: PathBuf, seen: String) {
+    async fn follow_file(self: Arc<Self>, source: file::Source, seen: String) {
         let env = |name: &str| std::env::var(name).ok();
-        let mut watched = file::Watched::new(path.clone(), seen);
-        let mut text = Some(watched.text().to_owned());
-        let mut edited = false;
+        let parse = |text: &str| Topology::parse(text, &env).map_err(|e| e.to_string());
+        let mut watched = file::Watched::new(source.clone(), seen.clone());
+        let mut topology = parse(&seen);
+        let (mut edited, mut due) = (false, true);
         loop {
-            if let Some(now) = &text {
-                let state = match Topology::parse(now, &env) {
-                    Err(e) => FileState::Refused(e.to_string()),
-                    Ok(topology) => self.follow(&topology, edited).await,
-                };
-                let again = matches!(state, FileState::Waiting(_));
-                if *self.file.borrow() != state {
-                    file::report(&path, &state);
-                    self.file.send_replace(state);
-                }
+            let state = match &topology {
+                Err(what) => FileState::Refused(what.clone()),
+                Ok(topology) if due => self.follow(topology, edited).await,
+                Ok(topology) => self.compared(topology),
+            };
+            if due {
                 self.wake.notify_one();
-                if !again {
-                    text = None;
-                }
             }
+            due = matches!(state, FileState::Waiting(_));
+            self.now(&source.name, state);
             match watched.changed_within(file::EVERY).await {
                 file::Seen::Same => {}
-                file::Seen::Changed(new) => {
-                    edited = true;
-                    text = Some(new);
+                file::Seen::Changed(text) => {
+                    topology = parse(&text);
+                    // One that is back as it was has not been edited.
+                    (edited, due) = (edited || text != seen, true);
                 }
-                file::Seen::Gone => {
-                    let state = FileState::Refused("it cannot be read".into());
-                    if *self.file.borrow() != state {
-                        file::report(&path, &state);
-                        self.file.send_replace(state);
-                    }
-                }
+                file::Seen::Gone => topology = Err("it cannot be read".into()),
             }
+        }
+    }
+
+    fn now(&self, file: &str, state: FileState) {
+        if *self.file.borrow() != state {
+            file::report(file, &state);
+            self.file.send_replace(state);
+        }
+    }
+
+    /// How an unedited file stands: another instance may have put another document in force meanwhile, or this one back.
+    fn compared(&self, topology: &Topology) -> FileState {
+        match self
+            .cluster
+            .view()
+            .document
+            .difference(&topology.document())
+        {
+            None => FileState::InForce,
+            Some(difference) => match &*self.file.borrow() {
+                FileState::InForce | FileState::Older(_) => FileState::Older(difference),
+                FileState::Waiting(what) => FileState::Waiting(what.clone()),
+                FileState::Refused(what) => FileState::Refused(what.clone()),
+            },
         }
     }
 
     async fn follow(&self, topology: &Topology, edited: bool) -> FileState {
         let view = self.cluster.view();
         let differs = view.document.difference(&topology.document());
-        if let Some(difference) = &differs
+        if let Some(difference) = differs
             && !edited
             && view.document.remembers(&topology.document())
         {
             // What it says was in force before: the file is old, and nobody has edited it.
-            return FileState::Older(difference.clone());
+            return FileState::Older(difference);
         }
         match install::propose(&self.cluster, topology).await {
             Ok(_) => FileState::InForce,
@@ -302,6 +318,7 @@ impl Inner {
             };
             if !busy {
                 tokio::select! {
+                    biased;
                     () = tokio::time::sleep(LOOK_EVERY) => {}
                     () = self.wake.notified() => {}
                     () = self.peers.news.notified() => {}
@@ -462,7 +479,7 @@ impl Inner {
         Ok(true)
     }
 
-    /// Brings back what shards that returned alone hold, and writes off what was given up.
+    /// Brings back what shards that returned alone hold, and notes at the owners who has nothing of theirs any more.
     async fn merge(&self, view: &View, rows: &Rows) -> bool {
         let mut fenced = Vec::new();
         for (name, of_shard) in rows {
@@ -504,36 +521,33 @@ impl Inner {
             .fold(false, |any, merged| std::future::ready(any | merged))
             .await;
 
-        let mut to_heal = Vec::new();
+        let mut noted = Vec::new();
         for slot in Slot::all() {
             let Some((owner, row)) = owner_of(view, rows, slot) else {
                 continue;
             };
-            for shard in &row.missing {
-                let member = view.document.shards.get(shard);
+            for name in row.history.missing.iter().chain(&row.history.forgotten) {
+                let member = view.document.shards.get(name);
                 let given_up =
                     member.is_none_or(|member| member.state == ShardState::Down && member.forget);
-                let fenced = rows
-                    .get(shard)
-                    .is_none_or(|rows| rows[slot.index()].state == SlotState::Fenced);
-                if given_up || !fenced {
-                    to_heal.push((slot, owner.clone(), shard.clone(), given_up));
+                let merged = rows
+                    .get(name)
+                    .is_some_and(|rows| rows[slot.index()].state != SlotState::Fenced);
+                let shard = name.clone();
+                if merged {
+                    noted.push((slot, owner.clone(), Step::Heal { shard }));
+                } else if given_up && row.history.missing.contains(name) {
+                    noted.push((slot, owner.clone(), Step::Forget { shard }));
                 }
             }
         }
-        let healed = futures_util::stream::iter(to_heal)
-            .map(|(slot, owner, shard, given_up)| async move {
-                let done = match view.shard(&shard) {
-                    _ if given_up => merge::write_off(&view.doc, slot, &owner, &shard)
-                        .await
-                        .map(|()| true),
-                    Some(returned) => merge::heal(&view.doc, slot, &owner, returned).await,
-                    None => Ok(false),
-                };
-                done.unwrap_or_else(|e| {
-                    tracing::debug!(%slot, reason = %e, "not healed yet");
-                    false
-                })
+        let healed = futures_util::stream::iter(noted)
+            .map(|(slot, owner, step)| async move {
+                let taken = take(&owner, &view.doc, slot, &step).await;
+                if let Err(e) = &taken {
+                    tracing::debug!(%slot, reason = %e, "not {} yet", step.name());
+                }
+                taken.is_ok()
             })
             .buffer_unordered(judge::AT_ONCE);
         let healed = healed

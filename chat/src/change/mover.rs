@@ -10,7 +10,8 @@ use crate::ring::Slot;
 use crate::store::{CopiedMessage, DocRef, Head, Part, Purged, Shard, ShardDown};
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+use tokio::time::Instant;
 
 /// How a move is carried out.
 #[derive(Clone, Copy, Debug)]
@@ -177,7 +178,7 @@ impl Move {
             from: self.from.name().to_owned(),
             term,
             generation: sealed.generation,
-            missing: sealed.missing.clone(),
+            history: sealed.history.clone(),
         };
         self.take(&self.to, &activate).await?;
         Ok(messages)

@@ -5,8 +5,9 @@ use crate::store::Phase;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 /// What an instance says.
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -5,7 +5,7 @@ use crate::metrics::Metrics;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use tokio::time::Instant;
 
 /// How a change stands.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

@@ -202,7 +202,7 @@ pub async fn slots(
                         "sealed": count(SlotState::Sealed),
                         "incoming": count(SlotState::Incoming),
                         "fenced": count(SlotState::Fenced),
-                        "incomplete": rows.iter().filter(|row| !row.missing.is_empty()).count(),
+                        "incomplete": rows.iter().filter(|row| !row.history.is_complete()).count(),
                         "to_purge": leftovers.len(),
                     })
                 }

@@ -3,7 +3,7 @@
 //! Every step holds the lock of the row it changes and a shared lock on `meta`, and is only taken under the document that it
 //! was decided by. What a step does to a row is not decided here but by [`SlotRow::after`].
 
-use super::{Identity, Meta, Phase, StoreError};
+use super::{Identity, Meta, Phase, StoreError, corrupt};
 use crate::dialog::{DialogId, Key, Seq, TextHash, Timestamp, UserId};
 use crate::ownership::{Refused, SlotRow, Step};
 use crate::ring::Slot;
@@ -252,15 +252,6 @@ pub trait Control: Send + Sync + 'static {
         limit: u32,
     ) -> Result<Purged, StoreError>;
 
-    /// Writes off what `shard` alone held of a slot that is owned here.
-    async fn write_off(
-        &self,
-        identity: &Identity,
-        doc: &DocRef,
-        slot: Slot,
-        shard: &str,
-    ) -> Result<Result<(), Refused>, StoreError>;
-
     /// How much lies in each slot. Reads it all: for operators, not for every request.
     async fn sizes(&self, identity: &Identity) -> Result<BTreeMap<Slot, SlotSize>, StoreError>;
 
@@ -270,7 +261,10 @@ pub trait Control: Send + Sync + 'static {
 
 /// Whether a shard may do what was decided by `doc`: it has that very document, and a step that judges is taken while judging,
 /// any other when that is over.
-pub(super) fn fits(there: &DocRef, doc: &DocRef, step: Option<&Step>) -> Result<(), StoreError> {
+///
+/// # Errors
+/// [`StoreError::OtherDocument`].
+pub fn fits(there: &DocRef, doc: &DocRef, step: Option<&Step>) -> Result<(), StoreError> {
     let phase = match step {
         Some(step) if step.adjudicates() => Phase::Adjudicate,
         Some(_) => Phase::Normal,
@@ -280,5 +274,119 @@ pub(super) fn fits(there: &DocRef, doc: &DocRef, step: Option<&Step>) -> Result<
         Ok(())
     } else {
         Err(StoreError::OtherDocument(there.clone()))
+    }
+}
+
+/// The columns of a slot's row, as [`RawSlot`] has them.
+pub(super) const SLOT_COLUMNS: &str =
+    "state, term, generation, peer, next_term, activated, claimed_generation, history";
+
+/// A slot's row as it stands in the table.
+pub(super) type RawSlot = (
+    String,
+    u64,
+    u32,
+    Option<String>,
+    Option<u64>,
+    u64,
+    u32,
+    String,
+);
+
+pub(super) fn slot_row(raw: RawSlot) -> Result<SlotRow, StoreError> {
+    let (state, term, generation, peer, next_term, activated, claimed_generation, history) = raw;
+    Ok(SlotRow {
+        state: state.parse().map_err(|_| corrupt("slots.state"))?,
+        term,
+        generation,
+        peer,
+        next_term,
+        activated,
+        claimed_generation,
+        history: history.parse().map_err(|_| corrupt("slots.history"))?,
+    })
+}
+
+/// The columns of a message, as [`RawMessage`] has them.
+pub(super) const MESSAGE_COLUMNS: &str =
+    "dialog, seq, author, client_key, text_hash, kind, text, created_at, duplicate_of";
+
+/// A message as it stands in the table.
+pub(super) type RawMessage = (
+    String,
+    u64,
+    u64,
+    Option<Vec<u8>>,
+    Vec<u8>,
+    String,
+    String,
+    i64,
+    Option<u64>,
+);
+
+pub(super) fn copied(raw: RawMessage) -> Result<CopiedMessage, StoreError> {
+    let (dialog, seq, author, key, hash, kind, text, at, duplicate_of) = raw;
+    Ok(CopiedMessage {
+        dialog: dialog.parse().map_err(|_| corrupt("messages.dialog"))?,
+        seq: Seq::new(seq),
+        author: UserId::new(author).map_err(|_| corrupt("messages.author"))?,
+        key: key.map(key_of).transpose()?,
+        hash: hash_of(hash)?,
+        kind,
+        text,
+        at: Timestamp::from_micros(at),
+        duplicate_of: duplicate_of.map(Seq::new),
+    })
+}
+
+pub(super) fn key_of(bytes: Vec<u8>) -> Result<Key, StoreError> {
+    String::from_utf8(bytes)
+        .ok()
+        .and_then(|key| Key::new(key).ok())
+        .ok_or_else(|| corrupt("messages.client_key"))
+}
+
+pub(super) fn hash_of(bytes: Vec<u8>) -> Result<TextHash, StoreError> {
+    Ok(TextHash(
+        bytes
+            .try_into()
+            .map_err(|_| corrupt("messages.text_hash"))?,
+    ))
+}
+
+/// Who wrote what stands at a place: two copies of a message agree in this.
+pub type Standing = BTreeMap<(DialogId, Seq), (UserId, TextHash)>;
+
+/// Messages of `part` that are not in `there`.
+///
+/// # Errors
+/// [`StoreError::Refused`] if another message stands in the place of one of them: that must never be.
+pub fn absent<'a>(part: &'a Part, there: &Standing) -> Result<Vec<&'a CopiedMessage>, StoreError> {
+    let mut absent = Vec::new();
+    for message in &part.messages {
+        match there.get(&(message.dialog, message.seq)) {
+            None => absent.push(message),
+            Some(found) if *found == (message.author, message.hash) => {}
+            Some(_) => {
+                return Err(StoreError::Refused(format!(
+                    "another message stands at {} of dialog {}",
+                    message.seq, message.dialog
+                )));
+            }
+        }
+    }
+    Ok(absent)
+}
+
+/// A message whose key is stored at another place already comes in without it, and says where that is.
+#[must_use]
+pub fn as_duplicate(message: &CopiedMessage, stored: Option<Seq>) -> CopiedMessage {
+    match stored {
+        Some(seq) => CopiedMessage {
+            key: None,
+            duplicate_of: Some(seq),
+            ..message.clone()
+        },
+        None => message.clone(),
     }
 }

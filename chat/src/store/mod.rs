@@ -13,7 +13,8 @@ mod shard;
 mod sqlite;
 
 pub use control::{
-    Acceptance, Control, CopiedMessage, DocRef, Head, Membership, Part, Purged, SlotSize, Turn,
+    Acceptance, Control, CopiedMessage, DocRef, Head, Membership, Part, Purged, SlotSize, Standing,
+    Turn, absent, as_duplicate, fits,
 };
 pub use mysql::MysqlStore;
 pub use plan::{BatchPlan, Known, Row};
@@ -21,9 +22,10 @@ pub use shard::{Shard, ShardDown, ShardMetrics, ShardState, Timing};
 pub use sqlite::SqliteStore;
 
 use crate::dialog::{DialogId, Key, Seq, Text, TextHash, Timestamp, UserId};
-use crate::ownership::{SlotState, SlotView};
+use crate::ownership::{COMPLETE, History, SlotState, SlotView};
 use crate::ring::{SLOTS, Slot};
 use async_trait::async_trait;
+use std::collections::BTreeSet;
 use std::fmt;
 
 /// A message on its way into a shard.
@@ -160,6 +162,37 @@ pub struct Holding {
     pub owned: SlotSet,
     /// Those it had sealed: its answer counts until the target has one.
     pub sealed: SlotSet,
+    /// Shards that were declared down and may hold dialogs of those it owned.
+    pub lacking: BTreeSet<String>,
+}
+
+impl Holding {
+    fn nothing() -> Self {
+        Self {
+            owned: SlotSet::empty(),
+            sealed: SlotSet::empty(),
+            lacking: BTreeSet::new(),
+        }
+    }
+
+    /// Adds slots that have the same state and history.
+    fn add(&mut self, state: &str, history: &str, slots: &[u16]) -> Result<(), StoreError> {
+        let set = match state.parse() {
+            Ok(SlotState::Owner) => &mut self.owned,
+            Ok(SlotState::Sealed) => &mut self.sealed,
+            Ok(SlotState::None | SlotState::Incoming | SlotState::Fenced) | Err(_) => {
+                return Err(corrupt("slots.state"));
+            }
+        };
+        for slot in slots {
+            set.insert(Slot::new(*slot).ok_or_else(|| corrupt("slots.slot"))?);
+        }
+        if history != COMPLETE {
+            let history: History = history.parse().map_err(|_| corrupt("slots.history"))?;
+            self.lacking.extend(history.missing);
+        }
+        Ok(())
+    }
 }
 
 /// How a read mark ended.
@@ -323,6 +356,10 @@ pub enum StoreError {
     /// The shard has another document than the step was decided by: nothing was done; look again.
     #[error("the shard has document {0}")]
     OtherDocument(DocRef),
+}
+
+fn corrupt(column: &str) -> StoreError {
+    StoreError::Refused(format!("{column} holds what this version never writes"))
 }
 
 /// What the service asks of a shard's database.

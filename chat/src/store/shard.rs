@@ -18,9 +18,10 @@ use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::time::Instant;
 
 /// A call that takes longer makes us ask on a fresh connection whether the shard is there at all.
 const PATIENCE: Duration = Duration::from_millis(250);
@@ -287,10 +288,12 @@ impl Shard {
         let mut call = pin!(call);
         loop {
             tokio::select! {
+                biased;
                 result = &mut call => return result,
                 () = tokio::time::sleep(PATIENCE) => {}
             }
             tokio::select! {
+                biased;
                 result = &mut call => return result,
                 probe = self.probe() => probe?,
             }

@@ -1,13 +1,17 @@
 //! [`Control`] on MySQL and MariaDB. Locks are taken in the order meta, slots, dialogs, messages.
 
 use super::{
-    BEGIN, MetaRow, MysqlStore, SELECT_META, SNAPSHOT, check_identity, classify, comma, corrupt,
-    heads_of, lock_heads, meta_of, push_hex, result_sets, rows, select_identity, unreachable,
+    BEGIN, MetaRow, MysqlStore, SELECT_META, SNAPSHOT, check_identity, classify, comma, heads_of,
+    lock_heads, meta_of, push_hex, result_sets, rows, select_identity, unreachable,
 };
-use crate::dialog::{DialogId, Key, Seq, TextHash, Timestamp, UserId};
-use crate::ownership::{Refused, SlotRow, SlotState, Step, history_of, history_text};
+use crate::dialog::{DialogId, Key, Seq, Timestamp, UserId};
+use crate::ownership::{Refused, SlotRow, SlotState, Step};
 use crate::ring::Slot;
-use crate::store::control::fits;
+use crate::store::control::{
+    MESSAGE_COLUMNS, RawMessage, RawSlot, SLOT_COLUMNS, Standing, absent, as_duplicate, copied,
+    fits, hash_of, key_of, slot_row,
+};
+use crate::store::corrupt;
 use crate::store::{
     Acceptance, Control, CopiedMessage, DocRef, Head, Identity, Membership, Meta, Part, Phase,
     Purged, SlotSize, StoreError, Turn,
@@ -19,12 +23,6 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Write as _;
 use std::time::Duration;
 use tokio::time::timeout;
-
-const COLUMNS: &str =
-    "dialog, seq, author, client_key, text_hash, kind, text, created_at, duplicate_of";
-
-const ROW: &str =
-    "slot, state, term, generation, peer, next_term, activated, claimed_generation, history";
 
 /// How long the server keeps the turn of an instance that vanished without a word, in seconds.
 const TURN_SECONDS: u32 = 5;
@@ -77,7 +75,7 @@ impl Control for MysqlStore {
             only.map_or(String::new(), |slot| format!(" WHERE slot = {slot}")),
         );
         let sql = format!(
-            "{BEGIN}{}; {SELECT_DOC}{lock}; SELECT {ROW} FROM slots{only} ORDER BY slot; COMMIT",
+            "{BEGIN}{}; {SELECT_DOC}{lock}; SELECT {SLOT_COLUMNS} FROM slots{only} ORDER BY slot; COMMIT",
             select_identity()
         );
         self.on_read(async |conn| {
@@ -87,10 +85,7 @@ impl Control for MysqlStore {
             if let Some(doc) = doc {
                 fits(&there, doc, None)?;
             }
-            Ok(slot_rows(sets.next())?
-                .into_iter()
-                .map(|(_, row)| row)
-                .collect())
+            slot_rows(sets.next())
         })
         .await
     }
@@ -103,21 +98,14 @@ impl Control for MysqlStore {
         step: &Step,
     ) -> Result<Result<SlotRow, Refused>, StoreError> {
         self.on_write(async |conn| {
-            let before = lock_row(conn, identity, doc, Some(step), slot).await?;
-            let after = match before.row.after(step, before.holds_rows) {
-                Ok(after) => after,
-                Err(refused) => {
-                    conn.query_drop("ROLLBACK").await.map_err(classify)?;
-                    return Ok(Err(refused));
-                }
+            let taken = match take(conn, identity, doc, slot, step).await? {
+                Ok(taken) => taken,
+                Err(refused) => return Ok(Err(refused)),
             };
-            conn.query_drop(format!(
-                "{}; COMMIT",
-                update_row(slot, step, &after, before.now)
-            ))
-            .await
-            .map_err(classify)?;
-            Ok(Ok(after))
+            conn.query_drop(format!("{}COMMIT", taken.update))
+                .await
+                .map_err(classify)?;
+            Ok(Ok(taken.after))
         })
         .await
     }
@@ -173,14 +161,13 @@ impl Control for MysqlStore {
             );
         }
         let sql = format!(
-            "{SNAPSHOT}{}; SELECT {COLUMNS} FROM messages WHERE {ranges} ORDER BY dialog, seq LIMIT {limit}; COMMIT",
+            "{SNAPSHOT}{}; SELECT {MESSAGE_COLUMNS} FROM messages WHERE {ranges} ORDER BY dialog, seq LIMIT {limit}; COMMIT",
             select_identity()
         );
         self.on_read(async |conn| {
             let mut sets = result_sets(conn, sql).await?.into_iter().skip(3);
             check_identity(identity, sets.next())?;
-            sets.next()
-                .unwrap_or_default()
+            rows::<RawMessage>(sets.next())?
                 .into_iter()
                 .map(copied)
                 .collect()
@@ -199,13 +186,13 @@ impl Control for MysqlStore {
     ) -> Result<Result<(), Refused>, StoreError> {
         self.on_write(async |conn| {
             let sql = format!(
-                "{BEGIN}{}; {SELECT_DOC} LOCK IN SHARE MODE; SELECT {ROW} FROM slots WHERE slot = {slot} LOCK IN SHARE MODE",
+                "{BEGIN}{}; {SELECT_DOC} LOCK IN SHARE MODE; SELECT {SLOT_COLUMNS} FROM slots WHERE slot = {slot} LOCK IN SHARE MODE",
                 select_identity()
             );
             let mut sets = result_sets(conn, sql).await?.into_iter().skip(2);
             check_identity(identity, sets.next())?;
             fits(&doc_of(sets.next())?, doc, None)?;
-            let row = slot_rows(sets.next())?.pop().map(|(_, row)| row).ok_or_else(|| corrupt("slots"))?;
+            let row = slot_rows(sets.next())?.pop().ok_or_else(|| corrupt("slots"))?;
             if !row.is_incoming(from, term) {
                 conn.query_drop("ROLLBACK").await.map_err(classify)?;
                 return Ok(Err(Refused(row)));
@@ -225,18 +212,13 @@ impl Control for MysqlStore {
         part: &Part,
     ) -> Result<Result<(), Refused>, StoreError> {
         self.on_write(async |conn| {
-            let step = Step::MergedIn;
-            let before = lock_row(conn, identity, doc, Some(&step), slot).await?;
-            let after = match before.row.after(&step, before.holds_rows) {
-                Ok(after) => after,
-                Err(refused) => {
-                    conn.query_drop("ROLLBACK").await.map_err(classify)?;
-                    return Ok(Err(refused));
-                }
+            let taken = match take(conn, identity, doc, slot, &Step::MergedIn).await? {
+                Ok(taken) => taken,
+                Err(refused) => return Ok(Err(refused)),
             };
             let dialogs: BTreeSet<(Slot, DialogId)> =
                 part.heads.iter().map(|head| (slot, head.dialog)).collect();
-            let missing: Vec<Head> = part
+            let founded: Vec<Head> = part
                 .heads
                 .iter()
                 .map(|head| Head {
@@ -245,27 +227,39 @@ impl Control for MysqlStore {
                 })
                 .collect();
             let sql = format!(
-                "{}; {}{}",
-                update_row(slot, &step, &after, before.now),
-                raise_heads(slot, &missing),
+                "{}{}{}",
+                taken.update,
+                raise_heads(slot, &founded),
                 lock_heads(&dialogs)
             );
             let locked = result_sets(conn, sql).await?;
             heads_of(locked.into_iter().next_back())?;
             // Only now, behind the dialogs' locks, is it certain what is there.
-            let there = places(conn, slot, &part.messages).await?;
-            let absent: Vec<CopiedMessage> = part
-                .messages
-                .iter()
-                .filter(|message| !there.seqs.contains(&(message.dialog, message.seq)))
-                .map(|message| there.as_duplicate(message))
+            let new = absent(part, &standing(conn, slot, &part.messages).await?)?;
+            let keys = stored_keys(conn, slot, &new).await?;
+            let new: Vec<CopiedMessage> = new
+                .into_iter()
+                .map(|message| {
+                    let key = message.key.clone();
+                    let stored =
+                        key.and_then(|key| keys.get(&(message.dialog, message.author, key)));
+                    as_duplicate(message, stored.copied())
+                })
                 .collect();
             let sql = format!(
-                "{}{}COMMIT",
-                insert_copied(slot, &absent),
+                "{}{}",
+                insert_copied(slot, &new),
                 raise_heads(slot, &part.heads)
             );
             conn.query_drop(sql).await.map_err(classify)?;
+            // The source is purged on the strength of this: all of it is here, and nothing else stands in its place.
+            let left = absent(part, &standing(conn, slot, &part.messages).await?)?.len();
+            if left > 0 {
+                return Err(StoreError::Refused(format!(
+                    "{left} of the messages did not come in"
+                )));
+            }
+            conn.query_drop("COMMIT").await.map_err(classify)?;
             Ok(Ok(()))
         })
         .await
@@ -326,44 +320,11 @@ impl Control for MysqlStore {
             }
             // The dialogs go last: while one is there, so may be its messages.
             conn.query_drop(format!(
-                "DELETE FROM members WHERE slot = {slot}; DELETE FROM dialogs WHERE slot = {slot};
-                 DELETE FROM lost WHERE slot = {slot}; COMMIT"
+                "DELETE FROM members WHERE slot = {slot}; DELETE FROM dialogs WHERE slot = {slot}; COMMIT"
             ))
             .await
             .map_err(classify)?;
             Ok(Purged::All)
-        })
-        .await
-    }
-
-    async fn write_off(
-        &self,
-        identity: &Identity,
-        doc: &DocRef,
-        slot: Slot,
-        shard: &str,
-    ) -> Result<Result<(), Refused>, StoreError> {
-        let step = Step::Heal {
-            shard: shard.to_owned(),
-        };
-        self.on_write(async |conn| {
-            let before = lock_row(conn, identity, doc, Some(&step), slot).await?;
-            let after = match before.row.after(&step, before.holds_rows) {
-                Ok(after) => after,
-                Err(refused) => {
-                    conn.query_drop("ROLLBACK").await.map_err(classify)?;
-                    return Ok(Err(refused));
-                }
-            };
-            let upto = Seq::ZERO.next(after.generation);
-            conn.query_drop(format!(
-                "{}; INSERT INTO lost (slot, dialog, from_seq, to_seq, reason) VALUES ({slot}, '', 1, {upto}, 'forgotten: {shard}')
-                    ON DUPLICATE KEY UPDATE to_seq = GREATEST(to_seq, VALUES(to_seq)), reason = VALUES(reason); COMMIT",
-                update_row(slot, &step, &after, before.now)
-            ))
-            .await
-            .map_err(classify)?;
-            Ok(Ok(()))
         })
         .await
     }
@@ -445,38 +406,44 @@ fn doc_of(set: Option<Vec<Row>>) -> Result<DocRef, StoreError> {
     })
 }
 
-struct LockedRow {
-    now: Timestamp,
-    row: SlotRow,
-    holds_rows: bool,
+/// A step that a row permits, to be carried out.
+struct Taken {
+    after: SlotRow,
+    /// The statement that does it, ended by a semicolon.
+    update: String,
 }
 
-/// Begins a transaction that holds the document's lock and the row's, if the document is the one the step was decided by.
-async fn lock_row(
+/// Begins a transaction that holds the document's lock and the row's, and sees whether the row permits the step; ends it if
+/// not.
+async fn take(
     conn: &mut Conn,
     identity: &Identity,
     doc: &DocRef,
-    step: Option<&Step>,
     slot: Slot,
-) -> Result<LockedRow, StoreError> {
+    step: &Step,
+) -> Result<Result<Taken, Refused>, StoreError> {
     let sql = format!(
-        "{BEGIN}{}; {SELECT_DOC} LOCK IN SHARE MODE; SELECT {ROW} FROM slots WHERE slot = {slot} FOR UPDATE;
+        "{BEGIN}{}; {SELECT_DOC} LOCK IN SHARE MODE; SELECT {SLOT_COLUMNS} FROM slots WHERE slot = {slot} FOR UPDATE;
          SELECT EXISTS (SELECT 1 FROM dialogs WHERE slot = {slot})",
         select_identity()
     );
     let mut sets = result_sets(conn, sql).await?.into_iter().skip(2);
     let now = check_identity(identity, sets.next())?;
-    fits(&doc_of(sets.next())?, doc, step)?;
+    fits(&doc_of(sets.next())?, doc, Some(step))?;
     let row = slot_rows(sets.next())?
         .pop()
-        .map(|(_, row)| row)
         .ok_or_else(|| corrupt("slots"))?;
     let holds_rows = rows::<u8>(sets.next())?.pop() == Some(1);
-    Ok(LockedRow {
-        now,
-        row,
-        holds_rows,
-    })
+    match row.after(step, holds_rows) {
+        Ok(after) => Ok(Ok(Taken {
+            update: update_row(slot, step, &after, now),
+            after,
+        })),
+        Err(refused) => {
+            conn.query_drop("ROLLBACK").await.map_err(classify)?;
+            Ok(Err(refused))
+        }
+    }
 }
 
 fn update_row(slot: Slot, step: &Step, row: &SlotRow, now: Timestamp) -> String {
@@ -494,7 +461,7 @@ fn update_row(slot: Slot, step: &Step, row: &SlotRow, now: Timestamp) -> String 
     };
     format!(
         "UPDATE slots SET state = '{}', term = {}, generation = {}, peer = {}, next_term = {}, activated = {},
-            claimed_generation = {}, history = '{}'{released} WHERE slot = {slot}",
+            claimed_generation = {}, history = '{}'{released} WHERE slot = {slot}; ",
         row.state,
         row.term,
         row.generation,
@@ -502,89 +469,12 @@ fn update_row(slot: Slot, step: &Step, row: &SlotRow, now: Timestamp) -> String 
         number(row.next_term),
         row.activated,
         row.claimed_generation,
-        history_text(&row.missing),
+        row.history,
     )
 }
 
-fn slot_rows(set: Option<Vec<Row>>) -> Result<Vec<(Slot, SlotRow)>, StoreError> {
-    type Raw = (
-        u16,
-        String,
-        u64,
-        u32,
-        Option<String>,
-        Option<u64>,
-        u64,
-        u32,
-        String,
-    );
-    rows::<Raw>(set)?
-        .into_iter()
-        .map(
-            |(
-                slot,
-                state,
-                term,
-                generation,
-                peer,
-                next_term,
-                activated,
-                claimed_generation,
-                history,
-            )| {
-                let slot = Slot::new(slot).ok_or_else(|| corrupt("slots.slot"))?;
-                let state = state.parse().map_err(|_| corrupt("slots.state"))?;
-                let missing = history_of(&history);
-                Ok((
-                    slot,
-                    SlotRow {
-                        state,
-                        term,
-                        generation,
-                        peer,
-                        next_term,
-                        activated,
-                        claimed_generation,
-                        missing,
-                    },
-                ))
-            },
-        )
-        .collect()
-}
-
-fn copied(row: Row) -> Result<CopiedMessage, StoreError> {
-    type Raw = (
-        String,
-        u64,
-        u64,
-        Option<Vec<u8>>,
-        Vec<u8>,
-        String,
-        String,
-        i64,
-        Option<u64>,
-    );
-    let (dialog, seq, author, key, hash, kind, text, at, duplicate_of): Raw =
-        mysql_async::from_row_opt(row).map_err(|_| corrupt("messages"))?;
-    Ok(CopiedMessage {
-        dialog: dialog.parse().map_err(|_| corrupt("messages.dialog"))?,
-        seq: Seq::new(seq),
-        author: UserId::new(author).map_err(|_| corrupt("messages.author"))?,
-        key: key.map(key_of).transpose()?,
-        hash: TextHash(hash.try_into().map_err(|_| corrupt("messages.text_hash"))?),
-        kind,
-        text,
-        at: Timestamp::from_micros(at),
-        duplicate_of: duplicate_of.map(Seq::new),
-    })
-}
-
-fn key_of(bytes: Vec<u8>) -> Result<Key, StoreError> {
-    let key = String::from_utf8(bytes)
-        .ok()
-        .and_then(|key| Key::new(key).ok());
-    key.ok_or_else(|| corrupt("messages.client_key"))
+fn slot_rows(set: Option<Vec<Row>>) -> Result<Vec<SlotRow>, StoreError> {
+    rows::<RawSlot>(set)?.into_iter().map(slot_row).collect()
 }
 
 /// Statements that add messages, each ended by a semicolon; what is there stays as it is.
@@ -592,7 +482,7 @@ fn insert_copied(slot: Slot, messages: &[CopiedMessage]) -> String {
     if messages.is_empty() {
         return String::new();
     }
-    let mut sql = format!("INSERT INTO messages (slot, {COLUMNS}) VALUES ");
+    let mut sql = format!("INSERT INTO messages (slot, {MESSAGE_COLUMNS}) VALUES ");
     for (i, message) in messages.iter().enumerate() {
         let comma = if i == 0 { "" } else { "," };
         let _ = write!(
@@ -661,51 +551,47 @@ fn raise_heads(slot: Slot, heads: &[Head]) -> String {
     sql
 }
 
-/// What of a part is there already: its places, and where its keys lie.
-struct Places {
-    seqs: BTreeSet<(DialogId, Seq)>,
-    keys: HashMap<(DialogId, UserId, Key), Seq>,
-}
-
-impl Places {
-    /// A message whose key lies elsewhere comes in without it, and says where.
-    fn as_duplicate(&self, message: &CopiedMessage) -> CopiedMessage {
-        let stored = message.key.as_ref().and_then(|key| {
-            self.keys
-                .get(&(message.dialog, message.author, key.clone()))
-        });
-        match stored {
-            Some(seq) => CopiedMessage {
-                key: None,
-                duplicate_of: Some(*seq),
-                ..message.clone()
-            },
-            None => message.clone(),
-        }
-    }
-}
-
-async fn places(
+/// What stands at the places of these messages.
+async fn standing(
     conn: &mut Conn,
     slot: Slot,
     messages: &[CopiedMessage],
-) -> Result<Places, StoreError> {
-    let mut there = Places {
-        seqs: BTreeSet::new(),
-        keys: HashMap::new(),
-    };
-    if messages.is_empty() {
-        return Ok(there);
-    }
-    let (mut seqs, mut keys) = (String::new(), String::new());
+) -> Result<Standing, StoreError> {
+    let mut places = String::new();
     for message in messages {
         let _ = write!(
-            seqs,
+            places,
             "{}({slot},'{}',{})",
-            comma(&seqs),
+            comma(&places),
             message.dialog,
             message.seq
         );
+    }
+    if places.is_empty() {
+        return Ok(Standing::new());
+    }
+    let sql = format!(
+        "SELECT dialog, seq, author, text_hash FROM messages WHERE (slot, dialog, seq) IN ({places})"
+    );
+    let found: Vec<(String, u64, u64, Vec<u8>)> = conn.query(sql).await.map_err(classify)?;
+    found
+        .into_iter()
+        .map(|(dialog, seq, author, hash)| {
+            let dialog = dialog.parse().map_err(|_| corrupt("messages.dialog"))?;
+            let author = UserId::new(author).map_err(|_| corrupt("messages.author"))?;
+            Ok(((dialog, Seq::new(seq)), (author, hash_of(hash)?)))
+        })
+        .collect()
+}
+
+/// Where the keys of these messages are stored, as far as they are.
+async fn stored_keys(
+    conn: &mut Conn,
+    slot: Slot,
+    messages: &[&CopiedMessage],
+) -> Result<HashMap<(DialogId, UserId, Key), Seq>, StoreError> {
+    let mut keys = String::new();
+    for message in messages {
         if let Some(key) = &message.key {
             let _ = write!(
                 keys,
@@ -718,23 +604,19 @@ async fn places(
             keys.push_str("')");
         }
     }
-    let mut sql = format!("SELECT dialog, seq FROM messages WHERE (slot, dialog, seq) IN ({seqs})");
-    if !keys.is_empty() {
-        let _ = write!(
-            sql,
-            "; SELECT dialog, author, client_key, seq FROM messages WHERE (slot, dialog, author, client_key) IN ({keys})"
-        );
+    if keys.is_empty() {
+        return Ok(HashMap::new());
     }
-    let mut sets = result_sets(conn, sql).await?.into_iter();
-    let dialog_of = |dialog: String| dialog.parse().map_err(|_| corrupt("messages.dialog"));
-    for (dialog, seq) in rows::<(String, u64)>(sets.next())? {
-        there.seqs.insert((dialog_of(dialog)?, Seq::new(seq)));
-    }
-    for (dialog, author, key, seq) in rows::<(String, u64, Vec<u8>, u64)>(sets.next())? {
-        let author = UserId::new(author).map_err(|_| corrupt("messages.author"))?;
-        there
-            .keys
-            .insert((dialog_of(dialog)?, author, key_of(key)?), Seq::new(seq));
-    }
-    Ok(there)
+    let sql = format!(
+        "SELECT dialog, author, client_key, seq FROM messages WHERE (slot, dialog, author, client_key) IN ({keys})"
+    );
+    let found: Vec<(String, u64, Vec<u8>, u64)> = conn.query(sql).await.map_err(classify)?;
+    found
+        .into_iter()
+        .map(|(dialog, author, key, seq)| {
+            let dialog = dialog.parse().map_err(|_| corrupt("messages.dialog"))?;
+            let author = UserId::new(author).map_err(|_| corrupt("messages.author"))?;
+            Ok(((dialog, author, key_of(key)?), Seq::new(seq)))
+        })
+        .collect()
 }

@@ -9,10 +9,12 @@ mod control;
 use super::{
     Counts, Holding, Identity, InboxCursor, InboxPart, InboxRow, Known, Marked, Meta, NewMessage,
     Page, Phase, Place, Range, SlotSet, Store, StoreError, StoredMessage, UNREAD_CAP, Written,
-    migrate, plan::BatchPlan,
+    control::{hash_of, key_of},
+    corrupt, migrate,
+    plan::BatchPlan,
 };
 use crate::config;
-use crate::dialog::{DialogId, Key, Seq, TextHash, Timestamp, UserId};
+use crate::dialog::{DialogId, Key, Seq, Timestamp, UserId};
 use crate::ownership::{COMPLETE, FIRST_TERM, SlotState, SlotView};
 use crate::ring::Slot;
 use async_trait::async_trait;
@@ -677,19 +679,14 @@ async fn known_keys(
         .map(|(dialog, author, key, seq, at, hash)| {
             let dialog = dialog.parse().map_err(|_| corrupt("messages.dialog"))?;
             let author = UserId::new(author).map_err(|_| corrupt("messages.author"))?;
-            let key = String::from_utf8(key)
-                .ok()
-                .and_then(|key| Key::new(key).ok())
-                .ok_or_else(|| corrupt("messages.client_key"))?;
-            let hash = TextHash(hash.try_into().map_err(|_| corrupt("messages.text_hash"))?);
             Ok((
-                (dialog, author, key),
+                (dialog, author, key_of(key)?),
                 Known {
                     place: Place {
                         seq: Seq::new(seq),
                         at: Timestamp::from_micros(at),
                     },
-                    hash,
+                    hash: hash_of(hash)?,
                 },
             ))
         })
@@ -760,27 +757,17 @@ fn check_identity(expected: &Identity, set: Option<Vec<Row>>) -> Result<Timestam
 }
 
 /// The owned and the sealed slots as words of 32 bits, rather than a row each.
-const SELECT_OWNED: &str = "SELECT state, slot DIV 32, CAST(SUM(1 << (slot % 32)) AS UNSIGNED) FROM slots \
-     WHERE state IN ('owner', 'sealed') GROUP BY state, slot DIV 32";
+const SELECT_OWNED: &str = "SELECT state, history, slot DIV 32, CAST(SUM(1 << (slot % 32)) AS UNSIGNED) FROM slots \
+     WHERE state IN ('owner', 'sealed') GROUP BY state, history, slot DIV 32";
 
-fn holding(words: Vec<(String, u16, u64)>) -> Result<Holding, StoreError> {
-    let mut holding = Holding {
-        owned: SlotSet::empty(),
-        sealed: SlotSet::empty(),
-    };
-    for (state, word, bits) in words {
-        let slots = match state.parse() {
-            Ok(SlotState::Owner) => &mut holding.owned,
-            Ok(SlotState::Sealed) => &mut holding.sealed,
-            Ok(SlotState::None | SlotState::Incoming | SlotState::Fenced) | Err(_) => {
-                return Err(corrupt("slots.state"));
-            }
-        };
-        for bit in (0..32).filter(|bit| bits & (1 << bit) != 0) {
-            if let Some(slot) = Slot::new(word * 32 + bit) {
-                slots.insert(slot);
-            }
-        }
+fn holding(words: Vec<(String, String, u16, u64)>) -> Result<Holding, StoreError> {
+    let mut holding = Holding::nothing();
+    for (state, history, word, bits) in words {
+        let slots: Vec<u16> = (0..32)
+            .filter(|bit| bits & (1 << bit) != 0)
+            .map(|bit| word * 32 + bit)
+            .collect();
+        holding.add(&state, &history, &slots)?;
     }
     Ok(holding)
 }
@@ -863,10 +850,6 @@ fn push_hex(sql: &mut String, bytes: &[u8]) {
         sql.push(DIGITS[usize::from(byte >> 4)]);
         sql.push(DIGITS[usize::from(byte & 15)]);
     }
-}
-
-fn corrupt(column: &str) -> StoreError {
-    StoreError::Refused(format!("{column} holds what this version never writes"))
 }
 
 const DUPLICATE_KEY: u16 = 1062;

@@ -1,10 +1,14 @@
 //! [`Control`] on SQLite: the same steps; `BEGIN IMMEDIATE` stands for all of their locks.
 
-use super::{SqliteStore, check_identity, clamp, classify, corrupt, immediate, now, select_meta};
-use crate::dialog::{DialogId, Key, Seq, TextHash, Timestamp, UserId};
-use crate::ownership::{Refused, SlotRow, SlotState, Step, history_of, history_text};
+use super::{SqliteStore, check_identity, clamp, classify, immediate, now, select_meta};
+use crate::dialog::{DialogId, Seq, Timestamp, UserId};
+use crate::ownership::{Refused, SlotRow, SlotState, Step};
 use crate::ring::Slot;
-use crate::store::control::fits;
+use crate::store::control::{
+    MESSAGE_COLUMNS, RawMessage, RawSlot, SLOT_COLUMNS, Standing, absent, as_duplicate, copied,
+    fits, hash_of, slot_row,
+};
+use crate::store::corrupt;
 use crate::store::{
     Acceptance, Control, CopiedMessage, DocRef, Head, Identity, Membership, Meta, Part, Purged,
     SlotSize, StoreError, Turn,
@@ -136,16 +140,17 @@ impl Control for SqliteStore {
             check_identity(snapshot, &identity)?;
             let mut messages = Vec::new();
             let mut select = snapshot
-                .prepare_cached(
-                    "SELECT dialog, seq, author, client_key, text_hash, kind, text, created_at, duplicate_of FROM messages
-                      WHERE slot = ? AND dialog = ? AND seq > ? ORDER BY seq LIMIT ?",
-                )
+                .prepare_cached(&format!(
+                    "SELECT {MESSAGE_COLUMNS} FROM messages WHERE slot = ? AND dialog = ? AND seq > ? ORDER BY seq LIMIT ?"
+                ))
                 .map_err(|e| classify(&e))?;
             for (dialog, seq) in above {
                 let room = i64::from(limit) - messages.len() as i64;
-                let mut rows =
-                    select.query(params![slot.get(), dialog, clamp(seq.get()), room]).map_err(|e| classify(&e))?;
-                while let Some(row) = rows.next().map_err(|e| classify(&e))? {
+                let rows: Vec<RawMessage> = select
+                    .query_map(params![slot.get(), dialog, clamp(seq.get()), room], |row| row.try_into())
+                    .and_then(Iterator::collect)
+                    .map_err(|e| classify(&e))?;
+                for row in rows {
                     messages.push(copied(row)?);
                 }
             }
@@ -198,33 +203,16 @@ impl Control for SqliteStore {
             if let Err(refused) = take(&tx, &identity, &doc, slot, &Step::MergedIn)? {
                 return Ok(Err(refused));
             }
-            for message in &part.messages {
-                let stored: Option<u64> = match &message.key {
-                    None => None,
-                    Some(key) => tx
-                        .prepare_cached(
-                            "SELECT seq FROM messages WHERE slot = ? AND dialog = ? AND author = ? AND client_key = ? AND seq <> ?",
-                        )
-                        .and_then(|mut select| {
-                            let name = message.dialog.to_string();
-                            let key = key.as_str().as_bytes();
-                            select
-                                .query_row(
-                                    params![slot.get(), name, message.author.get(), key, message.seq.get()],
-                                    |row| row.get(0),
-                                )
-                                .optional()
-                        })
-                        .map_err(|e| classify(&e))?,
-                };
-                match stored {
-                    Some(seq) => {
-                        let duplicate =
-                            CopiedMessage { key: None, duplicate_of: Some(Seq::new(seq)), ..message.clone() };
-                        insert_copied(&tx, slot, &duplicate)?;
-                    }
-                    None => insert_copied(&tx, slot, message)?,
-                }
+            for message in absent(&part, &standing(&tx, slot, &part.messages)?)? {
+                let stored = stored_at(&tx, slot, message)?;
+                insert_copied(&tx, slot, &as_duplicate(message, stored))?;
+            }
+            // The source is purged on the strength of this: all of it is here, and nothing else stands in its place.
+            let left = absent(&part, &standing(&tx, slot, &part.messages)?)?.len();
+            if left > 0 {
+                return Err(StoreError::Refused(format!(
+                    "{left} of the messages did not come in"
+                )));
             }
             raise_heads(&tx, slot, &part.heads).map_err(|e| classify(&e))?;
             tx.commit().map_err(|e| classify(&e))?;
@@ -279,7 +267,7 @@ impl Control for SqliteStore {
                     params![slot.get(), limit],
                 )? as u64;
                 if gone < u64::from(limit) {
-                    for table in ["members", "dialogs", "lost"] {
+                    for table in ["members", "dialogs"] {
                         tx.execute(&format!("DELETE FROM {table} WHERE slot = ?"), [slot.get()])?;
                     }
                 }
@@ -288,34 +276,6 @@ impl Control for SqliteStore {
             let gone = purge().map_err(|e: rusqlite::Error| classify(&e))?;
             tx.commit().map_err(|e| classify(&e))?;
             Ok(if gone < u64::from(limit) { Purged::All } else { Purged::Some(gone) })
-        })
-        .await
-    }
-
-    async fn write_off(
-        &self,
-        identity: &Identity,
-        doc: &DocRef,
-        slot: Slot,
-        shard: &str,
-    ) -> Result<Result<(), Refused>, StoreError> {
-        let (identity, doc, shard) = (identity.clone(), doc.clone(), shard.to_owned());
-        self.write_on(move |connection| {
-            let tx = immediate(connection)?;
-            let step = Step::Heal { shard: shard.clone() };
-            let after = match take(&tx, &identity, &doc, slot, &step)? {
-                Ok(after) => after,
-                Err(refused) => return Ok(Err(refused)),
-            };
-            let upto = clamp(Seq::ZERO.next(after.generation).get());
-            tx.execute(
-                "INSERT INTO lost (slot, dialog, from_seq, to_seq, reason) VALUES (?, '', 1, ?, ?)
-                 ON CONFLICT DO UPDATE SET to_seq = MAX(to_seq, excluded.to_seq), reason = excluded.reason",
-                params![slot.get(), upto, format!("forgotten: {shard}")],
-            )
-            .map_err(|e| classify(&e))?;
-            tx.commit().map_err(|e| classify(&e))?;
-            Ok(Ok(()))
         })
         .await
     }
@@ -398,7 +358,7 @@ fn take(
             after.next_term,
             after.activated,
             after.claimed_generation,
-            history_text(&after.missing),
+            after.history.to_string(),
             released,
             slot.get()
         ],
@@ -408,101 +368,69 @@ fn take(
 }
 
 fn slot_rows(tx: &Transaction<'_>, only: Option<Slot>) -> Result<Vec<SlotRow>, StoreError> {
-    type Raw = (
-        String,
-        u64,
-        u32,
-        Option<String>,
-        Option<u64>,
-        u64,
-        u32,
-        String,
-    );
-    let rows: Vec<Raw> = tx
-        .prepare_cached(
-            "SELECT state, term, generation, peer, next_term, activated, claimed_generation, history FROM slots
-              WHERE slot = COALESCE(?, slot) ORDER BY slot",
-        )
+    let rows: Vec<RawSlot> = tx
+        .prepare_cached(&format!(
+            "SELECT {SLOT_COLUMNS} FROM slots WHERE slot = COALESCE(?, slot) ORDER BY slot"
+        ))
         .and_then(|mut select| {
-            let read = |row: &rusqlite::Row<'_>| {
-                Ok((
-                    row.get(0)?,
-                    row.get(1)?,
-                    row.get(2)?,
-                    row.get(3)?,
-                    row.get(4)?,
-                    row.get(5)?,
-                    row.get(6)?,
-                    row.get(7)?,
-                ))
-            };
-            select.query_map([only.map(Slot::get)], read)?.collect()
+            select
+                .query_map([only.map(Slot::get)], |row| row.try_into())?
+                .collect()
         })
         .map_err(|e| classify(&e))?;
-    rows.into_iter()
-        .map(
-            |(state, term, generation, peer, next_term, activated, claimed_generation, history)| {
-                let state = state.parse().map_err(|_| corrupt("slots.state"))?;
-                let missing = history_of(&history);
-                Ok(SlotRow {
-                    state,
-                    term,
-                    generation,
-                    peer,
-                    next_term,
-                    activated,
-                    claimed_generation,
-                    missing,
-                })
-            },
-        )
-        .collect()
+    rows.into_iter().map(slot_row).collect()
 }
 
-fn copied(row: &rusqlite::Row<'_>) -> Result<CopiedMessage, StoreError> {
-    type Raw = (
-        String,
-        u64,
-        u64,
-        Option<Vec<u8>>,
-        [u8; 16],
-        String,
-        String,
-        i64,
-        Option<u64>,
-    );
-    let read = || -> rusqlite::Result<Raw> {
-        Ok((
-            row.get(0)?,
-            row.get(1)?,
-            row.get(2)?,
-            row.get(3)?,
-            row.get(4)?,
-            row.get(5)?,
-            row.get(6)?,
-            row.get(7)?,
-            row.get(8)?,
-        ))
+/// What stands at the places of these messages.
+fn standing(
+    tx: &Transaction<'_>,
+    slot: Slot,
+    messages: &[CopiedMessage],
+) -> Result<Standing, StoreError> {
+    let mut select = tx
+        .prepare_cached(
+            "SELECT author, text_hash FROM messages WHERE slot = ? AND dialog = ? AND seq = ?",
+        )
+        .map_err(|e| classify(&e))?;
+    let mut standing = Standing::new();
+    for message in messages {
+        let place = params![slot.get(), message.dialog.to_string(), message.seq.get()];
+        let found: Option<(u64, Vec<u8>)> = select
+            .query_row(place, |row| row.try_into())
+            .optional()
+            .map_err(|e| classify(&e))?;
+        if let Some((author, hash)) = found {
+            let author = UserId::new(author).map_err(|_| corrupt("messages.author"))?;
+            standing.insert((message.dialog, message.seq), (author, hash_of(hash)?));
+        }
+    }
+    Ok(standing)
+}
+
+/// Where the key of a message is stored, if it is.
+fn stored_at(
+    tx: &Transaction<'_>,
+    slot: Slot,
+    message: &CopiedMessage,
+) -> Result<Option<Seq>, StoreError> {
+    let Some(key) = &message.key else {
+        return Ok(None);
     };
-    let (dialog, seq, author, key, hash, kind, text, at, duplicate_of) =
-        read().map_err(|e| classify(&e))?;
-    let key_of = |key: Vec<u8>| {
-        String::from_utf8(key)
-            .ok()
-            .and_then(|key| Key::new(key).ok())
-            .ok_or_else(|| corrupt("messages.client_key"))
-    };
-    Ok(CopiedMessage {
-        dialog: dialog.parse().map_err(|_| corrupt("messages.dialog"))?,
-        seq: Seq::new(seq),
-        author: UserId::new(author).map_err(|_| corrupt("messages.author"))?,
-        key: key.map(key_of).transpose()?,
-        hash: TextHash(hash),
-        kind,
-        text,
-        at: Timestamp::from_micros(at),
-        duplicate_of: duplicate_of.map(Seq::new),
-    })
+    let found = tx
+        .prepare_cached(
+            "SELECT seq FROM messages WHERE slot = ? AND dialog = ? AND author = ? AND client_key = ?",
+        )
+        .and_then(|mut select| {
+            let (name, key) = (message.dialog.to_string(), key.as_str().as_bytes());
+            select
+                .query_row(
+                    params![slot.get(), name, message.author.get(), key],
+                    |row| row.get(0),
+                )
+                .optional()
+        })
+        .map_err(|e| classify(&e))?;
+    Ok(found.map(Seq::new))
 }
 
 /// What is there stays as it is.
@@ -512,8 +440,7 @@ fn insert_copied(
     message: &CopiedMessage,
 ) -> Result<(), StoreError> {
     tx.prepare_cached(
-        "INSERT INTO messages (slot, dialog, seq, author, client_key, text_hash, kind, text, created_at, duplicate_of)
-         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+        &format!("INSERT INTO messages (slot, {MESSAGE_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"),
     )
     .and_then(|mut insert| {
         insert.execute(params![

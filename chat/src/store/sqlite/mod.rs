@@ -8,7 +8,7 @@ mod control;
 use super::{
     Counts, Holding, Identity, InboxCursor, InboxPart, InboxRow, Known, Marked, Meta, NewMessage,
     Page, Phase, Place, Range, SlotSet, Store, StoreError, StoredMessage, UNREAD_CAP, Written,
-    migrate, plan::BatchPlan,
+    corrupt, migrate, plan::BatchPlan,
 };
 use crate::config;
 use crate::dialog::{DialogId, Key, Seq, TextHash, Timestamp, UserId};
@@ -473,26 +473,14 @@ fn check_identity(tx: &Transaction<'_>, expected: &Identity) -> Result<(), Store
 }
 
 fn owned(tx: &Transaction<'_>) -> Result<Holding, StoreError> {
-    let mut holding = Holding {
-        owned: SlotSet::empty(),
-        sealed: SlotSet::empty(),
-    };
-    tx.prepare_cached("SELECT slot, state = 'owner' FROM slots WHERE state IN ('owner', 'sealed')")
-        .and_then(|mut select| {
-            let mut rows = select.query([])?;
-            while let Some(row) = rows.next()? {
-                let slots = if row.get(1)? {
-                    &mut holding.owned
-                } else {
-                    &mut holding.sealed
-                };
-                if let Some(slot) = Slot::new(row.get(0)?) {
-                    slots.insert(slot);
-                }
-            }
-            Ok(())
-        })
+    let rows: Vec<(String, String, u16)> = tx
+        .prepare_cached("SELECT state, history, slot FROM slots WHERE state IN ('owner', 'sealed')")
+        .and_then(|mut select| select.query_map([], |row| row.try_into())?.collect())
         .map_err(|e| classify(&e))?;
+    let mut holding = Holding::nothing();
+    for (state, history, slot) in rows {
+        holding.add(&state, &history, &[slot])?;
+    }
     Ok(holding)
 }
 
@@ -630,10 +618,6 @@ fn message(row: &rusqlite::Row<'_>, first: usize) -> rusqlite::Result<StoredMess
 /// SQLite's integers are signed; no seq comes near the end of them, but a request may.
 fn clamp(seq: u64) -> i64 {
     i64::try_from(seq).unwrap_or(i64::MAX)
-}
-
-fn corrupt(column: &str) -> StoreError {
-    StoreError::Refused(format!("{column} holds what this version never writes"))
 }
 
 fn classify(e: &rusqlite::Error) -> StoreError {
