@@ -1,4 +1,4 @@
-//! What every store must do, on SQLite, MySQL and MariaDB alike.
+//! What every store must do, on SQLite, MySQL and MariaDB alike, and on the store in memory that simulations use.
 
 #![allow(missing_docs, clippy::wildcard_enum_match_arm)]
 
@@ -6,13 +6,17 @@ mod support;
 
 use chat::config::Settings;
 use chat::dialog::{DialogId, Key, Seq, Text, UserId};
-use chat::ownership::SlotState;
+use chat::ownership::{SlotState, Step};
 use chat::ring::{SLOTS, Slot};
 use chat::store::{
-    Database, Identity, InboxCursor, Marked, Meta, MysqlStore, NewMessage, Phase, Range, SlotSet,
-    SqliteStore, StoreError, Written,
+    Acceptance, Database, DocRef, Head, Identity, InboxCursor, Marked, Meta, MysqlStore,
+    NewMessage, Part, Phase, Purged, Range, SlotSet, SlotSize, SqliteStore, StoreError, Written,
 };
+use chat::topology::{Document, Topology};
+use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
+use support::memory::{Calm, MemoryStore};
 use support::{Databases, Kind};
 
 fn user(id: u64) -> UserId {
@@ -33,6 +37,10 @@ fn message(dialog_id: &str, author: u64, key: &str, text: &str) -> NewMessage {
 }
 
 fn open(databases: &Databases, i: usize) -> Arc<dyn Database> {
+    if databases.kind == Kind::Memory {
+        let server = databases.memory[i].clone();
+        return Arc::new(MemoryStore::new(server, Arc::new(Calm)));
+    }
     let settings = Settings::from_toml("").unwrap().store;
     let (url, runtime) = (databases.url(i), tokio::runtime::Handle::current());
     match url.strip_prefix("sqlite:") {
@@ -329,8 +337,11 @@ async fn what_is_not_owned_is_refused_and_nothing_of_it_is_written(kind: Kind) {
     let written = write(&store, &[theirs.clone(), ours.clone()]).await;
     assert_eq!(written[0], Written::NotOwner(Some(SlotState::None)));
     assert_eq!(seqs(&written[1..]), [(1, false)]);
-    assert_eq!(databases.number(0, "SELECT COUNT(*) FROM dialogs").await, 1);
-    assert_eq!(databases.number(0, "SELECT COUNT(*) FROM members").await, 2);
+    let sizes = store.sizes(&identity()).await.unwrap();
+    assert_eq!(sizes.keys().collect::<Vec<_>>(), [&ours.slot]);
+    let heads = store.heads(&identity(), ours.slot).await.unwrap();
+    assert_eq!((heads.len(), heads[0].members.len()), (1, 2));
+    assert_eq!(store.heads(&identity(), theirs.slot).await.unwrap(), []);
     let page = store
         .page(&identity(), theirs.dialog, Range::Newest, 5)
         .await
@@ -557,11 +568,447 @@ async fn a_text_comes_back_byte_for_byte(kind: Kind) {
     assert_eq!(store.counts().await.unwrap().messages, texts.len() as u64);
 }
 
+/// Two shards that go by one document; the first owns everything.
+struct Pair {
+    _databases: Databases,
+    a: Arc<dyn Database>,
+    b: Arc<dyn Database>,
+    doc: DocRef,
+}
+
+fn of(name: &str) -> Identity {
+    Identity {
+        shard_name: name.into(),
+        ..identity()
+    }
+}
+
+fn document(more: &str) -> Document {
+    let text = format!(
+        "[[shard]]\nname = \"shard1\"\nurl = \"sqlite:a\"\n[[shard]]\nname = \"shard2\"\nurl = \"sqlite:b\"\n{more}"
+    );
+    Topology::parse(&text, &|_| None).unwrap().document()
+}
+
+fn meta_with(document: &Document, version: u64, phase: Phase) -> Meta {
+    Meta {
+        doc_version: version,
+        doc_phase: phase,
+        doc_hash: document.hash(),
+        doc: document.to_json(),
+        ..meta()
+    }
+}
+
+async fn pair(kind: Kind) -> Pair {
+    let databases = Databases::new(kind, 2).await;
+    let (a, b) = (open(&databases, 0), open(&databases, 1));
+    let first = meta_with(&document(""), 1, Phase::Normal);
+    for (store, name, owned) in [
+        (&a, "shard1", all_slots()),
+        (&b, "shard2", SlotSet::empty()),
+    ] {
+        let meta = Meta {
+            shard_name: name.into(),
+            ..first.clone()
+        };
+        store.migrate().await.unwrap();
+        store.found(&meta, &owned).await.unwrap();
+    }
+    Pair {
+        _databases: databases,
+        a,
+        b,
+        doc: first.doc_ref(),
+    }
+}
+
+async fn a_document_is_taken_forward_only_and_fences_who_was_declared_down(kind: Kind) {
+    let Pair {
+        _databases, a, doc, ..
+    } = pair(kind).await;
+    let (ours, slot) = (identity(), Slot::of(dialog("7_42")));
+    let weighed = document("weight = 3\n");
+    let (second, judging) = (
+        meta_with(&weighed, 2, Phase::Normal),
+        meta_with(&weighed, 2, Phase::Adjudicate),
+    );
+    let accept = async |new: &Meta| a.accept(&ours, new).await.unwrap();
+    assert_eq!(accept(&judging).await, Acceptance::Accept { fence: false });
+    assert_eq!(accept(&judging).await, Acceptance::There);
+    let claim = Step::Claim {
+        term: 9,
+        generation: 1,
+        missing: BTreeSet::new(),
+    };
+    let seal = Step::Seal {
+        owned_since: 1,
+        to: "shard2".into(),
+        term: 2,
+    };
+    let refused = a.step(&ours, &judging.doc_ref(), slot, &seal).await;
+    assert!(
+        matches!(refused, Err(StoreError::OtherDocument(_))),
+        "nothing moves while shards are judged: {refused:?}"
+    );
+    let owned = a
+        .step(&ours, &judging.doc_ref(), slot, &claim)
+        .await
+        .unwrap();
+    assert!(owned.is_err(), "it is owned already");
+    assert_eq!(accept(&second).await, Acceptance::Accept { fence: false });
+    assert!(
+        matches!(accept(&judging).await, Acceptance::Newer(_)),
+        "phases go forward"
+    );
+    assert!(matches!(
+        accept(&meta_with(&document(""), 2, Phase::Normal)).await,
+        Acceptance::Conflict(_)
+    ));
+    assert!(matches!(
+        accept(&meta_with(&document(""), 1, Phase::Normal)).await,
+        Acceptance::Newer(_)
+    ));
+    assert_eq!(a.meta().await.unwrap().unwrap(), second);
+
+    // What was decided by an earlier document is refused, and read by it, it is no evidence.
+    let late = a.step(&ours, &doc, slot, &seal).await;
+    assert_eq!(late, Err(StoreError::OtherDocument(second.doc_ref())));
+    let late = a.rows(&ours, Some(&doc), Some(slot)).await;
+    assert_eq!(late, Err(StoreError::OtherDocument(second.doc_ref())));
+    let rows = a.rows(&ours, Some(&second.doc_ref()), None).await.unwrap();
+    assert_eq!(rows.len(), SLOTS);
+    assert!(rows.iter().all(|row| row.state == SlotState::Owner));
+
+    let mut lost = document("");
+    lost.shards.get_mut("shard1").unwrap().down_generation = 1;
+    let third = meta_with(&lost, 3, Phase::Normal);
+    assert_eq!(accept(&third).await, Acceptance::Accept { fence: true });
+    assert_eq!(accept(&third).await, Acceptance::There);
+    let rows = a.rows(&ours, None, None).await.unwrap();
+    assert!(rows.iter().all(|row| row.state == SlotState::Fenced));
+    let written = write(&a, &[message("7_42", 7, "a", "x")]).await;
+    assert_eq!(written, [Written::NotOwner(Some(SlotState::Fenced))]);
+}
+
+async fn a_slot_moves_step_by_step_and_takes_no_other_step(kind: Kind) {
+    let Pair {
+        _databases,
+        a,
+        b,
+        doc,
+    } = pair(kind).await;
+    let (one, two, slot) = (identity(), of("shard2"), Slot::of(dialog("7_42")));
+    let batch: Vec<_> = (1..=5)
+        .map(|n| message("7_42", 7, &format!("k{n}"), "x"))
+        .collect();
+    write(&a, &batch).await;
+    a.mark_read(&one, dialog("7_42"), user(42), Seq::new(3))
+        .await
+        .unwrap();
+    let at = async |store: &Arc<dyn Database>, who: &Identity, step: &Step| {
+        store.step(who, &doc, slot, step).await.unwrap()
+    };
+    let (from, to) = ("shard1".to_owned(), "shard2".to_owned());
+    let prepare = |term| Step::Prepare {
+        from: from.clone(),
+        term,
+    };
+    assert!(
+        at(&b, &two, &prepare(0)).await.is_err(),
+        "no term is below another"
+    );
+    assert!(
+        at(&a, &one, &prepare(2)).await.is_err(),
+        "it is owned there"
+    );
+    let incoming = at(&b, &two, &prepare(2)).await.unwrap();
+    assert!(incoming.is_incoming("shard1", 2));
+    assert!(
+        at(&b, &two, &prepare(3)).await.is_err(),
+        "nobody joins an attempt"
+    );
+
+    let heads = a.heads(&one, slot).await.unwrap();
+    let from_the_start = [(dialog("7_42"), Seq::ZERO)];
+    let messages = a
+        .messages_of(&one, slot, &from_the_start, 100)
+        .await
+        .unwrap();
+    assert_eq!((heads.len(), messages.len()), (1, 5));
+    let part = |upto: usize| Part {
+        messages: messages[..upto].to_vec(),
+        heads: vec![Head {
+            last_seq: Seq::new(upto as u64),
+            ..heads[0].clone()
+        }],
+    };
+    for (from, term) in [("shard1", 3), ("shard1", 1), ("shard3", 2)] {
+        let refused = b
+            .copy_in(&two, &doc, slot, from, term, &part(5))
+            .await
+            .unwrap();
+        assert!(refused.is_err(), "{from} {term}");
+    }
+    assert_eq!(b.heads(&two, slot).await.unwrap(), []);
+    // In any order and any number of times: nothing goes backwards.
+    for upto in [2, 5, 3, 5] {
+        b.copy_in(&two, &doc, slot, "shard1", 2, &part(upto))
+            .await
+            .unwrap()
+            .unwrap();
+    }
+    assert_eq!(b.heads(&two, slot).await.unwrap(), heads);
+    assert_eq!(
+        b.messages_of(&two, slot, &from_the_start, 100)
+            .await
+            .unwrap(),
+        messages
+    );
+    assert_eq!(
+        b.messages_of(&two, slot, &[(dialog("7_42"), Seq::new(2))], 2)
+            .await
+            .unwrap(),
+        messages[2..4]
+    );
+
+    let seal = |owned_since| Step::Seal {
+        owned_since,
+        to: to.clone(),
+        term: 2,
+    };
+    assert!(
+        at(&a, &one, &seal(0)).await.is_err(),
+        "not as it was when the copy began"
+    );
+    let sealed = at(&a, &one, &seal(1)).await.unwrap();
+    assert!(sealed.is_sealed("shard2", 2));
+    assert_eq!(
+        write(&a, &[message("7_42", 7, "k6", "x")]).await,
+        [Written::NotOwner(Some(SlotState::Sealed))]
+    );
+    let view = a
+        .page(&one, dialog("7_42"), Range::Newest, 5)
+        .await
+        .unwrap()
+        .slot
+        .unwrap();
+    assert_eq!(
+        (view.state, view.peer.as_deref()),
+        (SlotState::Sealed, Some("shard2"))
+    );
+    let holding = a.slots(&one).await.unwrap();
+    assert!(holding.sealed.contains(slot) && !holding.owned.contains(slot));
+
+    let activate = Step::Activate {
+        from: from.clone(),
+        term: 2,
+        generation: 0,
+        history: sealed.history,
+    };
+    let owner = at(&b, &two, &activate).await.unwrap();
+    assert_eq!(
+        (owner.state, owner.term, owner.activated),
+        (SlotState::Owner, 2, 2)
+    );
+    assert!(at(&b, &two, &activate).await.is_err(), "once");
+    let release = Step::Release {
+        to: to.clone(),
+        term: 2,
+    };
+    let released = at(&a, &one, &release).await.unwrap();
+    assert_eq!((released.state, released.term), (SlotState::None, 2));
+    let unseal = Step::Unseal {
+        to: to.clone(),
+        term: 2,
+        new_term: 3,
+    };
+    assert!(at(&a, &one, &unseal).await.is_err());
+
+    // The new owner goes on where the old one stopped, and knows its keys.
+    let there = [
+        message("7_42", 7, "k5", "x"),
+        message("7_42", 42, "k6", "x"),
+    ];
+    let written = b.write(&two, &there, true).await.unwrap();
+    assert_eq!(seqs(&written), [(5, true), (6, false)]);
+    let mark = b
+        .mark_read(&two, dialog("7_42"), user(42), Seq::new(1))
+        .await
+        .unwrap();
+    assert_eq!(mark, Marked::At(Seq::new(3)));
+
+    // What is left is seen, kept for a while, and then goes; and nothing comes back before it has gone.
+    assert_eq!(a.leftovers(&one).await.unwrap(), [slot]);
+    assert_eq!(b.leftovers(&two).await.unwrap(), []);
+    let back = Step::Prepare { from: to, term: 3 };
+    assert!(at(&a, &one, &back).await.is_err());
+    let (hour, now) = (Duration::from_secs(3600), Duration::ZERO);
+    assert_eq!(
+        a.purge(&one, slot, hour, 100).await.unwrap(),
+        Purged::TooEarly
+    );
+    assert_eq!(a.purge(&one, slot, now, 3).await.unwrap(), Purged::Some(3));
+    assert_eq!(a.leftovers(&one).await.unwrap(), [slot], "half of it");
+    assert_eq!(a.purge(&one, slot, now, 3).await.unwrap(), Purged::All);
+    assert_eq!(b.purge(&two, slot, now, 3).await.unwrap(), Purged::InUse);
+    assert_eq!(a.leftovers(&one).await.unwrap(), []);
+    assert!(a.sizes(&one).await.unwrap().is_empty());
+    let size = SlotSize {
+        dialogs: 1,
+        messages: 6,
+        bytes: 6,
+    };
+    assert_eq!(b.sizes(&two).await.unwrap()[&slot], size);
+    assert!(at(&a, &one, &back).await.is_ok());
+    let cancel = Step::Cancel {
+        from: "shard2".into(),
+        term: 3,
+    };
+    assert_eq!(at(&a, &one, &cancel).await.unwrap().state, SlotState::None);
+}
+
+async fn what_a_lost_shard_held_comes_in_once_and_in_its_place(kind: Kind) {
+    let Pair {
+        _databases,
+        a,
+        b,
+        doc,
+    } = pair(kind).await;
+    let (one, two, slot) = (identity(), of("shard2"), Slot::of(dialog("7_42")));
+    // The lost shard has 1 to 4. The owner has 1 and 2 of an earlier stay, 4 under another seq, and one of its own.
+    let lost: Vec<_> = (1..=4)
+        .map(|n| message("7_42", 7, &format!("k{n}"), &format!("text {n}")))
+        .collect();
+    write(&a, &lost).await;
+    a.mark_read(&one, dialog("7_42"), user(42), Seq::new(4))
+        .await
+        .unwrap();
+    let from_the_start = [(dialog("7_42"), Seq::ZERO)];
+    let messages = a
+        .messages_of(&one, slot, &from_the_start, 100)
+        .await
+        .unwrap();
+    let heads = a.heads(&one, slot).await.unwrap();
+    let prepare = Step::Prepare {
+        from: "shard1".into(),
+        term: 2,
+    };
+    b.step(&two, &doc, slot, &prepare).await.unwrap().unwrap();
+    let part = Part {
+        messages: messages[..2].to_vec(),
+        heads: vec![Head {
+            last_seq: Seq::new(2),
+            ..heads[0].clone()
+        }],
+    };
+    b.copy_in(&two, &doc, slot, "shard1", 2, &part)
+        .await
+        .unwrap()
+        .unwrap();
+    let judging = meta_with(&document("weight = 2\n"), 2, Phase::Adjudicate);
+    b.accept(&two, &judging).await.unwrap();
+    let claim = Step::Claim {
+        term: 3,
+        generation: 1,
+        missing: BTreeSet::from(["shard1".to_owned()]),
+    };
+    b.step(&two, &judging.doc_ref(), slot, &claim)
+        .await
+        .unwrap()
+        .unwrap();
+    let normal = meta_with(&document("weight = 2\n"), 2, Phase::Normal);
+    b.accept(&two, &normal).await.unwrap();
+    let doc = normal.doc_ref();
+    let holding = b.slots(&two).await.unwrap();
+    assert_eq!(holding.lacking, BTreeSet::from(["shard1".to_owned()]));
+    let inbox = b.inbox(&two, user(7), None, 5).await.unwrap();
+    assert_eq!(inbox.slots, holding);
+    let view = b
+        .page(&two, dialog("7_42"), Range::Newest, 5)
+        .await
+        .unwrap()
+        .slot
+        .unwrap();
+    assert!(!view.complete);
+    let since = [lost[3].clone(), message("7_42", 42, "own", "of its own")];
+    let first = 1 << 40;
+    let written = b.write(&two, &since, false).await.unwrap();
+    assert_eq!(seqs(&written), [(first + 1, false), (first + 2, false)]);
+
+    let whole = Part {
+        messages: messages.clone(),
+        heads: heads.clone(),
+    };
+    let mut wrong = whole.clone();
+    wrong.messages[1].author = user(42);
+    let refused = b.merge_in(&two, &doc, slot, &wrong).await;
+    assert!(
+        matches!(refused, Err(StoreError::Refused(_))),
+        "{refused:?}"
+    );
+    let log = async || {
+        b.messages_of(&two, slot, &from_the_start, 100)
+            .await
+            .unwrap()
+    };
+    assert_eq!(log().await.len(), 4, "nothing of it is there");
+    for _ in 0..2 {
+        b.merge_in(&two, &doc, slot, &whole).await.unwrap().unwrap();
+        let log = log().await;
+        let places: Vec<_> = log.iter().map(|message| message.seq.get()).collect();
+        assert_eq!(places, [1, 2, 3, 4, first + 1, first + 2]);
+        assert_eq!(log[..3], messages[..3]);
+        assert_eq!(
+            (log[3].duplicate_of, &log[3].key),
+            (Some(Seq::new(first + 1)), &None)
+        );
+        assert_eq!(log[3].text, "text 4");
+    }
+    let head = &b.heads(&two, slot).await.unwrap()[0];
+    assert_eq!(head.last_seq.get(), first + 2);
+    assert_eq!(head.members[1].read_seq, Seq::new(4));
+    let row = &b.rows(&two, None, Some(slot)).await.unwrap()[0];
+    assert!(
+        row.term > 3,
+        "a copy that was made before is not whole: {row:?}"
+    );
+    let heal = Step::Heal {
+        shard: "shard1".into(),
+    };
+    b.step(&two, &doc, slot, &heal).await.unwrap().unwrap();
+    assert!(b.slots(&two).await.unwrap().lacking.is_empty());
+    let other = a.merge_in(&one, &doc, slot, &whole).await;
+    assert!(
+        matches!(other, Err(StoreError::OtherDocument(_))),
+        "{other:?}"
+    );
+}
+
+async fn one_at_a_time_has_the_turn(kind: Kind) {
+    let (databases, store) = founded(kind).await;
+    let other = open(&databases, 0);
+    let mut turn = store.take_turn().await.unwrap().expect("nobody has it");
+    turn.keep().await.unwrap();
+    // SQLite files belong to one process, which needs no turn.
+    let taken = other.take_turn().await.unwrap();
+    assert_eq!(taken.is_some(), kind == Kind::Sqlite);
+    if kind == Kind::Memory {
+        return; // Its servers take a turn away after a time only, which is what simulations are about.
+    }
+    drop((turn, taken));
+    support::until("the turn is free", async || {
+        other.take_turn().await.unwrap()
+    })
+    .await;
+}
+
 /// Every case on every store; the name says both.
 macro_rules! on_every_store {
     ($($case:ident)*) => {
         mod sqlite { $( #[tokio::test(flavor = "multi_thread")] async fn $case() { super::$case(super::Kind::Sqlite).await } )* }
         mod mysql { $( #[tokio::test(flavor = "multi_thread")] async fn $case() { super::$case(super::Kind::Mysql).await } )* }
+        mod memory { $( #[tokio::test(flavor = "multi_thread")] async fn $case() { super::$case(super::Kind::Memory).await } )* }
         mod mariadb { $( #[tokio::test(flavor = "multi_thread")] async fn $case() { super::$case(super::Kind::Mariadb).await } )* }
     };
 }
@@ -576,4 +1023,8 @@ on_every_store! {
     an_inbox_lists_dialogs_newest_first_with_their_unread
     a_read_mark_moves_forward_only_and_not_beyond_the_last_message
     a_text_comes_back_byte_for_byte
+    a_document_is_taken_forward_only_and_fences_who_was_declared_down
+    a_slot_moves_step_by_step_and_takes_no_other_step
+    what_a_lost_shard_held_comes_in_once_and_in_its_place
+    one_at_a_time_has_the_turn
 }

@@ -10,6 +10,7 @@
 )]
 
 pub mod instance;
+pub mod memory;
 pub mod proxy;
 pub mod service;
 pub mod socket;
@@ -27,19 +28,22 @@ pub enum Kind {
     Sqlite,
     Mysql,
     Mariadb,
+    Memory,
 }
 
 /// A place for one test's shards, gone with it.
 pub struct Databases {
-    kind: Kind,
+    pub kind: Kind,
     directory: tempfile::TempDir,
     server: Option<String>,
     names: Vec<String>,
+    /// Of [`Kind::Memory`], one for each name.
+    pub memory: Vec<std::sync::Arc<memory::Server>>,
 }
 
 fn server_url(kind: Kind) -> Option<String> {
     let variable = match kind {
-        Kind::Sqlite => return None,
+        Kind::Sqlite | Kind::Memory => return None,
         Kind::Mysql => "CHAT_TEST_MYSQL",
         Kind::Mariadb => "CHAT_TEST_MARIADB",
     };
@@ -63,6 +67,7 @@ impl Databases {
             directory: tempfile::tempdir().unwrap(),
             server,
             names: Vec::new(),
+            memory: Vec::new(),
         };
         for _ in 0..count {
             databases.add().await;
@@ -77,6 +82,7 @@ impl Databases {
             execute(server, &format!("CREATE DATABASE {name}")).await;
         }
         self.names.push(name);
+        self.memory.push(memory::Server::new());
         self.names.len() - 1
     }
 

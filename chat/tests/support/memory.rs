@@ -1,0 +1,816 @@
+//! A shard in memory, for simulations: whole transactions, one after the other, at the end of a line that may be slow, break,
+//! or be dead. The contract of the stores is tested on it too, so that it cannot lie.
+
+use async_trait::async_trait;
+use chat::dialog::{DialogId, Key, Seq, Timestamp, UserId};
+use chat::ownership::{Refused, SlotRow, SlotState, Step};
+use chat::ring::Slot;
+use chat::store::{
+    Acceptance, BatchPlan, Control, CopiedMessage, Counts, DocRef, Head, Holding, Identity,
+    InboxCursor, InboxPart, InboxRow, Known, Marked, Membership, Meta, NewMessage, Page, Part,
+    Phase, Place, Purged, Range, SlotSet, SlotSize, Standing, Store, StoreError, StoredMessage,
+    Turn, UNREAD_CAP, Written, absent, as_duplicate, fits,
+};
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// What lies between somebody and a shard. Whatever happens to a transaction happens to all of it.
+#[async_trait]
+pub trait Line: Send + Sync + 'static {
+    /// On the way there; after an error nothing was done.
+    async fn there(&self) -> Result<(), StoreError>;
+
+    /// On the way back; what was done stays done.
+    async fn back(&self) -> Result<(), StoreError>;
+}
+
+/// A line on which nothing happens.
+pub struct Calm;
+
+#[async_trait]
+impl Line for Calm {
+    async fn there(&self) -> Result<(), StoreError> {
+        Ok(())
+    }
+
+    async fn back(&self) -> Result<(), StoreError> {
+        Ok(())
+    }
+}
+
+/// A database server.
+pub struct Server {
+    data: Mutex<Data>,
+    up: AtomicBool,
+    begun: Instant,
+    turns: AtomicU64,
+}
+
+/// Dialogs are kept by name, because that is the order in which databases have them.
+#[derive(Default)]
+struct Data {
+    meta: Option<Meta>,
+    slots: Vec<(SlotRow, Timestamp)>,
+    dialogs: BTreeMap<(Slot, String), (Seq, Timestamp)>,
+    members: BTreeMap<(Slot, String, UserId), (Seq, Timestamp)>,
+    messages: BTreeMap<(Slot, String, Seq), CopiedMessage>,
+    keys: BTreeMap<(Slot, String, UserId, Key), Seq>,
+    turn: Option<(u64, Instant)>,
+}
+
+/// How long the server keeps the turn of somebody who says nothing.
+const TURN: Duration = Duration::from_secs(5);
+
+impl Server {
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self {
+            data: Mutex::default(),
+            up: AtomicBool::new(true),
+            begun: Instant::now(),
+            turns: AtomicU64::new(0),
+        })
+    }
+
+    /// Whether it answers; what it has committed it keeps.
+    pub fn set_up(&self, up: bool) {
+        self.up.store(up, Ordering::Relaxed);
+        if !up {
+            self.data.lock().unwrap().turn = None;
+        }
+    }
+
+    pub fn is_up(&self) -> bool {
+        self.up.load(Ordering::Relaxed)
+    }
+
+    fn now(&self) -> Timestamp {
+        Timestamp::from_micros(1_000_000 + self.begun.elapsed().as_micros() as i64)
+    }
+
+    /// Every row of slots.
+    pub fn rows(&self) -> Vec<SlotRow> {
+        let data = self.data.lock().unwrap();
+        data.slots.iter().map(|(row, _)| row.clone()).collect()
+    }
+
+    /// Every message there is.
+    pub fn messages(&self) -> Vec<(Slot, CopiedMessage)> {
+        let data = self.data.lock().unwrap();
+        let messages = data.messages.iter();
+        messages
+            .map(|((slot, ..), message)| (*slot, message.clone()))
+            .collect()
+    }
+
+    /// Slots that have a row in any table.
+    pub fn slots_with_rows(&self) -> SlotSet {
+        let data = self.data.lock().unwrap();
+        let mut slots = SlotSet::empty();
+        for (slot, _) in data.dialogs.keys() {
+            slots.insert(*slot);
+        }
+        for (slot, ..) in data.members.keys() {
+            slots.insert(*slot);
+        }
+        for (slot, ..) in data.messages.keys() {
+            slots.insert(*slot);
+        }
+        slots
+    }
+}
+
+/// One end of a line to a server.
+pub struct MemoryStore {
+    server: Arc<Server>,
+    line: Arc<dyn Line>,
+}
+
+impl MemoryStore {
+    pub fn new(server: Arc<Server>, line: Arc<dyn Line>) -> Self {
+        Self { server, line }
+    }
+
+    /// A transaction. `work` changes nothing where it fails.
+    async fn transact<T: Send>(
+        &self,
+        work: impl FnOnce(&mut Data, Timestamp) -> Result<T, StoreError> + Send,
+    ) -> Result<T, StoreError> {
+        self.line.there().await?;
+        if !self.server.is_up() {
+            return Err(StoreError::Unreachable("it is not there".into()));
+        }
+        let result = work(&mut self.server.data.lock().unwrap(), self.server.now());
+        self.line.back().await?;
+        result
+    }
+}
+
+impl Data {
+    fn check(&self, identity: &Identity) -> Result<&Meta, StoreError> {
+        match &self.meta {
+            Some(meta)
+                if meta.cluster_id == identity.cluster_id
+                    && meta.shard_name == identity.shard_name =>
+            {
+                Ok(meta)
+            }
+            Some(meta) => Err(StoreError::WrongIdentity(format!(
+                "it is {} of cluster {}",
+                meta.shard_name, meta.cluster_id
+            ))),
+            None => Err(StoreError::WrongIdentity("it is empty".into())),
+        }
+    }
+
+    fn row(&self, slot: Slot) -> &SlotRow {
+        &self.slots[slot.index()].0
+    }
+
+    fn holding(&self) -> Holding {
+        let mut holding = Holding {
+            owned: SlotSet::empty(),
+            sealed: SlotSet::empty(),
+            lacking: Default::default(),
+        };
+        for (slot, (row, _)) in Slot::all().zip(&self.slots) {
+            match row.state {
+                SlotState::Owner => holding.owned.insert(slot),
+                SlotState::Sealed => holding.sealed.insert(slot),
+                SlotState::None | SlotState::Incoming | SlotState::Fenced => continue,
+            };
+            holding.lacking.extend(row.history.missing.iter().cloned());
+        }
+        holding
+    }
+
+    fn take(
+        &mut self,
+        identity: &Identity,
+        doc: &DocRef,
+        slot: Slot,
+        step: &Step,
+        now: Timestamp,
+    ) -> Result<Result<SlotRow, Refused>, StoreError> {
+        fits(&self.check(identity)?.doc_ref(), doc, Some(step))?;
+        let holds_rows = self.heads(slot).next().is_some();
+        Ok(self.row(slot).after(step, holds_rows).inspect(|after| {
+            let released = match step.released() {
+                None => self.slots[slot.index()].1,
+                Some(true) => now,
+                Some(false) => Timestamp::from_micros(0),
+            };
+            self.slots[slot.index()] = (after.clone(), released);
+        }))
+    }
+
+    fn heads(&self, slot: Slot) -> impl Iterator<Item = Head> {
+        let of_slot = self.dialogs.range((slot, String::new())..);
+        of_slot.take_while(move |((of, _), _)| *of == slot).map(
+            move |((_, name), (last_seq, last_at))| Head {
+                dialog: name.parse().unwrap(),
+                last_seq: *last_seq,
+                last_at: *last_at,
+                members: self.members_of(slot, name),
+            },
+        )
+    }
+
+    fn members_of(&self, slot: Slot, name: &str) -> Vec<Membership> {
+        let first = UserId::new(1).unwrap();
+        let from = self.members.range((slot, name.to_owned(), first)..);
+        from.take_while(|((of, dialog, _), _)| *of == slot && dialog == name)
+            .map(|((.., user), (read_seq, joined_at))| Membership {
+                user: *user,
+                read_seq: *read_seq,
+                joined_at: *joined_at,
+            })
+            .collect()
+    }
+
+    /// The messages of a dialog above a seq.
+    fn above<'a>(
+        &'a self,
+        slot: Slot,
+        name: &'a str,
+        seq: Seq,
+    ) -> impl DoubleEndedIterator<Item = &'a CopiedMessage> {
+        let (from, to) = (
+            (slot, name.to_owned(), Seq::new(seq.get().saturating_add(1))),
+            (slot, name.to_owned(), Seq::new(u64::MAX)),
+        );
+        self.messages.range(from..=to).map(|(_, message)| message)
+    }
+
+    fn insert(&mut self, slot: Slot, message: CopiedMessage) {
+        let name = message.dialog.to_string();
+        if self
+            .messages
+            .contains_key(&(slot, name.clone(), message.seq))
+        {
+            return;
+        }
+        if let Some(key) = &message.key {
+            let key = (slot, name.clone(), message.author, key.clone());
+            if self.keys.contains_key(&key) {
+                return;
+            }
+            self.keys.insert(key, message.seq);
+        }
+        self.messages.insert((slot, name, message.seq), message);
+    }
+
+    fn raise(&mut self, slot: Slot, head: &Head) {
+        let name = head.dialog.to_string();
+        let there = self
+            .dialogs
+            .entry((slot, name.clone()))
+            .or_insert((head.last_seq, head.last_at));
+        *there = (there.0.max(head.last_seq), there.1.max(head.last_at));
+        for member in &head.members {
+            let there = self
+                .members
+                .entry((slot, name.clone(), member.user))
+                .or_insert((member.read_seq, member.joined_at));
+            *there = (there.0.max(member.read_seq), there.1.min(member.joined_at));
+        }
+    }
+
+    fn standing(&self, slot: Slot, messages: &[CopiedMessage]) -> Standing {
+        let found = messages.iter().filter_map(|message| {
+            let there = self
+                .messages
+                .get(&(slot, message.dialog.to_string(), message.seq))?;
+            Some(((message.dialog, message.seq), (there.author, there.hash)))
+        });
+        found.collect()
+    }
+
+    fn key_of(&self, slot: Slot, message: &NewMessage) -> Option<Known> {
+        let name = message.dialog.to_string();
+        let key = (slot, name.clone(), message.author, message.key.clone());
+        let seq = *self.keys.get(&key)?;
+        let stored = self.messages.get(&(slot, name, seq))?;
+        Some(Known {
+            place: Place { seq, at: stored.at },
+            hash: stored.hash,
+        })
+    }
+}
+
+fn stored(message: &CopiedMessage) -> StoredMessage {
+    StoredMessage {
+        seq: message.seq,
+        author: message.author,
+        key: message.key.as_ref().map(|key| key.as_str().to_owned()),
+        text: message.text.clone(),
+        at: message.at,
+    }
+}
+
+#[async_trait]
+impl Store for MemoryStore {
+    async fn migrate(&self) -> Result<(), StoreError> {
+        self.transact(|_, _| Ok(())).await
+    }
+
+    async fn ping(&self) -> Result<(), StoreError> {
+        self.transact(|_, _| Ok(())).await
+    }
+
+    async fn warnings(&self) -> Result<Vec<String>, StoreError> {
+        Ok(Vec::new())
+    }
+
+    async fn meta(&self) -> Result<Option<Meta>, StoreError> {
+        self.transact(|data, _| Ok(data.meta.clone())).await
+    }
+
+    async fn found(&self, meta: &Meta, owned: &SlotSet) -> Result<Meta, StoreError> {
+        let (meta, owned) = (meta.clone(), owned.clone());
+        self.transact(move |data, _| {
+            if data.meta.is_none() {
+                let row = |slot| {
+                    (
+                        SlotRow::founded(owned.contains(slot)),
+                        Timestamp::from_micros(0),
+                    )
+                };
+                data.slots = Slot::all().map(row).collect();
+            }
+            Ok(data.meta.get_or_insert(meta).clone())
+        })
+        .await
+    }
+
+    async fn advance(&self, version: u64, hash: &str, phase: Phase) -> Result<(), StoreError> {
+        let hash = hash.to_owned();
+        self.transact(move |data, _| {
+            if let Some(meta) = &mut data.meta
+                && (meta.doc_version, &meta.doc_hash, meta.doc_phase)
+                    == (version, &hash, Phase::Founding)
+                && phase == Phase::Normal
+            {
+                meta.doc_phase = phase;
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    async fn slots(&self, identity: &Identity) -> Result<Holding, StoreError> {
+        self.transact(|data, _| {
+            data.check(identity)?;
+            Ok(data.holding())
+        })
+        .await
+    }
+
+    async fn write(
+        &self,
+        identity: &Identity,
+        batch: &[NewMessage],
+        _suspect: bool,
+    ) -> Result<Vec<Written>, StoreError> {
+        self.transact(|data, now| {
+            data.check(identity)?;
+            let slots = batch
+                .iter()
+                .map(|message| (message.slot, data.row(message.slot).view()))
+                .collect();
+            let heads = batch.iter().filter_map(|message| {
+                let head = data
+                    .dialogs
+                    .get(&(message.slot, message.dialog.to_string()))?;
+                Some((message.dialog, head.0))
+            });
+            let keys = batch.iter().filter_map(|message| {
+                let name = (message.dialog, message.author, message.key.clone());
+                Some((name, data.key_of(message.slot, message)?))
+            });
+            let (heads, keys) = (heads.collect(), keys.collect());
+            let plan = BatchPlan::new(batch, &slots, &heads, &keys, now);
+            for row in &plan.rows {
+                let new = &batch[row.index];
+                let message = CopiedMessage {
+                    dialog: new.dialog,
+                    seq: row.seq,
+                    author: new.author,
+                    key: Some(new.key.clone()),
+                    hash: new.hash,
+                    kind: "text".into(),
+                    text: new.text.as_str().to_owned(),
+                    at: now,
+                    duplicate_of: None,
+                };
+                data.insert(new.slot, message);
+            }
+            for ((slot, dialog), seq) in &plan.heads {
+                let member = |user| Membership {
+                    user,
+                    read_seq: Seq::ZERO,
+                    joined_at: now,
+                };
+                let head = Head {
+                    dialog: *dialog,
+                    last_seq: *seq,
+                    last_at: now,
+                    members: dialog.members().map(member).collect(),
+                };
+                data.raise(*slot, &head);
+            }
+            Ok(plan.outcomes)
+        })
+        .await
+    }
+
+    async fn page(
+        &self,
+        identity: &Identity,
+        dialog: DialogId,
+        range: Range,
+        limit: u32,
+    ) -> Result<Page, StoreError> {
+        self.transact(|data, _| {
+            data.check(identity)?;
+            let (slot, name) = (Slot::of(dialog), dialog.to_string());
+            let limit = limit as usize;
+            let mut messages: Vec<StoredMessage> = match range {
+                Range::Newest => data
+                    .above(slot, &name, Seq::ZERO)
+                    .rev()
+                    .take(limit)
+                    .map(stored)
+                    .collect(),
+                Range::Before(before) => data
+                    .above(slot, &name, Seq::ZERO)
+                    .rev()
+                    .skip_while(|message| message.seq >= before)
+                    .take(limit)
+                    .map(stored)
+                    .collect(),
+                Range::After(after) => data
+                    .above(slot, &name, after)
+                    .take(limit)
+                    .map(stored)
+                    .collect(),
+            };
+            messages.sort_by_key(|message| message.seq);
+            Ok(Page {
+                slot: Some(data.row(slot).view()),
+                last_seq: data
+                    .dialogs
+                    .get(&(slot, name))
+                    .map_or(Seq::ZERO, |head| head.0),
+                messages,
+            })
+        })
+        .await
+    }
+
+    async fn inbox(
+        &self,
+        identity: &Identity,
+        user: UserId,
+        below: Option<InboxCursor>,
+        limit: u32,
+    ) -> Result<InboxPart, StoreError> {
+        self.transact(|data, _| {
+            data.check(identity)?;
+            let below = below.map(|below| (below.last_at, below.dialog.to_string()));
+            let mut rows = Vec::new();
+            for ((slot, name, member), (read_seq, _)) in &data.members {
+                let Some((last_seq, last_at)) = data.dialogs.get(&(*slot, name.clone())) else {
+                    continue;
+                };
+                let serves = data.row(*slot).state.answers_reads();
+                let wanted = below
+                    .as_ref()
+                    .is_none_or(|below| (last_at, name) < (&below.0, &below.1));
+                let last = data.messages.get(&(*slot, name.clone(), *last_seq));
+                if let Some(last) = last.filter(|_| *member == user && serves && wanted) {
+                    let unread = data
+                        .above(*slot, name, *read_seq)
+                        .filter(|message| message.author != user);
+                    rows.push(InboxRow {
+                        dialog: name.parse().unwrap(),
+                        last_at: *last_at,
+                        last: stored(last),
+                        read_seq: *read_seq,
+                        unread: unread.take(UNREAD_CAP as usize).count() as u32,
+                    });
+                }
+            }
+            rows.sort_by_key(|row| std::cmp::Reverse((row.last_at, row.dialog.to_string())));
+            rows.truncate(limit as usize);
+            Ok(InboxPart {
+                rows,
+                slots: data.holding(),
+            })
+        })
+        .await
+    }
+
+    async fn mark_read(
+        &self,
+        identity: &Identity,
+        dialog: DialogId,
+        user: UserId,
+        seq: Seq,
+    ) -> Result<Marked, StoreError> {
+        self.transact(|data, _| {
+            data.check(identity)?;
+            let (slot, name) = (Slot::of(dialog), dialog.to_string());
+            let state = data.row(slot).state;
+            if !state.takes_writes() {
+                return Ok(Marked::NotOwner(Some(state)));
+            }
+            let last = data
+                .dialogs
+                .get(&(slot, name.clone()))
+                .map_or(Seq::ZERO, |head| head.0);
+            let Some(member) = data.members.get_mut(&(slot, name, user)) else {
+                return Ok(Marked::NoDialog);
+            };
+            member.0 = member.0.max(seq.min(last));
+            Ok(Marked::At(member.0))
+        })
+        .await
+    }
+
+    async fn counts(&self) -> Result<Counts, StoreError> {
+        self.transact(|data, _| {
+            let owned = |slot: Slot| data.row(slot).state == SlotState::Owner;
+            Ok(Counts {
+                slots: Slot::all().filter(|slot| owned(*slot)).count() as u64,
+                dialogs: data
+                    .dialogs
+                    .iter()
+                    .filter(|((slot, _), head)| owned(*slot) && head.0 > Seq::ZERO)
+                    .count() as u64,
+                messages: data
+                    .messages
+                    .keys()
+                    .filter(|(slot, ..)| owned(*slot))
+                    .count() as u64,
+            })
+        })
+        .await
+    }
+}
+
+#[async_trait]
+impl Control for MemoryStore {
+    async fn accept(&self, identity: &Identity, new: &Meta) -> Result<Acceptance, StoreError> {
+        self.transact(|data, _| {
+            let acceptance = data.check(identity)?.offered(new)?;
+            if let Acceptance::Accept { fence } = acceptance {
+                if fence {
+                    for (row, _) in &mut data.slots {
+                        *row = row.fenced();
+                    }
+                }
+                data.meta = Some(Meta {
+                    doc_version: new.doc_version,
+                    doc_phase: new.doc_phase,
+                    doc_hash: new.doc_hash.clone(),
+                    doc: new.doc.clone(),
+                    ..data.meta.clone().unwrap()
+                });
+            }
+            Ok(acceptance)
+        })
+        .await
+    }
+
+    async fn rows(
+        &self,
+        identity: &Identity,
+        doc: Option<&DocRef>,
+        only: Option<Slot>,
+    ) -> Result<Vec<SlotRow>, StoreError> {
+        self.transact(|data, _| {
+            let there = data.check(identity)?.doc_ref();
+            if let Some(doc) = doc {
+                fits(&there, doc, None)?;
+            }
+            Ok(match only {
+                Some(slot) => vec![data.row(slot).clone()],
+                None => data.slots.iter().map(|(row, _)| row.clone()).collect(),
+            })
+        })
+        .await
+    }
+
+    async fn step(
+        &self,
+        identity: &Identity,
+        doc: &DocRef,
+        slot: Slot,
+        step: &Step,
+    ) -> Result<Result<SlotRow, Refused>, StoreError> {
+        self.transact(|data, now| data.take(identity, doc, slot, step, now))
+            .await
+    }
+
+    async fn heads(&self, identity: &Identity, slot: Slot) -> Result<Vec<Head>, StoreError> {
+        self.transact(|data, _| {
+            data.check(identity)?;
+            Ok(data.heads(slot).collect())
+        })
+        .await
+    }
+
+    async fn messages_of(
+        &self,
+        identity: &Identity,
+        slot: Slot,
+        above: &[(DialogId, Seq)],
+        limit: u32,
+    ) -> Result<Vec<CopiedMessage>, StoreError> {
+        self.transact(|data, _| {
+            data.check(identity)?;
+            let mut above: Vec<(String, Seq)> = above
+                .iter()
+                .map(|(dialog, seq)| (dialog.to_string(), *seq))
+                .collect();
+            above.sort();
+            let messages = above
+                .iter()
+                .flat_map(|(name, seq)| data.above(slot, name, *seq));
+            Ok(messages.take(limit as usize).cloned().collect())
+        })
+        .await
+    }
+
+    async fn copy_in(
+        &self,
+        identity: &Identity,
+        doc: &DocRef,
+        slot: Slot,
+        from: &str,
+        term: u64,
+        part: &Part,
+    ) -> Result<Result<(), Refused>, StoreError> {
+        self.transact(|data, _| {
+            fits(&data.check(identity)?.doc_ref(), doc, None)?;
+            if !data.row(slot).is_incoming(from, term) {
+                return Ok(Err(Refused(data.row(slot).clone())));
+            }
+            for message in &part.messages {
+                data.insert(slot, message.clone());
+            }
+            for head in &part.heads {
+                data.raise(slot, head);
+            }
+            Ok(Ok(()))
+        })
+        .await
+    }
+
+    async fn merge_in(
+        &self,
+        identity: &Identity,
+        doc: &DocRef,
+        slot: Slot,
+        part: &Part,
+    ) -> Result<Result<(), Refused>, StoreError> {
+        self.transact(|data, now| {
+            let new: Vec<CopiedMessage> = absent(part, &data.standing(slot, &part.messages))?
+                .into_iter()
+                .map(|message| {
+                    let stored = message.key.as_ref().and_then(|key| {
+                        let name = message.dialog.to_string();
+                        data.keys.get(&(slot, name, message.author, key.clone()))
+                    });
+                    as_duplicate(message, stored.copied())
+                })
+                .collect();
+            if let Err(refused) = data.take(identity, doc, slot, &Step::MergedIn, now)? {
+                return Ok(Err(refused));
+            }
+            for message in new {
+                data.insert(slot, message);
+            }
+            for head in &part.heads {
+                data.raise(slot, head);
+            }
+            Ok(Ok(()))
+        })
+        .await
+    }
+
+    async fn leftovers(&self, identity: &Identity) -> Result<Vec<Slot>, StoreError> {
+        self.transact(|data, _| {
+            data.check(identity)?;
+            let left = |slot: &Slot| {
+                data.row(*slot).state == SlotState::None && data.heads(*slot).next().is_some()
+            };
+            Ok(Slot::all().filter(left).collect())
+        })
+        .await
+    }
+
+    async fn purge(
+        &self,
+        identity: &Identity,
+        slot: Slot,
+        grace: Duration,
+        limit: u32,
+    ) -> Result<Purged, StoreError> {
+        self.transact(|data, now| {
+            data.check(identity)?;
+            let (row, released) = &data.slots[slot.index()];
+            if row.state != SlotState::None {
+                return Ok(Purged::InUse);
+            }
+            if released.micros() + grace.as_micros() as i64 > now.micros() {
+                return Ok(Purged::TooEarly);
+            }
+            let places: Vec<_> = data
+                .messages
+                .range((slot, String::new(), Seq::ZERO)..)
+                .take_while(|((of, ..), _)| *of == slot)
+                .take(limit as usize)
+                .map(|(place, _)| place.clone())
+                .collect();
+            for place in &places {
+                if let Some(CopiedMessage {
+                    key: Some(key),
+                    author,
+                    ..
+                }) = data.messages.remove(place)
+                {
+                    data.keys.remove(&(slot, place.1.clone(), author, key));
+                }
+            }
+            if places.len() as u64 == u64::from(limit) {
+                return Ok(Purged::Some(u64::from(limit)));
+            }
+            data.members.retain(|(of, ..), _| *of != slot);
+            data.dialogs.retain(|(of, _), _| *of != slot);
+            Ok(Purged::All)
+        })
+        .await
+    }
+
+    async fn sizes(&self, identity: &Identity) -> Result<BTreeMap<Slot, SlotSize>, StoreError> {
+        self.transact(|data, _| {
+            data.check(identity)?;
+            let mut sizes = BTreeMap::<Slot, SlotSize>::new();
+            for (slot, _) in data.dialogs.keys() {
+                sizes.entry(*slot).or_default().dialogs += 1;
+            }
+            for ((slot, ..), message) in &data.messages {
+                let size = sizes.entry(*slot).or_default();
+                size.messages += 1;
+                size.bytes += message.text.len() as u64;
+            }
+            Ok(sizes)
+        })
+        .await
+    }
+
+    async fn take_turn(&self) -> Result<Option<Box<dyn Turn>>, StoreError> {
+        let id = self.server.turns.fetch_add(1, Ordering::Relaxed);
+        let taken = self
+            .transact(|data, _| {
+                let now = Instant::now();
+                let free = data.turn.is_none_or(|(_, until)| until <= now);
+                if free {
+                    data.turn = Some((id, now + TURN));
+                }
+                Ok(free)
+            })
+            .await?;
+        Ok(taken.then(|| {
+            Box::new(MemoryTurn {
+                id,
+                store: MemoryStore::new(self.server.clone(), self.line.clone()),
+            }) as Box<dyn Turn>
+        }))
+    }
+}
+
+struct MemoryTurn {
+    id: u64,
+    store: MemoryStore,
+}
+
+#[async_trait]
+impl Turn for MemoryTurn {
+    async fn keep(&mut self) -> Result<(), StoreError> {
+        let id = self.id;
+        self.store
+            .transact(move |data, _| match &mut data.turn {
+                Some((holder, until)) if *holder == id => {
+                    *until = Instant::now() + TURN;
+                    Ok(())
+                }
+                Some(_) | None => Err(StoreError::Lost("the turn is another's".into())),
+            })
+            .await
+    }
+}
