@@ -22,7 +22,7 @@ pub struct Topology {
     pub pins: Vec<(DialogId, String)>,
     /// A number that the operator raises with every edit, if he likes: an older file is then refused.
     pub version: Option<u64>,
-    /// Allows more than half of the shards to be down.
+    /// Allows half of the active shards, or more, to be declared down.
     pub force: bool,
 }
 
@@ -299,6 +299,7 @@ impl Topology {
             retired: BTreeSet::new(),
             earlier: Vec::new(),
             paused: false,
+            lineage: Vec::new(),
         }
     }
 }
@@ -351,6 +352,10 @@ pub struct Document {
     /// Moves stand still until the operator resumes them.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub paused: bool,
+    /// The documents that it was made from, by version and hash, the latest last. A shard takes it only if its own is among
+    /// them: what was decided without knowing of a document must not undo it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lineage: Vec<(u64, String)>,
 }
 
 /// A shard, as the document knows it.
@@ -378,6 +383,9 @@ pub struct Pin {
 
 /// How many earlier files a document remembers.
 const EARLIER: usize = 64;
+
+/// How many documents it knows that it was made from.
+const LINEAGE: usize = 64;
 
 /// What a shard that is to leave the document still has.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -417,6 +425,7 @@ impl Document {
         let mut next = file.document();
         next.generation = self.generation;
         next.paused = self.paused;
+        next.lineage = self.lineage.clone();
         next.retired = self.retired.clone();
         for (name, member) in self
             .shards
@@ -468,15 +477,22 @@ impl Document {
         if newly_down {
             next.generation += 1;
         }
-        let down = next
+        // Of any two documents that are made from this one, at most one can come in force: their shards overlap.
+        let active = |(_, member): &(&String, &Member)| member.state == ShardState::Active;
+        let active: Vec<&String> = self
             .shards
-            .values()
-            .filter(|member| member.state == ShardState::Down)
+            .iter()
+            .filter(active)
+            .map(|(name, _)| name)
+            .collect();
+        let left = active
+            .iter()
+            .filter(|name| next.live().any(|live| live == **name))
             .count();
-        if newly_down && down * 2 > next.shards.len() && !file.force {
+        if newly_down && left * 2 <= active.len() && !file.force {
             return bad(format!(
-                "{down} of {} shards would be down; if that is meant, add force = true at the top of the file",
-                next.shards.len()
+                "only {left} of {} active shards would be left; if that is meant, and nobody else edits at the same time, add force = true at the top of the file",
+                active.len()
             ));
         }
         next.earlier = self.earlier.clone();
@@ -484,6 +500,26 @@ impl Document {
         let surplus = next.earlier.len().saturating_sub(EARLIER);
         next.earlier.drain(..surplus);
         Ok((next, newly_down || judging))
+    }
+
+    /// Whether it was made from that document, directly or not. One that is older than all it knows of may be such a one.
+    #[must_use]
+    pub fn stands_above(&self, version: u64, hash: &str) -> bool {
+        let oldest = self.lineage.first().map_or(0, |(oldest, _)| *oldest);
+        (self.lineage.len() >= LINEAGE && version < oldest)
+            || self
+                .lineage
+                .iter()
+                .any(|(of, known)| (*of, known.as_str()) == (version, hash))
+    }
+
+    /// Notes that it was made from that document.
+    pub fn put_above(&mut self, version: u64, hash: &str) {
+        self.lineage.push((version, hash.to_owned()));
+        self.lineage.sort();
+        self.lineage.dedup();
+        let surplus = self.lineage.len().saturating_sub(LINEAGE);
+        self.lineage.drain(..surplus);
     }
 
     /// Whether `file` is one that was in force before: an instance that starts with it has not seen an edit.

@@ -591,6 +591,10 @@ fn document(more: &str) -> Document {
 }
 
 fn meta_with(document: &Document, version: u64, phase: Phase) -> Meta {
+    let mut document = document.clone();
+    if version > 1 {
+        document.put_above(1, &self::document("").hash());
+    }
     Meta {
         doc_version: version,
         doc_phase: phase,
@@ -680,11 +684,21 @@ async fn a_document_is_taken_forward_only_and_fences_who_was_declared_down(kind:
     assert_eq!(rows.len(), SLOTS);
     assert!(rows.iter().all(|row| row.state == SlotState::Owner));
 
+    let stray = meta_with(&document(""), 3, Phase::Normal);
+    assert!(
+        matches!(accept(&stray).await, Acceptance::Conflict(_)),
+        "it was made without knowing of the one that is there"
+    );
+    let mut next = document("");
+    next.put_above(2, &second.doc_hash);
+    let next = meta_with(&next, 3, Phase::Normal);
+    assert_eq!(accept(&next).await, Acceptance::Accept { fence: false });
+
     let mut lost = document("");
     lost.shards.get_mut("shard1").unwrap().down_generation = 1;
-    let third = meta_with(&lost, 3, Phase::Normal);
-    assert_eq!(accept(&third).await, Acceptance::Accept { fence: true });
-    assert_eq!(accept(&third).await, Acceptance::There);
+    let fourth = meta_with(&lost, 4, Phase::Normal);
+    assert_eq!(accept(&fourth).await, Acceptance::Accept { fence: true });
+    assert_eq!(accept(&fourth).await, Acceptance::There);
     let rows = a.rows(&ours, None, None).await.unwrap();
     assert!(rows.iter().all(|row| row.state == SlotState::Fenced));
     let written = write(&a, &[message("7_42", 7, "a", "x")]).await;

@@ -4,6 +4,7 @@
 //! loses looks again.
 
 use super::fault::point;
+use super::rivals::{self, Verdict};
 use crate::chance;
 use crate::cluster::{Cluster, StartError, View};
 use crate::ownership::SlotState;
@@ -126,6 +127,8 @@ async fn install(
     next: &Document,
     judges: bool,
 ) -> Result<Option<DocRef>, NotInForce> {
+    let mut next = next.clone();
+    next.put_above(view.doc.version, &view.doc.hash);
     let meta = Meta {
         cluster_id: cluster.id().to_owned(),
         shard_name: String::new(),
@@ -161,7 +164,7 @@ async fn install(
         }
     }
     let doc = meta.doc_ref();
-    adopt(cluster, doc.clone(), next.clone())?;
+    adopt(cluster, doc.clone(), next)?;
     Ok(Some(doc))
 }
 
@@ -273,7 +276,8 @@ async fn check_members(cluster: &Cluster, view: &View, next: &Document) -> Resul
     Ok(())
 }
 
-/// Reads the documents of all shards, adopts the latest, and completes one that is not on all of its shards yet.
+/// Reads the documents of all shards, adopts the one that stands above the others, and completes it where it is missing. Where
+/// none does, see [`rivals`].
 ///
 /// # Errors
 /// [`NotInForce`].
@@ -283,69 +287,61 @@ pub async fn catch_up(cluster: &Cluster) -> Result<(), NotInForce> {
     for shard in &view.shards {
         // One that does not answer has nothing to say; a later look will tell.
         if let Ok(Some(meta)) = stored_meta(shard).await {
-            metas.push((shard.clone(), meta));
+            metas.push((shard.name().to_owned(), meta));
         }
     }
-    let Some((_, newest)) = metas
-        .iter()
-        .max_by_key(|(_, meta)| (meta.doc_version, meta.doc_phase))
-    else {
-        return Ok(());
-    };
-    let rival = metas.iter().find(|(_, meta)| {
-        meta.doc_version == newest.doc_version && meta.doc_hash != newest.doc_hash
-    });
-    let document: Document = serde_json::from_str(&newest.doc).map_err(|e| {
-        NotInForce::Waiting(format!(
-            "the document of version {} is not readable: {e}",
-            newest.doc_version
-        ))
-    })?;
-    if rival.is_some() {
-        // Two were accepted under one version, each by other shards: whoever sees it puts one of them above both.
-        let (first, chosen) = metas
-            .iter()
-            .find(|(_, meta)| meta.doc_version == newest.doc_version)
-            .unwrap_or(&metas[0]);
-        let chosen_document: Document = serde_json::from_str(&chosen.doc).unwrap_or(document);
-        tracing::warn!(
-            version = newest.doc_version,
-            kept = first.name(),
-            "two documents of one version: one is put above both"
-        );
-        let mut above = chosen.clone();
-        above.doc_version += 1;
-        for name in chosen_document.live() {
-            if let Some(shard) = cluster.opened_shard(name) {
-                offer(&shard, &above).await?;
+    let found = rivals::read(metas).map_err(|e| NotInForce::Waiting(e.to_string()))?;
+    let (meta, document) = match rivals::decide(&found) {
+        None => return Ok(()),
+        Some(Verdict::Agreed(meta, document)) => (meta, document),
+        Some(Verdict::Settle(meta, document)) => {
+            tracing::warn!(
+                version = meta.doc_version,
+                "shards have documents that were proposed at the same time: one is put above them"
+            );
+            (meta, document)
+        }
+        Some(Verdict::Ask(name, meta)) => {
+            if let Some(shard) = cluster.opened_shard(&name) {
+                offer(&shard, &meta).await?;
             }
+            return Err(NotInForce::Waiting(
+                "shards have documents that were proposed at the same time".into(),
+            ));
         }
-        return adopt(cluster, above.doc_ref(), chosen_document);
-    }
-    let behind: Vec<&str> = document
-        .live()
-        .filter(|name| {
-            !metas
-                .iter()
-                .any(|(shard, meta)| shard.name() == *name && meta.doc_ref() == newest.doc_ref())
-        })
-        .collect();
-    for name in behind {
-        if let Some(shard) = cluster.opened_shard(name).filter(|shard| !shard.is_down()) {
-            match offer(&shard, newest).await? {
+        Some(Verdict::Wait(names)) => {
+            return Err(NotInForce::Waiting(format!(
+                "shards have documents that were proposed at the same time; {} must answer to tell which of them is in force",
+                names.join(" or ")
+            )));
+        }
+    };
+    for name in document.live() {
+        let has_it = found
+            .get(name)
+            .is_some_and(|(there, _)| there.doc_ref() == meta.doc_ref());
+        let shard = cluster.opened_shard(name).filter(|shard| !shard.is_down());
+        if let Some(shard) = shard.filter(|_| !has_it) {
+            match offer(&shard, &meta).await? {
                 Acceptance::Accept { .. } => tracing::info!(
                     shard = name,
-                    version = newest.doc_version,
+                    version = meta.doc_version,
                     "document completed"
                 ),
-                Acceptance::There | Acceptance::Newer(_) | Acceptance::Conflict(_) => {}
+                Acceptance::There => {}
+                Acceptance::Newer(_) | Acceptance::Conflict(_) => {
+                    return Err(NotInForce::Waiting(
+                        "another document is being put in force".into(),
+                    ));
+                }
             }
         }
     }
-    if view.doc != newest.doc_ref()
-        && (newest.doc_version, newest.doc_phase) > (view.doc.version, view.doc.phase)
-    {
-        return adopt(cluster, newest.doc_ref(), document);
+    let later = (meta.doc_version, meta.doc_phase) > (view.doc.version, view.doc.phase);
+    // One that was never in force may have a higher version than the one that is.
+    let astray = !view.document.stands_above(meta.doc_version, &meta.doc_hash);
+    if view.doc != meta.doc_ref() && (later || (astray && view.doc.hash != meta.doc_hash)) {
+        return adopt(cluster, meta.doc_ref(), document);
     }
     Ok(())
 }

@@ -4,7 +4,7 @@
 //! work, and safety never rests on it: each step is a compare-and-set in a shard (`docs/SHARDING.md`).
 //!
 //! - [`mod@file`]: an edit is seen.
-//! - [`install`]: it is put in force on all shards, or refused.
+//! - [`install`]: it is put in force on all shards, or refused. [`rivals`]: two were proposed at once.
 //! - [`judge`]: slots of shards that were declared down get new owners.
 //! - [`mover`]: a slot moves. [`merge`]: what a shard that returned alone holds comes back.
 //! - [`plan`]: what an edit would do. [`progress`], [`peers`]: what is told about it.
@@ -18,6 +18,7 @@ pub mod mover;
 pub mod peers;
 pub mod plan;
 pub mod progress;
+pub mod rivals;
 
 pub use fault::PLACES;
 

@@ -30,30 +30,41 @@ impl Meta {
     /// [`StoreError::Refused`] for a document that cannot be read.
     pub fn offered(&self, new: &Meta) -> Result<Acceptance, StoreError> {
         let (ours, theirs) = (self.doc_version, new.doc_version);
-        if ours > theirs
-            || (ours == theirs && self.doc_hash == new.doc_hash && self.doc_phase >= new.doc_phase)
-        {
+        if ours > theirs || (self.is_same(new) && self.doc_phase >= new.doc_phase) {
             return Ok(if self.doc_ref() == new.doc_ref() {
                 Acceptance::There
             } else {
                 Acceptance::Newer(self.clone())
             });
         }
-        if ours == theirs && self.doc_hash != new.doc_hash {
-            return Ok(Acceptance::Conflict(self.clone()));
+        if self.is_same(new) {
+            return Ok(Acceptance::Accept { fence: false });
         }
-        let down_in = |text: &str| {
-            let document: Document = serde_json::from_str(text).map_err(|e| {
-                StoreError::Refused(format!("the document in meta is not readable: {e}"))
-            })?;
-            Ok(document
-                .shards
-                .get(&self.shard_name)
-                .map_or(0, |member| member.down_generation))
+        let (known, document) = (self.document()?, new.document()?);
+        let down_in = |document: &Document| {
+            let member = document.shards.get(&self.shard_name);
+            member.map_or(0, |member| member.down_generation)
         };
-        Ok(Acceptance::Accept {
-            fence: down_in(&new.doc)? > down_in(&self.doc)?,
-        })
+        // Whoever was declared down has no say in what happened since, and is fenced whatever it had.
+        let fence = down_in(&document) > down_in(&known);
+        if fence || document.stands_above(ours, &self.doc_hash) {
+            Ok(Acceptance::Accept { fence })
+        } else {
+            Ok(Acceptance::Conflict(self.clone()))
+        }
+    }
+
+    fn is_same(&self, other: &Meta) -> bool {
+        (self.doc_version, &self.doc_hash) == (other.doc_version, &other.doc_hash)
+    }
+
+    /// The document.
+    ///
+    /// # Errors
+    /// [`StoreError::Refused`] if it cannot be read.
+    pub fn document(&self) -> Result<Document, StoreError> {
+        serde_json::from_str(&self.doc)
+            .map_err(|e| StoreError::Refused(format!("the document in meta is not readable: {e}")))
     }
 }
 
@@ -86,7 +97,7 @@ pub enum Acceptance {
     There,
     /// It has a later one.
     Newer(Meta),
-    /// It has another of the same version.
+    /// It has one that the offered one was not made from.
     Conflict(Meta),
 }
 

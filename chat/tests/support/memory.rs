@@ -41,8 +41,36 @@ impl Line for Calm {
     }
 }
 
+/// What protects the messages, each of which a simulation can do without, to see that it notices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Guard {
+    /// A write is stored by the owner of its slot only.
+    OwnerOfWrites,
+    /// A page tells whether it comes from the owner.
+    OwnerOfPages,
+    /// An inbox tells which slots it speaks for.
+    OwnerOfInboxes,
+    /// A key is looked up before it is stored.
+    KeysOfWrites,
+    /// A copy comes in under the term it was begun with.
+    TermOfCopies,
+    /// A step is taken under the document it was decided by.
+    DocumentOfSteps,
+    /// A slot is prepared only where nothing of it is left.
+    EmptyTarget,
+    /// Only what is not owned is purged.
+    StateOfPurges,
+    /// Who was declared down owns nothing when it returns.
+    FenceOnReturn,
+    /// What is merged is looked up by key.
+    KeysOfMerges,
+    /// A merge spoils the copies that were made before.
+    TermOfMerges,
+}
+
 /// A database server.
 pub struct Server {
+    off: Option<Guard>,
     data: Mutex<Data>,
     up: AtomicBool,
     begun: Instant,
@@ -52,6 +80,7 @@ pub struct Server {
 /// Dialogs are kept by name, because that is the order in which databases have them.
 #[derive(Default)]
 struct Data {
+    off: Option<Guard>,
     meta: Option<Meta>,
     slots: Vec<(SlotRow, Timestamp)>,
     dialogs: BTreeMap<(Slot, String), (Seq, Timestamp)>,
@@ -66,8 +95,17 @@ const TURN: Duration = Duration::from_secs(5);
 
 impl Server {
     pub fn new() -> Arc<Self> {
+        Self::without(None)
+    }
+
+    /// One that has not a certain guard.
+    pub fn without(off: Option<Guard>) -> Arc<Self> {
         Arc::new(Self {
-            data: Mutex::default(),
+            off,
+            data: Mutex::new(Data {
+                off,
+                ..Data::default()
+            }),
             up: AtomicBool::new(true),
             begun: Instant::now(),
             turns: AtomicU64::new(0),
@@ -94,6 +132,18 @@ impl Server {
     pub fn rows(&self) -> Vec<SlotRow> {
         let data = self.data.lock().unwrap();
         data.slots.iter().map(|(row, _)| row.clone()).collect()
+    }
+
+    /// Who it is.
+    pub fn meta(&self) -> Option<Meta> {
+        self.data.lock().unwrap().meta.clone()
+    }
+
+    /// How far a user has read, if the dialog is here.
+    pub fn read_mark(&self, dialog: DialogId, user: UserId) -> Option<Seq> {
+        let data = self.data.lock().unwrap();
+        let place = (Slot::of(dialog), dialog.to_string(), user);
+        data.members.get(&place).map(|(read, _)| *read)
     }
 
     /// Every message there is.
@@ -149,6 +199,17 @@ impl MemoryStore {
 }
 
 impl Data {
+    fn is_off(&self, guard: Guard) -> bool {
+        self.off == Some(guard)
+    }
+
+    fn fits(&self, there: &DocRef, doc: &DocRef, step: Option<&Step>) -> Result<(), StoreError> {
+        if self.is_off(Guard::DocumentOfSteps) {
+            return Ok(());
+        }
+        fits(there, doc, step)
+    }
+
     fn check(&self, identity: &Identity) -> Result<&Meta, StoreError> {
         match &self.meta {
             Some(meta)
@@ -176,7 +237,12 @@ impl Data {
             lacking: Default::default(),
         };
         for (slot, (row, _)) in Slot::all().zip(&self.slots) {
-            match row.state {
+            let state = if self.is_off(Guard::OwnerOfInboxes) {
+                SlotState::Owner
+            } else {
+                row.state
+            };
+            match state {
                 SlotState::Owner => holding.owned.insert(slot),
                 SlotState::Sealed => holding.sealed.insert(slot),
                 SlotState::None | SlotState::Incoming | SlotState::Fenced => continue,
@@ -194,8 +260,8 @@ impl Data {
         step: &Step,
         now: Timestamp,
     ) -> Result<Result<SlotRow, Refused>, StoreError> {
-        fits(&self.check(identity)?.doc_ref(), doc, Some(step))?;
-        let holds_rows = self.heads(slot).next().is_some();
+        self.fits(&self.check(identity)?.doc_ref(), doc, Some(step))?;
+        let holds_rows = !self.is_off(Guard::EmptyTarget) && self.heads(slot).next().is_some();
         Ok(self.row(slot).after(step, holds_rows).inspect(|after| {
             let released = match step.released() {
                 None => self.slots[slot.index()].1,
@@ -254,7 +320,8 @@ impl Data {
         }
         if let Some(key) = &message.key {
             let key = (slot, name.clone(), message.author, key.clone());
-            if self.keys.contains_key(&key) {
+            let doubles = self.is_off(Guard::KeysOfWrites) || self.is_off(Guard::KeysOfMerges);
+            if self.keys.contains_key(&key) && !doubles {
                 return;
             }
             self.keys.insert(key, message.seq);
@@ -378,7 +445,13 @@ impl Store for MemoryStore {
             data.check(identity)?;
             let slots = batch
                 .iter()
-                .map(|message| (message.slot, data.row(message.slot).view()))
+                .map(|message| {
+                    let mut view = data.row(message.slot).view();
+                    if data.is_off(Guard::OwnerOfWrites) && view.state == SlotState::Sealed {
+                        view.state = SlotState::Owner;
+                    }
+                    (message.slot, view)
+                })
                 .collect();
             let heads = batch.iter().filter_map(|message| {
                 let head = data
@@ -388,7 +461,8 @@ impl Store for MemoryStore {
             });
             let keys = batch.iter().filter_map(|message| {
                 let name = (message.dialog, message.author, message.key.clone());
-                Some((name, data.key_of(message.slot, message)?))
+                let known = data.key_of(message.slot, message)?;
+                (!data.is_off(Guard::KeysOfWrites)).then_some((name, known))
             });
             let (heads, keys) = (heads.collect(), keys.collect());
             let plan = BatchPlan::new(batch, &slots, &heads, &keys, now);
@@ -458,8 +532,12 @@ impl Store for MemoryStore {
                     .collect(),
             };
             messages.sort_by_key(|message| message.seq);
+            let mut view = data.row(slot).view();
+            if data.is_off(Guard::OwnerOfPages) {
+                view.state = SlotState::Owner;
+            }
             Ok(Page {
-                slot: Some(data.row(slot).view()),
+                slot: Some(view),
                 last_seq: data
                     .dialogs
                     .get(&(slot, name))
@@ -567,7 +645,7 @@ impl Control for MemoryStore {
         self.transact(|data, _| {
             let acceptance = data.check(identity)?.offered(new)?;
             if let Acceptance::Accept { fence } = acceptance {
-                if fence {
+                if fence && !data.is_off(Guard::FenceOnReturn) {
                     for (row, _) in &mut data.slots {
                         *row = row.fenced();
                     }
@@ -594,7 +672,7 @@ impl Control for MemoryStore {
         self.transact(|data, _| {
             let there = data.check(identity)?.doc_ref();
             if let Some(doc) = doc {
-                fits(&there, doc, None)?;
+                data.fits(&there, doc, None)?;
             }
             Ok(match only {
                 Some(slot) => vec![data.row(slot).clone()],
@@ -655,8 +733,9 @@ impl Control for MemoryStore {
         part: &Part,
     ) -> Result<Result<(), Refused>, StoreError> {
         self.transact(|data, _| {
-            fits(&data.check(identity)?.doc_ref(), doc, None)?;
-            if !data.row(slot).is_incoming(from, term) {
+            data.fits(&data.check(identity)?.doc_ref(), doc, None)?;
+            let any_term = data.is_off(Guard::TermOfCopies);
+            if !any_term && !data.row(slot).is_incoming(from, term) {
                 return Ok(Err(Refused(data.row(slot).clone())));
             }
             for message in &part.messages {
@@ -685,11 +764,16 @@ impl Control for MemoryStore {
                         let name = message.dialog.to_string();
                         data.keys.get(&(slot, name, message.author, key.clone()))
                     });
+                    let stored = stored.filter(|_| !data.is_off(Guard::KeysOfMerges));
                     as_duplicate(message, stored.copied())
                 })
                 .collect();
+            let term = data.row(slot).term;
             if let Err(refused) = data.take(identity, doc, slot, &Step::MergedIn, now)? {
                 return Ok(Err(refused));
+            }
+            if data.is_off(Guard::TermOfMerges) {
+                data.slots[slot.index()].0.term = term;
             }
             for message in new {
                 data.insert(slot, message);
@@ -706,7 +790,9 @@ impl Control for MemoryStore {
         self.transact(|data, _| {
             data.check(identity)?;
             let left = |slot: &Slot| {
-                data.row(*slot).state == SlotState::None && data.heads(*slot).next().is_some()
+                let any = data.is_off(Guard::StateOfPurges);
+                (any || data.row(*slot).state == SlotState::None)
+                    && data.heads(*slot).next().is_some()
             };
             Ok(Slot::all().filter(left).collect())
         })
@@ -723,7 +809,7 @@ impl Control for MemoryStore {
         self.transact(|data, now| {
             data.check(identity)?;
             let (row, released) = &data.slots[slot.index()];
-            if row.state != SlotState::None {
+            if row.state != SlotState::None && !data.is_off(Guard::StateOfPurges) {
                 return Ok(Purged::InUse);
             }
             if released.micros() + grace.as_micros() as i64 > now.micros() {
