@@ -285,6 +285,13 @@ impl Cluster {
         self.opened().get(name).map(|(_, shard)| shard.clone())
     }
 
+    /// All of them, by name.
+    #[must_use]
+    pub fn all_opened(&self) -> Vec<Shard> {
+        let opened = self.opened();
+        opened.values().map(|(_, shard)| shard.clone()).collect()
+    }
+
     /// Goes by a document from now on.
     ///
     /// # Errors

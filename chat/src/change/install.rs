@@ -283,11 +283,20 @@ async fn check_members(cluster: &Cluster, view: &View, next: &Document) -> Resul
 /// [`NotInForce`].
 pub async fn catch_up(cluster: &Cluster) -> Result<(), NotInForce> {
     let view = cluster.view();
-    let mut metas = Vec::new();
-    for shard in &view.shards {
+    // Also those that take no part: one that is to come back may have accepted what the others have not heard of.
+    let looks = cluster.all_opened().into_iter().map(|shard| async move {
         // One that does not answer has nothing to say; a later look will tell.
-        if let Ok(Some(meta)) = stored_meta(shard).await {
-            metas.push((shard.name().to_owned(), meta));
+        let meta = stored_meta(&shard).await.ok().flatten();
+        meta.map(|meta| (shard.name().to_owned(), meta))
+    });
+    let mut metas = Vec::new();
+    for (name, meta) in futures_util::future::join_all(looks)
+        .await
+        .into_iter()
+        .flatten()
+    {
+        if meta.cluster_id == cluster.id() && meta.shard_name == name {
+            metas.push((name, meta));
         }
     }
     let found = rivals::read(metas).map_err(|e| NotInForce::Waiting(e.to_string()))?;
