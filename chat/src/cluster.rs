@@ -188,8 +188,7 @@ impl Cluster {
                     .for_each(|line| tracing::warn!(shard = %name, "{line}")),
             }
         }
-        let view = cluster.view();
-        cluster.adopt(view.doc.clone(), view.document.clone())?;
+        cluster.look_with(|view| (view.doc.clone(), view.document.clone()))?;
         cluster.refresh().await;
         Ok(cluster)
     }
@@ -216,8 +215,7 @@ impl Cluster {
             for (name, url, store) in opened {
                 self.enlist(name, url, store);
             }
-            let view = self.view();
-            self.adopt(view.doc.clone(), view.document.clone())?;
+            self.look_with(|view| (view.doc.clone(), view.document.clone()))?;
             self.refresh().await;
         }
         Ok(())
@@ -297,19 +295,24 @@ impl Cluster {
     /// # Errors
     /// It names no active shard.
     pub fn adopt(&self, doc: DocRef, document: Document) -> Result<(), StartError> {
+        self.look_with(|_| (doc, document))
+    }
+
+    /// Changes the view, under the lock that shards are opened under: neither may be lost on the other.
+    fn look_with(&self, next: impl FnOnce(&View) -> (DocRef, Document)) -> Result<(), StartError> {
+        let opened = self.opened();
+        let (doc, document) = next(&self.view());
         let shards: Vec<Shard> = document
             .live()
-            .filter_map(|name| self.opened_shard(name))
+            .filter_map(|name| opened.get(name).map(|(_, shard)| shard.clone()))
             .collect();
         let numbers: Vec<u16> = shards.iter().map(Shard::number).collect();
-        self.inner.metrics.document_version.set(doc.version as i64);
-        self.inner
-            .metrics
-            .adjudicating
-            .set(i64::from(doc.phase == Phase::Adjudicate));
-        self.inner
-            .view
-            .store(Arc::new(view_of(doc, document, shards)?));
+        let metrics = &self.inner.metrics;
+        metrics.document_version.set(doc.version as i64);
+        let judging = doc.phase == Phase::Adjudicate;
+        metrics.adjudicating.set(i64::from(judging));
+        let view = view_of(doc, document, shards)?;
+        self.inner.view.store(Arc::new(view));
         for owner in &self.inner.owners {
             let number = owner.load(Ordering::Relaxed) & !SEALED;
             if number != NOBODY && !numbers.contains(&number) {

@@ -4,6 +4,7 @@
 
 mod support;
 
+use futures_util::{StreamExt, stream};
 use support::Kind;
 use support::proxy::{Mode, Proxy};
 use support::service::{Service, Talk, check};
@@ -99,57 +100,239 @@ async fn a_shard_is_added_another_drained_and_removed_while_people_talk_on_maria
     add_drain_remove(Kind::Mariadb).await;
 }
 
-/// The instance that moves dies at a place, and another one finishes.
-async fn dies_at(place: &str, pass: u32) {
-    let mut service = Service::new(Kind::Mysql, 3, 1).await;
-    let nats = support::nats_url();
-    let healthy = [("NATS_URL", nats.as_str())];
-    let one = service.start(&healthy).await;
-    let talk = Talk::begin(&[&one], 8, 4, rand::random::<u32>().into());
-    talk.goes_on(60).await;
-    drop(one);
-    // The one with the fault comes first, and so has the turn.
-    let fault = format!("{place}=abort@{pass}");
-    let mut faulty = service
-        .start(&[("NATS_URL", nats.as_str()), ("FAULT", &fault)])
+/// What happens to the instance that is at work, at a place.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Fault {
+    /// It is killed.
+    Kill,
+    /// It stops, with all it holds, and goes on when another has finished its work.
+    Stop,
+}
+
+/// Stages that are played at once: they mostly wait.
+const AT_ONCE: usize = 3;
+
+/// The dialogs that lie where the change is.
+const PINNED: [(u64, u64); 4] = [(1, 2), (2, 4), (3, 5), (5, 6)];
+
+/// A service on which little has to move: two heavy shards, and a light one that four dialogs are pinned to. The instance with
+/// the fault is the one at work; people talk through the other, which has a file of its own.
+struct Stage {
+    service: Service,
+    faulty: support::instance::Instance,
+    other: support::instance::Instance,
+    others_file: std::path::PathBuf,
+    talk: Talk,
+    proxy: Proxy,
+}
+
+impl Stage {
+    async fn set(place: &str, pass: u32, fault: Fault, burst: u32) -> Self {
+        let mut service = Service::new(Kind::Mysql, 3, 1).await;
+        let server = std::env::var("CHAT_TEST_MYSQL").unwrap();
+        let proxy = Proxy::to(server.trim_start_matches("mysql://root@").to_owned()).await;
+        service.entries[2].url = service.databases.url_through(2, proxy.port);
+        for i in [0, 1] {
+            service.entries[i].more = "weight = 20".into();
+        }
+        service.pin(&PINNED, "shard3");
+        service.save();
+        let nats = support::nats_url();
+        let fault = match fault {
+            Fault::Kill => format!("{place}=kill@{pass}"),
+            Fault::Stop => format!("{place}=stop@{pass}"),
+        };
+        // Whoever comes first has the turn.
+        let faulty = service
+            .start(&[("NATS_URL", nats.as_str()), ("FAULT", &fault)])
+            .await;
+        until("it has the turn", async || {
+            let (_, change) = faulty.get(&format!("{}/admin/change", faulty.admin)).await;
+            (change["at_work"] == change["instance"]).then_some(())
+        })
         .await;
-    service.add(3);
-    faulty.ended().await;
-    assert!(
-        faulty.log().contains(&format!("fault place=\"{place}\"")),
-        "it died of something else:\n{}",
-        faulty.log()
-    );
-    let other = service.start(&healthy).await;
-    service.settled(&other, 2).await;
-    let fresh = Talk::begin(&[&other], 8, 4, rand::random::<u32>().into());
-    fresh.goes_on(60).await;
-    drop((talk, fresh.end().await));
-    let total = service
-        .databases
-        .total("SELECT COUNT(*) FROM slots WHERE state = 'owner'")
+        let others_file = service.file.with_extension("other.toml");
+        std::fs::copy(&service.file, &others_file).unwrap();
+        let other = support::instance::Instance::start(
+            &others_file,
+            &[&support::service::QUICK[..], &[("NATS_URL", nats.as_str())]].concat(),
+        )
         .await;
-    assert_eq!(total, 4096);
-    check(&service, &[&other], &[], &[0, 1, 2, 3]).await;
+        let talk = Talk::begin(&[&other], 6, burst, rand::random::<u32>().into());
+        talk.goes_on(60).await;
+        Self {
+            service,
+            faulty,
+            other,
+            others_file,
+            talk,
+            proxy,
+        }
+    }
+
+    /// The edit reaches the other instance too.
+    fn tell_the_other(&self) {
+        std::fs::copy(&self.service.file, &self.others_file).unwrap();
+    }
+
+    /// Waits for the fault; then the other finishes, up to `version`. One that was stopped goes on behind it.
+    async fn strikes(&mut self, place: &str, fault: Fault, version: u64) {
+        match fault {
+            Fault::Kill => drop(self.faulty.ended().await),
+            Fault::Stop => {
+                until("it is stopped", async || {
+                    self.faulty.is_stopped().then_some(())
+                })
+                .await;
+            }
+        }
+        assert!(
+            self.faulty
+                .log()
+                .contains(&format!("fault place=\"{place}\"")),
+            "something else happened to it:\n{}",
+            self.faulty.log()
+        );
+        self.tell_the_other();
+        self.talk.goes_on(30).await;
+        self.service.settled(&self.other, version).await;
+        if fault == Fault::Stop {
+            self.faulty.goes_on();
+            self.service.settled(&self.faulty, version).await;
+        }
+        self.talk.goes_on(30).await;
+    }
+
+    async fn ends(self, fault: Fault, live: &[usize]) {
+        let acknowledged = self.talk.end().await;
+        let pinned = acknowledged
+            .iter()
+            .filter(|one| PINNED.contains(&(one.from.min(one.to), one.from.max(one.to))));
+        assert!(pinned.count() > 20, "people wrote where the change was");
+        match fault {
+            Fault::Kill => check(&self.service, &[&self.other], &acknowledged, live).await,
+            Fault::Stop => {
+                let both = [&self.other, &self.faulty];
+                check(&self.service, &both, &acknowledged, live).await;
+            }
+        }
+        assert!(!self.other.log().contains("panicked") && !self.faulty.log().contains("panicked"));
+    }
+}
+
+/// A shard is added, and four dialogs go there.
+async fn while_a_shard_is_added(place: &str, pass: u32, fault: Fault) {
+    println!("{place} {fault:?}");
+    // One message at a time where some wait until the locks of whoever stopped are free: longer than a send may take, and
+    // what is refused is repeated by each for itself.
+    let burst = if fault == Fault::Kill { 4 } else { 1 };
+    let mut stage = Stage::set(place, pass, fault, burst).await;
+    stage.service.pin(&PINNED, "shard4");
+    stage.service.add(3);
+    // Whoever is to die while it puts the edit in force must be the one that does.
+    if !place.starts_with("install") {
+        stage.tell_the_other();
+    }
+    stage.strikes(place, fault, 2).await;
+    stage.ends(fault, &[0, 1, 2, 3]).await;
+}
+
+/// A dead shard is declared down, and returns.
+async fn while_a_shard_is_down_and_returns(place: &str, pass: u32, fault: Fault) {
+    println!("{place} {fault:?}");
+    // One message at a time: what is refused while the shard is dead is repeated by each for itself.
+    let mut stage = Stage::set(place, pass, fault, 1).await;
+    stage.proxy.set(Mode::Cut);
+    stage.service.pins.clear();
+    stage.service.set("shard3", "state = \"down\"");
+    if place == "merging" {
+        stage.tell_the_other();
+        stage.service.settled(&stage.other, 2).await;
+        stage.talk.goes_on(30).await;
+        stage.proxy.set(Mode::Pass);
+    } else {
+        stage.strikes(place, fault, 2).await;
+        stage.proxy.set(Mode::Pass);
+        stage.tell_the_other();
+    }
+    until("it answers again", async || {
+        (stage.other.ready().await.1["status"] == "ok").then_some(())
+    })
+    .await;
+    stage.service.set("shard3", "");
+    if place == "merging" {
+        stage.strikes(place, fault, 3).await;
+    } else {
+        stage.tell_the_other();
+        stage.service.settled(&stage.other, 3).await;
+    }
+    stage.ends(fault, &[0, 1, 2]).await;
+}
+
+/// The places of adding a shard, and how often each is passed before it strikes.
+const ADDING: [(&str, u32); 9] = [
+    ("installing", 1),
+    ("installed", 2),
+    ("prepared", 3),
+    ("copied", 3),
+    ("sealed", 3),
+    ("compared", 3),
+    ("activated", 3),
+    ("released", 3),
+    ("purging", 2),
+];
+
+/// The places of losing one and having it back.
+const LOSING: [(&str, u32); 3] = [("claimed", 3), ("judged", 1), ("merging", 3)];
+
+#[test]
+fn every_place_is_gone_through() {
+    let tested: Vec<&str> = ADDING
+        .iter()
+        .chain(&LOSING)
+        .map(|(place, _)| *place)
+        .collect();
+    assert_eq!(tested, chat::change::PLACES);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whoever_dies_at_any_place_of_a_move_is_finished_by_another() {
+async fn whoever_is_killed_at_any_place_of_a_move_is_finished_by_another() {
     let _room = ROOM.acquire().await.unwrap();
-    for (place, pass) in [
-        ("installing", 1),
-        ("installed", 1),
-        ("installed", 3),
-        ("prepared", 3),
-        ("copied", 3),
-        ("sealed", 3),
-        ("compared", 3),
-        ("activated", 3),
-        ("released", 3),
-        ("purging", 2),
-    ] {
-        dies_at(place, pass).await;
-    }
+    stream::iter(ADDING)
+        .map(|(place, pass)| while_a_shard_is_added(place, pass, Fault::Kill))
+        .buffer_unordered(AT_ONCE)
+        .collect::<()>()
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_stops_at_any_place_of_a_move_and_goes_on_later_does_no_harm() {
+    let _room = ROOM.acquire().await.unwrap();
+    stream::iter(ADDING)
+        .map(|(place, pass)| while_a_shard_is_added(place, pass, Fault::Stop))
+        .buffer_unordered(AT_ONCE)
+        .collect::<()>()
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_is_killed_while_a_shard_is_lost_or_comes_back_is_finished_by_another() {
+    let _room = ROOM.acquire().await.unwrap();
+    stream::iter(LOSING)
+        .map(|(place, pass)| while_a_shard_is_down_and_returns(place, pass, Fault::Kill))
+        .buffer_unordered(AT_ONCE)
+        .collect::<()>()
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_stops_while_a_shard_is_lost_or_comes_back_does_no_harm() {
+    let _room = ROOM.acquire().await.unwrap();
+    stream::iter(LOSING)
+        .map(|(place, pass)| while_a_shard_is_down_and_returns(place, pass, Fault::Stop))
+        .buffer_unordered(AT_ONCE)
+        .collect::<()>()
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

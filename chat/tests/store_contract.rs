@@ -13,6 +13,7 @@ use chat::store::{
     NewMessage, Part, Phase, Purged, Range, SlotSet, SlotSize, SqliteStore, StoreError, Written,
 };
 use chat::topology::{Document, Topology};
+use mysql_async::prelude::Queryable;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
@@ -1015,6 +1016,77 @@ async fn one_at_a_time_has_the_turn(kind: Kind) {
         other.take_turn().await.unwrap()
     })
     .await;
+}
+
+/// Somebody else has the lock of a slot for longer than a transaction waits: it is told as what it is, wherever in a text of
+/// several statements it happens, and repeating the transaction later helps.
+async fn a_lock_that_is_held_is_a_conflict_and_nothing_else(kind: Kind) {
+    let Pair {
+        _databases, a, doc, ..
+    } = pair(kind).await;
+    let first = message("7_42", 7, "a", "x");
+    write(&a, std::slice::from_ref(&first)).await;
+    let next = message("7_42", 7, "b", "x");
+    let step = Step::Seal {
+        owned_since: 1,
+        to: "shard2".into(),
+        term: 2,
+    };
+    let mut conn = mysql_async::Conn::from_url(_databases.url(0))
+        .await
+        .unwrap();
+    for (row, on_steps) in [
+        (format!("slots WHERE slot = {}", first.slot), true),
+        ("meta WHERE id = 1".to_owned(), true),
+        ("dialogs WHERE dialog = '7_42'".to_owned(), false),
+    ] {
+        let held = format!("START TRANSACTION; SELECT * FROM {row} FOR UPDATE");
+        conn.query_drop(held).await.unwrap();
+        let conflict =
+            |e: StoreError| assert!(matches!(e, StoreError::Conflict(_)), "{row}: {e:?}");
+        if row.starts_with("meta") {
+            // The data plane asks no document.
+        } else {
+            conflict(
+                a.write(&identity(), std::slice::from_ref(&next), false)
+                    .await
+                    .unwrap_err(),
+            );
+        }
+        if on_steps {
+            conflict(
+                a.step(&identity(), &doc, first.slot, &step)
+                    .await
+                    .unwrap_err(),
+            );
+            let other = meta_with(&document("weight = 3\n"), 2, Phase::Normal);
+            if row.starts_with("meta") {
+                conflict(a.accept(&identity(), &other).await.unwrap_err());
+                conflict(a.rows(&identity(), Some(&doc), None).await.unwrap_err());
+            }
+        }
+        conn.query_drop("ROLLBACK").await.unwrap();
+    }
+    conn.disconnect().await.unwrap();
+    assert_eq!(seqs(&write(&a, &[next]).await), [(2, false)]);
+    a.step(&identity(), &doc, first.slot, &step)
+        .await
+        .unwrap()
+        .unwrap();
+}
+
+mod held_locks {
+    use super::Kind;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn mysql() {
+        super::a_lock_that_is_held_is_a_conflict_and_nothing_else(Kind::Mysql).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn mariadb() {
+        super::a_lock_that_is_held_is_a_conflict_and_nothing_else(Kind::Mariadb).await;
+    }
 }
 
 /// Every case on every store; the name says both.

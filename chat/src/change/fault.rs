@@ -1,13 +1,13 @@
-//! Places at which a test makes the process die, or hang for a while: `CHAT_FAULT=sealed=abort@3,copied=hang@1`.
+//! Places at which a test makes the process die or stop: `CHAT_FAULT=sealed=kill@3,copied=stop@1`.
 //!
 //! Without that variable a place costs one load of a pointer. It is read once.
 
 use std::collections::HashMap;
+use std::process::Command;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
 
-/// Every place there is, in the order in which a move passes them; tests go through all of them.
+/// Every place there is, in the order in which changes pass them; tests go through all of them.
 pub const PLACES: [&str; 12] = [
     "installing",
     "installed",
@@ -23,11 +23,9 @@ pub const PLACES: [&str; 12] = [
     "merging",
 ];
 
-/// How long a hanging place hangs: longer than anybody waits for a turn.
-const HANG: Duration = Duration::from_secs(15);
-
 struct Fault {
-    abort: bool,
+    /// What it is sent: `KILL`, or `STOP` until somebody sends `CONT`.
+    signal: &'static str,
     /// Passes until it strikes.
     left: AtomicU64,
 }
@@ -40,19 +38,19 @@ fn faults() -> &'static HashMap<String, Fault> {
             let (place, what) = part.split_once('=')?;
             let (action, pass) = what.split_once('@').unwrap_or((what, "1"));
             let left = AtomicU64::new(pass.parse().ok()?);
-            let abort = match action {
-                "abort" => true,
-                "hang" => false,
+            let signal = match action {
+                "kill" => "KILL",
+                "stop" => "STOP",
                 _ => return None,
             };
-            Some((place.to_owned(), Fault { abort, left }))
+            Some((place.to_owned(), Fault { signal, left }))
         };
         text.split(',').filter_map(parse).collect()
     })
 }
 
 /// A place that is passed.
-pub async fn point(place: &'static str) {
+pub fn point(place: &'static str) {
     let Some(fault) = faults().get(place) else {
         return;
     };
@@ -64,9 +62,13 @@ pub async fn point(place: &'static str) {
         == Ok(1);
     if struck {
         tracing::warn!(place, "fault");
-        if fault.abort {
-            std::process::abort();
+        let us = std::process::id().to_string();
+        // The whole process, with every thread of it, as if the machine had lost it.
+        let sent = Command::new("kill")
+            .args(["-s", fault.signal, &us])
+            .status();
+        if let Err(e) = sent {
+            tracing::error!(place, reason = %e, "the fault could not be made");
         }
-        tokio::time::sleep(HANG).await;
     }
 }

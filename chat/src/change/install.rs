@@ -142,7 +142,7 @@ async fn install(
         doc_hash: next.hash(),
         doc: next.to_json(),
     };
-    point("installing").await;
+    point("installing");
     // First they become shards of this service, without a part in it: from then on an empty database of a shard was wiped.
     for name in next
         .live()
@@ -159,7 +159,7 @@ async fn install(
             )));
         };
         match offer(&shard, &meta).await? {
-            Acceptance::Accept { .. } | Acceptance::There => point("installed").await,
+            Acceptance::Accept { .. } | Acceptance::There => point("installed"),
             Acceptance::Newer(_) | Acceptance::Conflict(_) => return Ok(None),
         }
     }
@@ -177,7 +177,7 @@ pub async fn advance(cluster: &Cluster, view: &View, phase: Phase) -> Result<(),
     meta.doc_phase = phase;
     for shard in &view.shards {
         offer(shard, &meta).await?;
-        point("judged").await;
+        point("judged");
     }
     adopt(cluster, meta.doc_ref(), view.document.clone())
 }

@@ -63,7 +63,7 @@ pub async fn merge(
                 shard: owner.name().to_owned(),
                 refused,
             })?;
-            point("merging").await;
+            point("merging");
             if count < PART_ROWS as usize {
                 break;
             }

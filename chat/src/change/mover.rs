@@ -113,7 +113,7 @@ impl Move {
             },
         )
         .await?;
-        point("prepared").await;
+        point("prepared");
         let moved = self.copy_and_hand_over(source.term, term).await;
         if moved.is_err() {
             self.take_back(term).await;
@@ -131,7 +131,7 @@ impl Move {
                 break;
             }
         }
-        point("copied").await;
+        point("copied");
         let asked = Instant::now();
         let seal = Step::Seal {
             owned_since,
@@ -139,11 +139,11 @@ impl Move {
             term,
         };
         let sealed = self.take(&self.from, &seal).await?;
-        point("sealed").await;
+        point("sealed");
         moved.messages += self.hand_over(&sealed, term, &mut done).await?;
         // From asking for the seal on, which waits for sends that are inside.
         moved.frozen = asked.elapsed();
-        point("activated").await;
+        point("activated");
         self.take(
             &self.from,
             &Step::Release {
@@ -152,7 +152,7 @@ impl Move {
             },
         )
         .await?;
-        point("released").await;
+        point("released");
         Ok(moved)
     }
 
@@ -173,7 +173,7 @@ impl Move {
         if !same {
             return Err(NotMoved::Differs(self.slot));
         }
-        point("compared").await;
+        point("compared");
         let activate = Step::Activate {
             from: self.from.name().to_owned(),
             term,
@@ -493,11 +493,11 @@ pub async fn purge(shard: &Shard, slot: Slot, after: Duration) -> Result<u64, Sh
         match purged.await? {
             Purged::Some(rows) => {
                 gone += rows;
-                point("purging").await;
+                point("purging");
                 tokio::time::sleep(begun.elapsed()).await;
             }
             Purged::All => {
-                point("purging").await;
+                point("purging");
                 return Ok(gone);
             }
             Purged::TooEarly | Purged::InUse => return Ok(gone),

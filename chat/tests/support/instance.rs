@@ -108,6 +108,8 @@ impl Instance {
     }
 
     pub async fn get(&self, url: &str) -> (u16, serde_json::Value) {
+        // The first that is made sees to the crypto provider of this process.
+        drop(self.access());
         let response = reqwest::get(url).await.unwrap();
         (response.status().as_u16(), response.json().await.unwrap())
     }
@@ -129,6 +131,19 @@ impl Instance {
             .status()
             .unwrap();
         assert!(status.success());
+    }
+
+    /// Whether it was stopped by a signal, and has not been sent on.
+    pub fn is_stopped(&self) -> bool {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
+        stat.rsplit(") ").next().unwrap().starts_with('T')
+    }
+
+    /// SIGCONT.
+    pub fn goes_on(&self) {
+        let id = self.child.id().to_string();
+        let status = Command::new("kill").args(["-s", "CONT", &id]).status();
+        assert!(status.unwrap().success());
     }
 
     /// Waits for its end.

@@ -52,20 +52,12 @@ pub enum Guard {
     OwnerOfInboxes,
     /// A key is looked up before it is stored.
     KeysOfWrites,
-    /// A copy comes in under the term it was begun with.
-    TermOfCopies,
-    /// A step is taken under the document it was decided by.
-    DocumentOfSteps,
-    /// A slot is prepared only where nothing of it is left.
-    EmptyTarget,
     /// Only what is not owned is purged.
     StateOfPurges,
     /// Who was declared down owns nothing when it returns.
     FenceOnReturn,
     /// What is merged is looked up by key.
     KeysOfMerges,
-    /// A merge spoils the copies that were made before.
-    TermOfMerges,
 }
 
 /// A database server.
@@ -203,13 +195,6 @@ impl Data {
         self.off == Some(guard)
     }
 
-    fn fits(&self, there: &DocRef, doc: &DocRef, step: Option<&Step>) -> Result<(), StoreError> {
-        if self.is_off(Guard::DocumentOfSteps) {
-            return Ok(());
-        }
-        fits(there, doc, step)
-    }
-
     fn check(&self, identity: &Identity) -> Result<&Meta, StoreError> {
         match &self.meta {
             Some(meta)
@@ -260,8 +245,8 @@ impl Data {
         step: &Step,
         now: Timestamp,
     ) -> Result<Result<SlotRow, Refused>, StoreError> {
-        self.fits(&self.check(identity)?.doc_ref(), doc, Some(step))?;
-        let holds_rows = !self.is_off(Guard::EmptyTarget) && self.heads(slot).next().is_some();
+        fits(&self.check(identity)?.doc_ref(), doc, Some(step))?;
+        let holds_rows = self.heads(slot).next().is_some();
         Ok(self.row(slot).after(step, holds_rows).inspect(|after| {
             let released = match step.released() {
                 None => self.slots[slot.index()].1,
@@ -672,7 +657,7 @@ impl Control for MemoryStore {
         self.transact(|data, _| {
             let there = data.check(identity)?.doc_ref();
             if let Some(doc) = doc {
-                data.fits(&there, doc, None)?;
+                fits(&there, doc, None)?;
             }
             Ok(match only {
                 Some(slot) => vec![data.row(slot).clone()],
@@ -733,9 +718,8 @@ impl Control for MemoryStore {
         part: &Part,
     ) -> Result<Result<(), Refused>, StoreError> {
         self.transact(|data, _| {
-            data.fits(&data.check(identity)?.doc_ref(), doc, None)?;
-            let any_term = data.is_off(Guard::TermOfCopies);
-            if !any_term && !data.row(slot).is_incoming(from, term) {
+            fits(&data.check(identity)?.doc_ref(), doc, None)?;
+            if !data.row(slot).is_incoming(from, term) {
                 return Ok(Err(Refused(data.row(slot).clone())));
             }
             for message in &part.messages {
@@ -768,12 +752,8 @@ impl Control for MemoryStore {
                     as_duplicate(message, stored.copied())
                 })
                 .collect();
-            let term = data.row(slot).term;
             if let Err(refused) = data.take(identity, doc, slot, &Step::MergedIn, now)? {
                 return Ok(Err(refused));
-            }
-            if data.is_off(Guard::TermOfMerges) {
-                data.slots[slot.index()].0.term = term;
             }
             for message in new {
                 data.insert(slot, message);

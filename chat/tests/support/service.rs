@@ -5,7 +5,7 @@ use super::{Databases, Kind, until};
 use chat_client::{Client, ClientError};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -34,6 +34,8 @@ pub struct Service {
     pub databases: Databases,
     pub file: PathBuf,
     pub entries: Vec<Entry>,
+    /// What stands behind the shards in the file: pins.
+    pub pins: String,
 }
 
 impl Service {
@@ -46,6 +48,7 @@ impl Service {
             databases,
             file,
             entries,
+            pins: String::new(),
         };
         service.save();
         service
@@ -71,7 +74,15 @@ impl Service {
                 entry.name, entry.url, entry.more
             )
         };
-        self.entries.iter().map(entry).collect()
+        self.entries.iter().map(entry).collect::<String>() + &self.pins
+    }
+
+    /// Pins the dialogs of these pairs of users to a shard, from the next save on.
+    pub fn pin(&mut self, dialogs: &[(u64, u64)], shard: &str) {
+        self.pins = dialogs
+            .iter()
+            .map(|(low, high)| format!("[[pin]]\ndialog = \"{low}_{high}\"\nshard = \"{shard}\"\n"))
+            .collect();
     }
 
     /// Saves as an editor does: a new file, renamed over the old one.
@@ -129,10 +140,11 @@ impl Service {
                     .sum()
             };
             let in_force =
-                change["version"].as_u64() == Some(version) && change["phase"] == "normal";
+                change["version"].as_u64() >= Some(version) && change["phase"] == "normal";
             let work = &change["work"];
-            let at_rest =
-                work["stage"] == "idle" && work["version"] == version && work["slots_left"] == 0;
+            let at_rest = work["stage"] == "idle"
+                && work["version"] == change["version"]
+                && work["slots_left"] == 0;
             let left = ["sealed", "incoming", "fenced", "to_purge"].map(number);
             if in_force && at_rest && number("owner") == 4096 && left == [0; 4] {
                 return;
@@ -190,7 +202,6 @@ pub struct Talk {
     stop: Arc<AtomicBool>,
     writers: Vec<JoinHandle<()>>,
     pub log: Arc<Mutex<Vec<Acknowledged>>>,
-    pub slowest: Arc<Mutex<Duration>>,
 }
 
 impl Talk {
@@ -201,34 +212,28 @@ impl Talk {
             stop: Arc::default(),
             writers: Vec::new(),
             log: Arc::default(),
-            slowest: Arc::default(),
         };
         let writers = (0..pairs).map(|n| {
             let (client, mut events) =
                 Client::start(instances[n as usize % instances.len()].access(), 1 + n);
             tokio::spawn(async move { while events.recv().await.is_some() {} });
-            let (stop, log, slowest) = (talk.stop.clone(), talk.log.clone(), talk.slowest.clone());
+            let (stop, log) = (talk.stop.clone(), talk.log.clone());
             let mut chance = StdRng::seed_from_u64(seed + n);
             tokio::spawn(async move {
                 let mut number = 0;
                 while !stop.load(Ordering::Relaxed) {
                     // Several at once into one dialog: their order must be kept.
                     let to = 1 + (n + chance.random_range(1..4)) % (pairs + 3);
-                    let begun = Instant::now();
                     let burst: Vec<(String, String)> = (0..chance.random_range(1..=burst))
                         .map(|_| {
                             number += 1;
-                            (format!("k{number}"), format!("{n} says {number}"))
+                            (format!("{seed:x}.{number}"), format!("{n} says {number}"))
                         })
                         .collect();
                     let sends = burst
                         .iter()
                         .map(|(key, text)| client.send(to, key.clone(), text.clone()));
                     let answers = futures_util::future::join_all(sends).await;
-                    {
-                        let mut slowest = slowest.lock().unwrap();
-                        *slowest = begun.elapsed().max(*slowest);
-                    }
                     for ((key, text), answer) in burst.into_iter().zip(answers) {
                         match answer {
                             Ok(sent) => log.lock().unwrap().push(Acknowledged {
@@ -354,7 +359,7 @@ pub async fn check(
             .unwrap();
         assert_eq!(again.seq, one.seq, "a repeat of {one:?}");
     }
-    let (mut owned, mut seen) = (0, BTreeSet::new());
+    let mut owned = 0;
     for i in live {
         owned += service
             .databases
@@ -380,8 +385,6 @@ pub async fn check(
                 "{table} where they do not belong"
             );
         }
-        seen.insert(*i);
     }
     assert_eq!(owned, 4096, "every slot is owned once");
-    assert_eq!(seen.len(), live.len());
 }

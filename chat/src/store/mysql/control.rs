@@ -25,7 +25,7 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 /// How long the server keeps the turn of an instance that vanished without a word, in seconds.
-const TURN_SECONDS: u32 = 5;
+const TURN_SECONDS: u32 = 3;
 
 #[async_trait]
 impl Control for MysqlStore {

@@ -42,11 +42,11 @@ pub struct MysqlStore {
 const SETUP: [&str; 2] = [
     "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED",
     "SET SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION', time_zone = '+00:00', innodb_lock_wait_timeout = 1, \
-     wait_timeout = 20, eq_range_index_dive_limit = 1 /*M! , idle_transaction_timeout = 5 */",
+     wait_timeout = 10, eq_range_index_dive_limit = 1 /*M! , idle_transaction_timeout = 5 */",
 ];
 
 /// Below `wait_timeout`, so that a connection is closed by us and not under us.
-const IDLE_LIMIT: Duration = Duration::from_secs(10);
+const IDLE_LIMIT: Duration = Duration::from_secs(5);
 
 /// A transaction that an earlier user of the connection left open ends here; `START TRANSACTION` alone would commit it.
 const BEGIN: &str = "ROLLBACK; START TRANSACTION; ";
@@ -823,6 +823,8 @@ async fn result_sets(conn: &mut Conn, sql: String) -> Result<Vec<Vec<Row>>, Stor
     loop {
         sets.push(result.collect::<Row>().await.map_err(classify)?);
         if result.is_empty() {
+            // The driver keeps the error of a later statement to itself until it is asked.
+            result.drop_result().await.map_err(classify)?;
             return Ok(sets);
         }
     }
