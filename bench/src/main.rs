@@ -1,10 +1,12 @@
 //! What the service is measured against, each in its plainest form: `bench/saturation` and `bench/idle` run these beside it.
 
 mod echo;
+mod huge;
 mod idle;
 mod plain;
 mod prove;
 mod saturate;
+mod service;
 
 use clap::Parser;
 
@@ -24,6 +26,8 @@ enum Cli {
     Saturate(saturate::Options),
     /// Changes the set of shards under load, kills processes, and proves that nothing went wrong.
     Prove(prove::Options),
+    /// Moves a slot with one very long dialog while it is written to and read to its first message.
+    Huge(huge::Options),
 }
 
 #[actix_web::main]
@@ -34,5 +38,6 @@ async fn main() -> anyhow::Result<()> {
         Cli::Idle(options) => idle::run(options).await,
         Cli::Saturate(options) => saturate::run(options).await,
         Cli::Prove(options) => prove::run(options).await,
+        Cli::Huge(options) => huge::run(options).await,
     }
 }

@@ -2,15 +2,13 @@
 //! while processes are killed in the middle of it. Afterwards everything is compared with what was acknowledged: through every
 //! instance, for both users, and straight in the shards' tables; and every key is sent once more.
 
+use crate::service::Service;
 use anyhow::{Context, bail, ensure};
-use chat_client::{Access, Api, Client, ClientError, Event, TokenSource};
+use chat_client::{Access, Api, Client, ClientError, Event};
 use clap::{Args, ValueEnum};
 use futures_util::{StreamExt, TryStreamExt, stream};
-use mysql_async::prelude::Queryable;
-use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -26,6 +24,9 @@ enum Scenario {
 
 #[derive(Args)]
 pub struct Options {
+    /// The server.
+    #[arg(long, default_value = "target/release/chat")]
+    chat: PathBuf,
     /// What happens to the shards.
     #[arg(long, value_enum, default_value_t = Scenario::Change)]
     scenario: Scenario,
@@ -54,8 +55,6 @@ pub struct Options {
     #[arg(long, default_value_t = 1)]
     seed: u64,
 }
-
-const SECRET: &str = "a secret for this machine only, 32 bytes and more";
 
 /// A message that was acknowledged.
 #[derive(Clone)]
@@ -98,242 +97,17 @@ impl Chance {
     }
 }
 
-/// Five databases, a bus, two instances.
-struct Service {
-    options: Arc<Options>,
-    instances: Vec<Option<Child>>,
-    /// While these lasted, something was dead: (what, from, until).
-    outages: Vec<(String, Instant, Instant)>,
-}
-
-impl Service {
-    fn servers(command: &[&str]) -> anyhow::Result<()> {
-        let status = Command::new("dev/servers")
-            .args(command)
-            .status()
-            .context("dev/servers")?;
-        ensure!(status.success(), "dev/servers {command:?} failed");
-        Ok(())
-    }
-
-    fn dir(&self, name: &str) -> String {
-        self.options.dir.join(name).display().to_string()
-    }
-
-    fn shard_port(&self, n: u16) -> u16 {
-        self.options.port + 10 + n
-    }
-
-    fn database(&self, n: u16) -> String {
-        format!("mysql://root@127.0.0.1:{}/chat", self.shard_port(n))
-    }
-
-    fn url(&self, i: u16) -> String {
-        format!("http://127.0.0.1:{}", self.options.port + i)
-    }
-
-    fn admin(&self, i: u16) -> String {
-        format!("http://127.0.0.1:{}", self.options.port + 5 + i)
-    }
-
-    fn access(&self, i: u16) -> Access {
-        Access::new(&self.url(i), TokenSource::Secret(SECRET.to_owned()))
-    }
-
-    /// Saves the file as an editor does, by renaming. `shards` are numbers and what else is said of them.
-    fn save(&self, shards: &[(u16, &str)]) -> anyhow::Result<()> {
-        let entry = |(n, more): &(u16, &str)| {
-            format!(
-                "[[shard]]\nname = \"shard{n}\"\nurl = \"{}\"\n{more}\n",
-                self.database(*n)
-            )
-        };
-        let text: String = shards.iter().map(entry).collect();
-        let file = self.options.dir.join("shards.toml");
-        std::fs::write(file.with_extension("new"), text)?;
-        Ok(std::fs::rename(file.with_extension("new"), file)?)
-    }
-
-    async fn start_instance(&mut self, i: u16, fault: &str) -> anyhow::Result<()> {
-        let log = std::fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(self.options.dir.join(format!("instance{i}.log")))?;
-        let child = Command::new("target/release/chat")
-            .arg("serve")
-            .env("CHAT__LISTEN", self.url(i).trim_start_matches("http://"))
-            .env(
-                "CHAT__ADMIN_LISTEN",
-                self.admin(i).trim_start_matches("http://"),
-            )
-            .env("CHAT__SHARDS_FILE", self.options.dir.join("shards.toml"))
-            .env(
-                "CHAT__NATS_URL",
-                format!("nats://127.0.0.1:{}", self.options.port + 9),
-            )
-            .env("CHAT__AUTH__SECRET", SECRET)
-            .env("CHAT__LIMITS__CONNECTIONS_PER_IP", "100000")
-            .env("CHAT__LIMITS__SENDS_PER_SECOND", "100000")
-            .env("CHAT__LIMITS__SENDS_BURST", "100000")
-            .env("CHAT__LIMITS__FRAMES_PER_SECOND", "100000")
-            .env("CHAT__CHANGE__PURGE_AFTER_MS", "3000")
-            .env("CHAT_FAULT", fault)
-            .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()?;
-        self.instances[usize::from(i)] = Some(child);
-        for _ in 0..600 {
-            if reqwest::get(format!("{}/readyz", self.url(i)))
-                .await
-                .is_ok_and(|answer| answer.status().is_success())
-            {
-                return Ok(());
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-        bail!("instance {i} does not get ready; see its log")
-    }
-
-    /// Looks whether an instance has died; starts it again with the next fault.
-    async fn revive(&mut self, faults: &mut Vec<&'static str>) -> anyhow::Result<()> {
-        for i in 0..2u16 {
-            let died = match &mut self.instances[usize::from(i)] {
-                Some(child) => child.try_wait()?.is_some(),
-                None => false,
-            };
-            if died {
-                let at = Instant::now();
-                let fault = faults.pop().unwrap_or("");
-                tokio::time::sleep(Duration::from_secs(1)).await;
-                self.start_instance(i, fault).await?;
-                self.outage(&format!("instance {i}"), at);
-            }
-        }
-        Ok(())
-    }
-
-    async fn status(&self) -> anyhow::Result<Value> {
-        for i in 0..2 {
-            if let Ok(answer) = reqwest::get(format!("{}/admin/change", self.admin(i))).await {
-                return Ok(answer.json().await?);
-            }
-        }
-        Ok(Value::Null)
-    }
-
-    async fn slots(&self) -> anyhow::Result<BTreeMap<String, (u64, u64)>> {
-        for i in 0..2 {
-            if let Ok(answer) = reqwest::get(format!("{}/admin/slots", self.admin(i))).await {
-                let answer: Value = answer.json().await?;
-                let shards = answer["shards"].as_array().context("no shards")?;
-                let number =
-                    |shard: &Value, field: &str| shard[field].as_u64().unwrap_or(u64::MAX / 8);
-                return Ok(shards
-                    .iter()
-                    .filter(|shard| shard["reason"] != "declared down")
-                    .map(|shard| {
-                        let name = shard["name"].as_str().unwrap_or_default().to_owned();
-                        let unfinished = number(shard, "sealed")
-                            + number(shard, "incoming")
-                            + number(shard, "fenced")
-                            + number(shard, "to_purge");
-                        (name, (number(shard, "owner"), unfinished))
-                    })
-                    .collect());
-            }
-        }
-        bail!("no instance answers")
-    }
-
-    /// Waits until the document of `version` is carried out, reviving what dies meanwhile.
-    async fn carried_out(
-        &mut self,
-        version: u64,
-        faults: &mut Vec<&'static str>,
-    ) -> anyhow::Result<()> {
-        let begun = Instant::now();
-        loop {
-            self.revive(faults).await?;
-            let status = self.status().await?;
-            if status["version"] == version
-                && status["work"]["stage"] == "idle"
-                && status["work"]["version"] == version
-            {
-                let slots = self.slots().await?;
-                let (owned, unfinished) = slots
-                    .values()
-                    .fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
-                if owned == 4096 && unfinished == 0 {
-                    println!(
-                        "{:>6.1} s  version {version} is carried out; slots took no writes for {}",
-                        begun.elapsed().as_secs_f64(),
-                        status["work"]["freeze_ms"]
-                    );
-                    return Ok(());
-                }
-            }
-            ensure!(
-                begun.elapsed() < Duration::from_secs(120),
-                "version {version} is not carried out: {status}"
-            );
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-    }
-
-    fn start_shard(&self, n: u16) -> anyhow::Result<()> {
-        let port = self.shard_port(n).to_string();
-        Self::servers(&["mysql", &self.dir(&format!("shard{n}")), &port])
-    }
-
-    /// Something was dead from `since` until now; those who noticed come back with a pause that grows to some seconds.
-    fn outage(&mut self, what: &str, since: Instant) {
-        let since = since - Duration::from_millis(300);
-        let until = Instant::now() + Duration::from_secs(6);
-        self.outages.push((what.to_owned(), since, until));
-    }
-
-    async fn number(&self, shard: u16, sql: &str) -> anyhow::Result<u64> {
-        let mut conn = mysql_async::Conn::from_url(self.database(shard)).await?;
-        let number: Option<u64> = conn.query_first(sql).await?;
-        conn.disconnect().await?;
-        number.context("no number")
-    }
-
-    fn stop(&mut self) {
-        for child in self.instances.iter_mut().flatten() {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-        for name in ["shard1", "shard2", "shard3", "shard4", "shard5", "nats"] {
-            let _ = Self::servers(&["kill", &self.dir(name)]);
-        }
-    }
-}
-
 pub async fn run(options: Options) -> anyhow::Result<()> {
     std::fs::create_dir_all(&options.dir)?;
     let options = Arc::new(options);
-    let mut service = Service {
-        options: options.clone(),
-        instances: vec![None, None],
-        outages: Vec::new(),
-    };
-    // Its making chooses the TLS of this process, which every other request needs.
-    drop(service.access(0));
+    let mut service = Service::new(options.chat.clone(), options.dir.clone(), options.port);
     let proved = prove(&mut service, &options).await;
     service.stop();
     proved
 }
 
 async fn prove(service: &mut Service, options: &Arc<Options>) -> anyhow::Result<()> {
-    for n in 1..=5 {
-        service.start_shard(n)?;
-    }
-    Service::servers(&[
-        "nats",
-        &service.dir("nats"),
-        &(options.port + 9).to_string(),
-    ])?;
+    service.start_servers()?;
     service.save(&[(1, ""), (2, ""), (3, ""), (4, "")])?;
     let faults = match options.scenario {
         // Whoever moves dies while copying, then whoever goes on dies with a slot sealed, then one dies while purging.
@@ -373,8 +147,8 @@ async fn prove(service: &mut Service, options: &Arc<Options>) -> anyhow::Result<
     ));
     let mut faults = vec!["", "purging=kill@20"];
     let told = match options.scenario {
-        Scenario::Change => change(service, &log, begun, &mut faults).await?,
-        Scenario::Lose => lose(service, &log, begun).await?,
+        Scenario::Change => change(service, &log, begun, options.seconds, &mut faults).await?,
+        Scenario::Lose => lose(service, &log, begun, options.seconds).await?,
     };
     while !talk.is_finished() {
         service.revive(&mut faults).await?;
@@ -399,9 +173,9 @@ async fn change(
     service: &mut Service,
     log: &Log,
     begun: Instant,
+    seconds: u64,
     faults: &mut Vec<&'static str>,
 ) -> anyhow::Result<Told> {
-    let seconds = service.options.seconds;
     let at = |seconds: u64| tokio::time::sleep_until((begun + Duration::from_secs(seconds)).into());
     at(seconds / 9).await;
     let change_begun = Instant::now();
@@ -465,8 +239,12 @@ async fn gaps(service: &Service, log: &Log) -> anyhow::Result<(usize, usize)> {
     Ok((pages, inboxes))
 }
 
-async fn lose(service: &mut Service, log: &Log, begun: Instant) -> anyhow::Result<Told> {
-    let seconds = service.options.seconds;
+async fn lose(
+    service: &mut Service,
+    log: &Log,
+    begun: Instant,
+    seconds: u64,
+) -> anyhow::Result<Told> {
     let at = |seconds: u64| tokio::time::sleep_until((begun + Duration::from_secs(seconds)).into());
     let (mut lines, mut none) = (Vec::new(), Vec::new());
     let mut version = 1;

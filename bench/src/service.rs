@@ -1,0 +1,253 @@
+//! A service to prove things on: five MySQL servers, NATS, and two instances as processes of their own.
+
+use anyhow::{Context, bail, ensure};
+use chat_client::{Access, TokenSource};
+use mysql_async::prelude::Queryable;
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+const SECRET: &str = "a secret for this machine only, 32 bytes and more";
+
+/// Five databases, a bus, two instances.
+pub struct Service {
+    chat: PathBuf,
+    dir: PathBuf,
+    port: u16,
+    instances: Vec<Option<Child>>,
+    /// While these lasted, something was dead: (what, from, until).
+    pub outages: Vec<(String, Instant, Instant)>,
+}
+
+impl Service {
+    /// Nothing of it runs yet. `chat` is the server's program, `port` is the first of some dozens.
+    pub fn new(chat: PathBuf, dir: PathBuf, port: u16) -> Self {
+        let service = Self {
+            chat,
+            dir,
+            port,
+            instances: vec![None, None],
+            outages: Vec::new(),
+        };
+        // Its making chooses the TLS of this process, which every other request needs.
+        drop(service.access(0));
+        service
+    }
+
+    /// Five databases and the bus.
+    pub fn start_servers(&self) -> anyhow::Result<()> {
+        for n in 1..=5 {
+            self.start_shard(n)?;
+        }
+        Self::servers(&["nats", &self.dir("nats"), &(self.port + 9).to_string()])
+    }
+
+    pub fn servers(command: &[&str]) -> anyhow::Result<()> {
+        let status = Command::new("dev/servers")
+            .args(command)
+            .status()
+            .context("dev/servers")?;
+        ensure!(status.success(), "dev/servers {command:?} failed");
+        Ok(())
+    }
+
+    pub fn dir(&self, name: &str) -> String {
+        self.dir.join(name).display().to_string()
+    }
+
+    pub fn shard_port(&self, n: u16) -> u16 {
+        self.port + 10 + n
+    }
+
+    pub fn database(&self, n: u16) -> String {
+        format!("mysql://root@127.0.0.1:{}/chat", self.shard_port(n))
+    }
+
+    pub fn url(&self, i: u16) -> String {
+        format!("http://127.0.0.1:{}", self.port + i)
+    }
+
+    pub fn admin(&self, i: u16) -> String {
+        format!("http://127.0.0.1:{}", self.port + 5 + i)
+    }
+
+    pub fn access(&self, i: u16) -> Access {
+        Access::new(&self.url(i), TokenSource::Secret(SECRET.to_owned()))
+    }
+
+    /// Saves the file as an editor does, by renaming. `shards` are numbers and what else is said of them.
+    pub fn save(&self, shards: &[(u16, &str)]) -> anyhow::Result<()> {
+        self.save_with(shards, "")
+    }
+
+    /// As [`Service::save`], with `more` behind the shards.
+    pub fn save_with(&self, shards: &[(u16, &str)], more: &str) -> anyhow::Result<()> {
+        let entry = |(n, more): &(u16, &str)| {
+            format!(
+                "[[shard]]\nname = \"shard{n}\"\nurl = \"{}\"\n{more}\n",
+                self.database(*n)
+            )
+        };
+        let text: String = shards.iter().map(entry).collect::<String>() + more;
+        let file = self.dir.join("shards.toml");
+        std::fs::write(file.with_extension("new"), text)?;
+        Ok(std::fs::rename(file.with_extension("new"), file)?)
+    }
+
+    pub async fn start_instance(&mut self, i: u16, fault: &str) -> anyhow::Result<()> {
+        let log = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.dir.join(format!("instance{i}.log")))?;
+        let child = Command::new(&self.chat)
+            .arg("serve")
+            .env("CHAT__LISTEN", self.url(i).trim_start_matches("http://"))
+            .env(
+                "CHAT__ADMIN_LISTEN",
+                self.admin(i).trim_start_matches("http://"),
+            )
+            .env("CHAT__SHARDS_FILE", self.dir.join("shards.toml"))
+            .env(
+                "CHAT__NATS_URL",
+                format!("nats://127.0.0.1:{}", self.port + 9),
+            )
+            .env("CHAT__AUTH__SECRET", SECRET)
+            .env("CHAT__LIMITS__CONNECTIONS_PER_IP", "100000")
+            .env("CHAT__LIMITS__SENDS_PER_SECOND", "100000")
+            .env("CHAT__LIMITS__SENDS_BURST", "100000")
+            .env("CHAT__LIMITS__FRAMES_PER_SECOND", "100000")
+            .env("CHAT__CHANGE__PURGE_AFTER_MS", "3000")
+            .env("CHAT_FAULT", fault)
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()?;
+        self.instances[usize::from(i)] = Some(child);
+        for _ in 0..600 {
+            if reqwest::get(format!("{}/readyz", self.url(i)))
+                .await
+                .is_ok_and(|answer| answer.status().is_success())
+            {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        bail!("instance {i} does not get ready; see its log")
+    }
+
+    /// Looks whether an instance has died; starts it again with the next fault.
+    pub async fn revive(&mut self, faults: &mut Vec<&'static str>) -> anyhow::Result<()> {
+        for i in 0..2u16 {
+            let died = match &mut self.instances[usize::from(i)] {
+                Some(child) => child.try_wait()?.is_some(),
+                None => false,
+            };
+            if died {
+                let at = Instant::now();
+                let fault = faults.pop().unwrap_or("");
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                self.start_instance(i, fault).await?;
+                self.outage(&format!("instance {i}"), at);
+            }
+        }
+        Ok(())
+    }
+
+    pub async fn status(&self) -> anyhow::Result<Value> {
+        for i in 0..2 {
+            if let Ok(answer) = reqwest::get(format!("{}/admin/change", self.admin(i))).await {
+                return Ok(answer.json().await?);
+            }
+        }
+        Ok(Value::Null)
+    }
+
+    pub async fn slots(&self) -> anyhow::Result<BTreeMap<String, (u64, u64)>> {
+        for i in 0..2 {
+            if let Ok(answer) = reqwest::get(format!("{}/admin/slots", self.admin(i))).await {
+                let answer: Value = answer.json().await?;
+                let shards = answer["shards"].as_array().context("no shards")?;
+                let number =
+                    |shard: &Value, field: &str| shard[field].as_u64().unwrap_or(u64::MAX / 8);
+                return Ok(shards
+                    .iter()
+                    .filter(|shard| shard["reason"] != "declared down")
+                    .map(|shard| {
+                        let name = shard["name"].as_str().unwrap_or_default().to_owned();
+                        let unfinished = number(shard, "sealed")
+                            + number(shard, "incoming")
+                            + number(shard, "fenced")
+                            + number(shard, "to_purge");
+                        (name, (number(shard, "owner"), unfinished))
+                    })
+                    .collect());
+            }
+        }
+        bail!("no instance answers")
+    }
+
+    /// Waits until the document of `version` is carried out, reviving what dies meanwhile.
+    pub async fn carried_out(
+        &mut self,
+        version: u64,
+        faults: &mut Vec<&'static str>,
+    ) -> anyhow::Result<()> {
+        let begun = Instant::now();
+        loop {
+            self.revive(faults).await?;
+            let status = self.status().await?;
+            if status["version"] == version
+                && status["work"]["stage"] == "idle"
+                && status["work"]["version"] == version
+            {
+                let slots = self.slots().await?;
+                let (owned, unfinished) = slots
+                    .values()
+                    .fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
+                if owned == 4096 && unfinished == 0 {
+                    println!(
+                        "{:>6.1} s  version {version} is carried out; slots took no writes for {}",
+                        begun.elapsed().as_secs_f64(),
+                        status["work"]["freeze_ms"]
+                    );
+                    return Ok(());
+                }
+            }
+            ensure!(
+                begun.elapsed() < Duration::from_secs(120),
+                "version {version} is not carried out: {status}"
+            );
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    pub fn start_shard(&self, n: u16) -> anyhow::Result<()> {
+        let port = self.shard_port(n).to_string();
+        Self::servers(&["mysql", &self.dir(&format!("shard{n}")), &port])
+    }
+
+    /// Something was dead from `since` until now; those who noticed come back with a pause that grows to some seconds.
+    pub fn outage(&mut self, what: &str, since: Instant) {
+        let since = since - Duration::from_millis(300);
+        let until = Instant::now() + Duration::from_secs(6);
+        self.outages.push((what.to_owned(), since, until));
+    }
+
+    pub async fn number(&self, shard: u16, sql: &str) -> anyhow::Result<u64> {
+        let mut conn = mysql_async::Conn::from_url(self.database(shard)).await?;
+        let number: Option<u64> = conn.query_first(sql).await?;
+        conn.disconnect().await?;
+        number.context("no number")
+    }
+
+    pub fn stop(&mut self) {
+        for child in self.instances.iter_mut().flatten() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        for name in ["shard1", "shard2", "shard3", "shard4", "shard5", "nats"] {
+            let _ = Self::servers(&["kill", &self.dir(name)]);
+        }
+    }
+}
