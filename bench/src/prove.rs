@@ -161,8 +161,8 @@ async fn prove(service: &mut Service, options: &Arc<Options>) -> anyhow::Result<
 
 /// What a scenario tells the report.
 struct Told {
-    /// When the shards were changing.
-    during: (Instant, Instant),
+    /// When the shards were changing, each time.
+    during: Vec<(Instant, Instant)>,
     /// The shards that hold everything in the end, and one that must be empty.
     live: Vec<u16>,
     empty: Option<u16>,
@@ -178,11 +178,13 @@ async fn change(
 ) -> anyhow::Result<Told> {
     let at = |seconds: u64| tokio::time::sleep_until((begun + Duration::from_secs(seconds)).into());
     at(seconds / 9).await;
-    let change_begun = Instant::now();
+    let mut during = Vec::new();
     println!("shard5 is added");
     let before = service.slots().await?;
+    let edited = Instant::now();
     service.save(&[(1, ""), (2, ""), (3, ""), (4, ""), (5, "")])?;
     service.carried_out(2, faults).await?;
+    during.push((edited, Instant::now()));
     let after = service.slots().await?;
     let moved = after["shard5"].0;
     let between_old: i64 = ["shard1", "shard2", "shard3", "shard4"]
@@ -193,6 +195,7 @@ async fn change(
 
     at(seconds * 4 / 9).await;
     println!("shard2 is drained, and shard3 killed");
+    let edited = Instant::now();
     service.save(&[
         (1, ""),
         (2, "state = \"draining\""),
@@ -207,12 +210,15 @@ async fn change(
     service.start_shard(3)?;
     service.outage("shard3", killed);
     service.carried_out(3, faults).await?;
+    during.push((edited, Instant::now()));
     repeat_all(service, log, "after shard2 was drained").await?;
     println!("shard2 is removed");
+    let edited = Instant::now();
     service.save(&[(1, ""), (3, ""), (4, ""), (5, "")])?;
     service.carried_out(4, faults).await?;
+    during.push((edited, Instant::now()));
     Ok(Told {
-        during: (change_begun, Instant::now()),
+        during,
         live: vec![1, 3, 4, 5],
         empty: Some(2),
         lines: vec![format!(
@@ -249,7 +255,6 @@ async fn lose(
     let (mut lines, mut none) = (Vec::new(), Vec::new());
     let mut version = 1;
     at(seconds / 9).await;
-    let change_begun = Instant::now();
     for (n, dies) in [(3u16, true), (4, false)] {
         let name = format!("shard{n}");
         if dies {
@@ -321,7 +326,7 @@ async fn lose(
         service.outage(&name, edited - Duration::from_secs(5));
     }
     Ok(Told {
-        during: (change_begun, Instant::now()),
+        during: Vec::new(),
         live: vec![1, 2, 3, 4],
         empty: None,
         lines,
@@ -530,10 +535,11 @@ async fn report(service: &Service, options: &Options, log: &Log, told: Told) -> 
             .map(|one| one.took.as_secs_f64() * 1000.0)
             .collect()
     };
-    let before = millis(&|one| one.planned + one.took < told.during.0);
+    let first = told.during.first().map(|(from, _)| *from);
+    let before = millis(&|one| first.is_none_or(|first| one.planned + one.took < first));
     let during = millis(&|one| {
-        one.planned > told.during.0
-            && one.planned < told.during.1
+        let mut during = told.during.iter();
+        during.any(|(from, to)| one.planned > *from && one.planned < *to)
             && quiet(one.planned, one.planned + one.took)
     });
     let slowest = percentile(during.clone(), 1.0);

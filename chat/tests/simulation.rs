@@ -17,7 +17,7 @@ use async_trait::async_trait;
 use chat::bus::LocalBus;
 use chat::chance;
 use chat::change::Change;
-use chat::change::file::Source;
+use chat::change::file::{FileState, Source};
 use chat::cluster::{Cluster, Founding, Open, StartError};
 use chat::config::Settings;
 use chat::dialog::{DialogId, Seq, UserId};
@@ -194,7 +194,7 @@ impl FileText {
 struct Node {
     process: Arc<Process>,
     messages: Messages,
-    _change: Change,
+    change: Change,
 }
 
 /// A send that was acknowledged.
@@ -391,7 +391,7 @@ impl World {
                     self.nodes.borrow_mut()[i] = Some(Rc::new(Node {
                         process,
                         messages,
-                        _change: change,
+                        change,
                     }));
                     return;
                 }
@@ -409,6 +409,10 @@ impl World {
             }
             sleep(Duration::from_secs(1)).await;
         }
+    }
+
+    fn node_at(&self, i: usize) -> Rc<Node> {
+        self.nodes.borrow()[i].clone().unwrap()
     }
 
     fn node(&self) -> Option<Rc<Node>> {
@@ -1023,6 +1027,46 @@ fn whatever_goes_wrong_everything_is_there_once_and_in_order_in_the_end() {
     });
     let failed = failed.into_inner().unwrap();
     assert!(failed.is_empty(), "failed: CHAT_SIMULATE={failed:?}");
+}
+
+/// A file is cut off anywhere, as by a full disk: nothing changes, and in one line it is told why.
+#[test]
+fn no_prefix_of_a_file_changes_anything() {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .start_paused(true)
+        .build()
+        .unwrap();
+    runtime.block_on(LocalSet::new().run_until(async {
+        let world = World::new(1, None);
+        world.trouble.set(false);
+        let whole: String = (1..=4)
+            .map(|n| format!("[[shard]]\nname = \"shard{n}\"\nurl = \"sqlite:shard{n}\"\n"))
+            .collect();
+        *world.files[0].lock().unwrap() = whole.clone();
+        world.start(0).await;
+        let node = world.node_at(0);
+        let mut answers = BTreeSet::new();
+        for cut in 0..whole.trim_end().len() {
+            whole[..cut].clone_into(&mut world.files[0].lock().unwrap());
+            // Longer than it takes to be seen: the clock jumps.
+            sleep(Duration::from_secs(2)).await;
+            let status = node.change.status();
+            assert_eq!(status.version, 1, "after {cut} bytes");
+            let FileState::Refused(what) = status.file else {
+                panic!("after {cut} bytes: {:?}", status.file);
+            };
+            assert!(!what.is_empty() && !what.contains('\n'), "{what}");
+            answers.insert((cut, what));
+        }
+        let said = |what: &str| answers.iter().any(|(_, answer)| answer.contains(what));
+        assert!(
+            said("is gone from the file but active") && said("no active shard") && said("line ")
+        );
+        *world.files[0].lock().unwrap() = whole;
+        sleep(Duration::from_secs(3)).await;
+        assert_eq!(node.change.status().file, FileState::InForce);
+    }));
 }
 
 /// With a guard turned off, something goes wrong before long: the check can fail, and the guard is needed.
