@@ -20,6 +20,8 @@ enum Scenario {
     Change,
     /// One dies, is declared down, and returns; another is declared down although it is alive, and returns.
     Lose,
+    /// Their servers are stopped for 20 seconds, made read-only, and left with eight connections, one after the other.
+    Hurt,
 }
 
 #[derive(Args)]
@@ -112,7 +114,7 @@ async fn prove(service: &mut Service, options: &Arc<Options>) -> anyhow::Result<
     let faults = match options.scenario {
         // Whoever moves dies while copying, then whoever goes on dies with a slot sealed, then one dies while purging.
         Scenario::Change => ["copied=kill@80", "sealed=kill@80"],
-        Scenario::Lose => ["", ""],
+        Scenario::Lose | Scenario::Hurt => ["", ""],
     };
     service.start_instance(0, faults[0]).await?;
     service.start_instance(1, faults[1]).await?;
@@ -149,6 +151,7 @@ async fn prove(service: &mut Service, options: &Arc<Options>) -> anyhow::Result<
     let told = match options.scenario {
         Scenario::Change => change(service, &log, begun, options.seconds, &mut faults).await?,
         Scenario::Lose => lose(service, &log, begun, options.seconds).await?,
+        Scenario::Hurt => hurt(service, &log, begun, options.seconds).await?,
     };
     while !talk.is_finished() {
         service.revive(&mut faults).await?;
@@ -243,6 +246,92 @@ async fn gaps(service: &Service, log: &Log) -> anyhow::Result<(usize, usize)> {
         }
     }
     Ok((pages, inboxes))
+}
+
+async fn hurt(
+    service: &mut Service,
+    log: &Log,
+    begun: Instant,
+    seconds: u64,
+) -> anyhow::Result<Told> {
+    tokio::time::sleep_until((begun + Duration::from_secs(seconds / 9)).into()).await;
+    let mut lines = Vec::new();
+    for (n, what, hurt, mend, lasts) in [
+        (1u16, "stopped", None, None, 20),
+        (
+            2,
+            "read-only",
+            Some("SET GLOBAL super_read_only = 1"),
+            Some("SET GLOBAL super_read_only = 0; SET GLOBAL read_only = 0"),
+            5,
+        ),
+        (
+            3,
+            "left with eight connections",
+            Some("SET GLOBAL max_connections = 8"),
+            Some("SET GLOBAL max_connections = 1000"),
+            10,
+        ),
+    ] {
+        println!("shard{n} is {what} for {lasts} s");
+        let since = Instant::now();
+        match hurt {
+            None => service.signal_shard(n, "STOP")?,
+            Some(sql) => service.execute(n, sql).await?,
+        }
+        if n == 3 {
+            // Those that there are stay open otherwise, and nobody notices.
+            service.close_connections(n).await?;
+        }
+        tokio::time::sleep(Duration::from_secs(lasts)).await;
+        let mended = Instant::now();
+        match mend {
+            None => service.signal_shard(n, "CONT")?,
+            Some(sql) => service.execute(n, sql).await?,
+        }
+        // Everyone who waited for it is answered.
+        let waited = loop {
+            let late = log.under_way.load(Ordering::Relaxed);
+            if late < 20 {
+                break mended.elapsed();
+            }
+            ensure!(
+                mended.elapsed() < Duration::from_secs(30),
+                "{late} sends still wait for shard{n}"
+            );
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        };
+        let during = |one: &&Sent| one.planned > since && one.planned < mended;
+        let (mut took, mut others) = (Duration::ZERO, Vec::new());
+        let sent = locked(&log.sent).clone();
+        for one in sent.iter().filter(during) {
+            let dialog = (one.from.min(one.to), one.from.max(one.to));
+            if service.owner_of(dialog).await? == format!("shard{n}") {
+                took = took.max(one.took);
+            } else {
+                others.push(one.took);
+            }
+        }
+        others.sort();
+        let p99 = others
+            .get(others.len() * 99 / 100)
+            .copied()
+            .unwrap_or_default();
+        lines.push(format!(
+            "shard{n}         {what} for {lasts} s: its dialogs waited up to {} ms, {} ms behind its end; the others' p99 was {} ms",
+            took.as_millis(),
+            waited.as_millis(),
+            p99.as_millis()
+        ));
+        service.outage(&format!("shard{n}"), since);
+        tokio::time::sleep(Duration::from_secs(3)).await;
+    }
+    Ok(Told {
+        during: Vec::new(),
+        live: vec![1, 2, 3, 4],
+        empty: None,
+        lines,
+    })
 }
 
 async fn lose(

@@ -17,6 +17,8 @@ pub struct Service {
     dir: PathBuf,
     port: u16,
     instances: Vec<Option<Child>>,
+    /// Of dialogs that were asked for; no slot moves meanwhile.
+    owners: BTreeMap<(u64, u64), String>,
     /// While these lasted, something was dead: (what, from, until).
     pub outages: Vec<(String, Instant, Instant)>,
 }
@@ -29,6 +31,7 @@ impl Service {
             dir,
             port,
             instances: vec![None, None],
+            owners: BTreeMap::new(),
             outages: Vec::new(),
         };
         // Its making chooses the TLS of this process, which every other request needs.
@@ -232,6 +235,49 @@ impl Service {
         let since = since - Duration::from_millis(300);
         let until = Instant::now() + Duration::from_secs(6);
         self.outages.push((what.to_owned(), since, until));
+    }
+
+    /// Sends a signal to a database server.
+    pub fn signal_shard(&self, n: u16, signal: &str) -> anyhow::Result<()> {
+        let pid = std::fs::read_to_string(self.dir.join(format!("shard{n}/pid")))?;
+        let sent = Command::new("kill")
+            .args(["-s", signal, pid.trim()])
+            .status()?;
+        ensure!(sent.success(), "shard{n} could not be sent {signal}");
+        Ok(())
+    }
+
+    /// Runs statements on a database server.
+    pub async fn execute(&self, shard: u16, sql: &str) -> anyhow::Result<()> {
+        let mut conn = mysql_async::Conn::from_url(self.database(shard)).await?;
+        conn.query_drop(sql).await?;
+        Ok(conn.disconnect().await?)
+    }
+
+    /// Closes everybody's connections to a database server.
+    pub async fn close_connections(&self, shard: u16) -> anyhow::Result<()> {
+        let mut conn = mysql_async::Conn::from_url(self.database(shard)).await?;
+        let others = "SELECT id FROM information_schema.processlist WHERE id <> CONNECTION_ID() AND user = 'root'";
+        for id in conn.query::<u64, _>(others).await? {
+            // It may have gone by itself.
+            let _ = conn.query_drop(format!("KILL {id}")).await;
+        }
+        Ok(conn.disconnect().await?)
+    }
+
+    /// The name of the shard that owns a dialog.
+    pub async fn owner_of(&mut self, dialog: (u64, u64)) -> anyhow::Result<String> {
+        if let Some(owner) = self.owners.get(&dialog) {
+            return Ok(owner.clone());
+        }
+        let url = format!("{}/admin/where/{}/{}", self.admin(0), dialog.0, dialog.1);
+        let place: Value = reqwest::get(url).await?.json().await?;
+        let owner = place["owner"]
+            .as_str()
+            .context("nobody owns it")?
+            .to_owned();
+        self.owners.insert(dialog, owner.clone());
+        Ok(owner)
     }
 
     pub async fn number(&self, shard: u16, sql: &str) -> anyhow::Result<u64> {
