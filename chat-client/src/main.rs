@@ -180,9 +180,15 @@ async fn run() -> anyhow::Result<()> {
                     after.map(|seq| ("after", seq)),
                     Some(("limit", limit)),
                 ];
-                api.history(with, &bounds.into_iter().flatten().collect::<Vec<_>>())
-                    .await?
-                    .messages
+                let page = api
+                    .history(with, &bounds.into_iter().flatten().collect::<Vec<_>>())
+                    .await?;
+                if page.gap {
+                    eprintln!(
+                        "messages may be missing here: a shard that was declared down holds some"
+                    );
+                }
+                page.messages
             };
             messages.iter().try_for_each(print_json)
         }

@@ -133,6 +133,11 @@ impl View {
                 }
             };
             let on_entry = self.last.is_none();
+            if on_entry && page.gap {
+                screen.say(
+                    "— some earlier messages are missing for now; they come back in their place —",
+                )?;
+            }
             for message in &page.messages {
                 screen.say(&line(message))?;
             }

@@ -106,6 +106,7 @@ class Conversation {
     this.working = Promise.resolve();
     $('log').replaceChildren();
     $('older').hidden = true;
+    $('gap').hidden = true;
     $('with').textContent = peer === app.me ? 'Notes to self' : `User ${peer}`;
   }
 
@@ -121,7 +122,7 @@ class Conversation {
         page.messages.forEach((message) => this.append(message));
         if (entering) {
           this.first = page.first;
-          $('older').hidden = !page.more;
+          this.above(page);
         }
         more = !entering && page.more;
         this.markRead();
@@ -136,8 +137,14 @@ class Conversation {
     if (!this.current()) return;
     $('log').prepend(...page.messages.map((message) => this.draw(message)));
     this.first = page.first || this.first;
-    $('older').hidden = !page.more;
+    this.above(page);
     box.scrollTop = box.scrollHeight - before;
+  }
+
+  /** What stands above the messages on the screen. */
+  above(page) {
+    $('older').hidden = !page.more;
+    $('gap').hidden = !page.gap;
   }
 
   /** A message that is told live. */
@@ -231,7 +238,7 @@ class App {
       const page = await this.connection.inbox(cursor);
       if (!cursor) this.dialogs.clear();
       for (const dialog of page.dialogs) this.dialogs.set(dialog.with, dialog);
-      this.note(page.incomplete.length ? `Incomplete: ${page.incomplete.join(', ')} does not answer.` : '');
+      this.note(page.incomplete.length ? `Incomplete: ${page.incomplete.join(', ')} is away: what only it has is not shown.` : '');
       this.cursor = page.cursor;
       this.list();
     } catch (error) { this.note(error.message); }
