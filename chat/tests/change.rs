@@ -498,7 +498,7 @@ async fn a_bad_edit_is_answered_in_one_line_and_changes_nothing() {
     for (text, answer) in [
         (
             whole[..whole.rfind("mysql://").unwrap()].to_owned(),
-            "line 8: ",
+            "line 11: ",
         ),
         (whole.replace("name =", "nome ="), "unknown field `nome`"),
         (
