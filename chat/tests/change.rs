@@ -461,6 +461,62 @@ async fn an_edit_that_is_taken_back_at_once_ten_times_leaves_everything_as_it_wa
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn different_edits_at_once_on_two_instances_end_in_one_document() {
+    let _room = ROOM.acquire().await.unwrap();
+    let service = Service::new(Kind::Mysql, 3, 0).await;
+    let nats = support::nats_url();
+    let settings = [&support::service::QUICK[..], &[("NATS_URL", nats.as_str())]].concat();
+    let files = ["one", "two"].map(|name| service.file.with_extension(name));
+    let whole = service.text();
+    files
+        .iter()
+        .for_each(|file| std::fs::write(file, &whole).unwrap());
+    let one = support::instance::Instance::start(&files[0], &settings).await;
+    let two = support::instance::Instance::start(&files[1], &settings).await;
+    let talk = Talk::begin(&[&one, &two], 8, 4, rand::random::<u32>().into());
+    talk.goes_on(50).await;
+    let change = async |instance: &support::instance::Instance| {
+        let url = format!("{}/admin/change", instance.admin);
+        instance.get(&url).await.1
+    };
+    let pinned = |shard: &str| format!("{whole}[[pin]]\ndialog = \"1_2\"\nshard = \"{shard}\"\n");
+    for round in 0..5 {
+        let before = change(&one).await["version"].as_u64().unwrap();
+        // At the same moment; every round another pair, so that each is an edit.
+        let names = ["shard1", "shard2", "shard3"];
+        std::fs::write(&files[0], pinned(names[round % 3])).unwrap();
+        std::fs::write(&files[1], pinned(names[(round + 1) % 3])).unwrap();
+        until("both edits were seen, and one of them stands", async || {
+            let (of_one, of_two) = (change(&one).await, change(&two).await);
+            let states =
+                [&of_one, &of_two].map(|of| of["file"]["state"].as_str().unwrap().to_owned());
+            let settled =
+                states.contains(&"in_force".to_owned()) && states.contains(&"older".to_owned());
+            let same =
+                of_one["version"] == of_two["version"] && of_one["version"].as_u64() > Some(before);
+            (settled && same).then_some(())
+        })
+        .await;
+    }
+    for file in &files {
+        std::fs::write(file, &whole).unwrap();
+    }
+    let version = until("the first file is in force again", async || {
+        let (of_one, of_two) = (change(&one).await, change(&two).await);
+        let there = [&of_one, &of_two]
+            .iter()
+            .all(|of| of["file"]["state"] == "in_force");
+        (there && of_one["version"] == of_two["version"]).then(|| of_one["version"].as_u64())
+    })
+    .await
+    .unwrap();
+    service.settled(&one, version).await;
+    talk.goes_on(30).await;
+    let acknowledged = talk.end().await;
+    check(&service, &[&one, &two], &acknowledged, &[0, 1, 2]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_bad_edit_is_answered_in_one_line_and_changes_nothing() {
     let _room = ROOM.acquire().await.unwrap();
     let mut service = Service::new(Kind::Mysql, 3, 3).await;
