@@ -344,6 +344,7 @@ impl Cluster {
     /// The shard that is known to take writes for a slot.
     #[must_use]
     pub fn known_writable(&self, slot: Slot) -> Option<Shard> {
+        // With SEALED it is the number of no shard.
         let number = self.inner.owners[slot.index()].load(Ordering::Relaxed);
         self.inner.roster.load().get(usize::from(number)).cloned()
     }

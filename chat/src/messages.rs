@@ -477,9 +477,13 @@ fn may_lack(slot: &SlotView, range: Range, first: Option<Seq>, more: bool) -> bo
 /// Whether a page is whole: seqs are dense, so that a hole shows. `limit` is what the shard was asked for.
 fn adds_up(page: &Page, range: Range, limit: u32) -> bool {
     let seqs: Vec<Seq> = page.messages.iter().map(|message| message.seq).collect();
-    // While a shard that was declared down holds some of them, holes are known, and the answer says so.
-    if page.slot.as_ref().is_some_and(|view| !view.complete) {
-        return seqs.is_sorted();
+    // While a shard that was declared down holds some of them, holes are known, and the answer says so: but for those that were
+    // stored since.
+    if let Some(view) = page.slot.as_ref().filter(|view| !view.complete) {
+        return seqs.windows(2).all(|pair| {
+            let since = pair[0].generation() >= view.generation;
+            pair[0] < pair[1] && (!since || pair[1].follows(pair[0]))
+        });
     }
     let dense = seqs.windows(2).all(|pair| pair[1].follows(pair[0]));
     let short = (seqs.len() as u32) < limit;
@@ -699,6 +703,26 @@ mod tests {
                 whole,
                 "{seqs:?} of {last}, {range:?}"
             );
+        }
+    }
+
+    #[test]
+    fn a_hole_in_what_was_stored_since_a_loss_is_noticed() {
+        let since = 1 << 40;
+        for (seqs, whole) in [
+            (vec![3, 7, since + 1, since + 2], true),
+            (vec![since + 4, since + 5], true),
+            (vec![since + 4, since + 6], false),
+            (vec![3, since + 1, since + 3], false),
+        ] {
+            let mut page = page(&seqs, *seqs.last().unwrap());
+            page.slot = Some(SlotView {
+                state: SlotState::Owner,
+                generation: 1,
+                complete: false,
+                peer: None,
+            });
+            assert_eq!(adds_up(&page, Range::Newest, 5), whole, "{seqs:?}");
         }
     }
 

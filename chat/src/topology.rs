@@ -752,4 +752,59 @@ mod tests {
             .unwrap();
         assert_eq!(difference, "shard9 is new, shard4 is gone");
     }
+
+    fn shards(states: &[(&str, &str)]) -> Topology {
+        let entry = |(name, more): &(&str, &str)| {
+            format!("[[shard]]\nname = \"{name}\"\nurl = \"sqlite:{name}\"\n{more}\n")
+        };
+        Topology::parse(&states.iter().map(entry).collect::<String>(), &|_| None).unwrap()
+    }
+
+    /// Two documents that are made from one, each giving other shards up, must share a shard: else both come in force.
+    #[test]
+    fn more_than_half_of_the_active_shards_must_be_left() {
+        let (down, draining) = ("state = \"down\"", "state = \"draining\"");
+        for (before, after, allowed) in [
+            (["", "", "", ""], [down, "", "", ""], true),
+            (["", "", "", ""], [down, down, "", ""], false),
+            (["", "", "", ""], [down, down, down, ""], false),
+            // One that is drained has no say.
+            (
+                ["", "", draining, draining],
+                [down, "", draining, draining],
+                false,
+            ),
+            (["", "", "", draining], [down, "", "", draining], true),
+            // What is down already is not declared down again.
+            ([down, down, "", ""], [down, down, "", ""], true),
+            ([down, "", "", ""], [down, "", draining, ""], true),
+        ] {
+            let with = |states: [&'static str; 4]| ["a", "b", "c", "d"].into_iter().zip(states);
+            let of = |states| shards(&with(states).collect::<Vec<_>>());
+            let (document, mut file) = (of(before).document(), of(after));
+            let held = |_: &str| Held::Unknown("nobody asks".into());
+            let next = document.next(&file, false, &held);
+            assert_eq!(next.is_ok(), allowed, "{before:?} {after:?}: {next:?}");
+            file.force = true;
+            assert!(document.next(&file, false, &held).is_ok());
+        }
+    }
+
+    #[test]
+    fn a_document_knows_what_it_was_made_from_and_takes_what_is_older_for_it() {
+        let mut document = shards(&[("a", "")]).document();
+        assert!(!document.stands_above(1, "h1"));
+        for version in 1..=LINEAGE as u64 {
+            document.put_above(version, &format!("h{version}"));
+        }
+        assert!(document.stands_above(1, "h1") && !document.stands_above(1, "other"));
+        document.put_above(LINEAGE as u64 + 1, "next");
+        assert_eq!(document.lineage.len(), LINEAGE);
+        assert!(document.stands_above(1, "forgotten") && document.stands_above(2, "h2"));
+        assert!(!document.stands_above(2, "other"));
+        assert_eq!(
+            serde_json::from_str::<Document>(&document.to_json()).unwrap(),
+            document
+        );
+    }
 }

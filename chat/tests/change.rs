@@ -460,6 +460,146 @@ async fn an_edit_that_is_taken_back_at_once_ten_times_leaves_everything_as_it_wa
     check(&service, &[&one, &two], &acknowledged, &[0, 1, 2]).await;
 }
 
+/// A service of three shards whose second is behind a proxy.
+async fn behind_a_proxy() -> (Service, Proxy) {
+    let mut service = Service::new(Kind::Mysql, 3, 0).await;
+    let server = std::env::var("CHAT_TEST_MYSQL").unwrap();
+    let proxy = Proxy::to(server.trim_start_matches("mysql://root@").to_owned()).await;
+    service.entries[1].url = service.databases.url_through(1, proxy.port);
+    service.save();
+    (service, proxy)
+}
+
+/// Somebody whose dialog with user 1 lies on a shard.
+async fn peer_on(instance: &support::instance::Instance, shard: &str) -> u64 {
+    for peer in 1000.. {
+        let url = format!("{}/admin/where/1/{peer}", instance.admin);
+        if instance.get(&url).await.1["owner"] == shard {
+            return peer;
+        }
+    }
+    unreachable!("there are more users than that")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shard_that_is_slow_and_stalls_holds_nobody_else_up() {
+    let _room = ROOM.acquire().await.unwrap();
+    let (service, proxy) = behind_a_proxy().await;
+    let nats = support::nats_url();
+    let settings = [("NATS_URL", nats.as_str())];
+    let (one, two) = (
+        service.start(&settings).await,
+        service.start(&settings).await,
+    );
+    // One at a time: what the slow shard refuses is repeated by each for itself.
+    let talk = Talk::begin(&[&one, &two], 8, 1, rand::random::<u32>().into());
+    talk.goes_on(50).await;
+    let others = [peer_on(&one, "shard1").await, peer_on(&one, "shard3").await];
+    let slow = peer_on(&one, "shard2").await;
+    proxy.set(Mode::Slow);
+    let api = one.api(1).await;
+    let (mut of_slow, mut quick_ones) = (0, 0);
+    for n in 0..20 {
+        // While one send to the slow shard is under way, others come and go; none of them is refused.
+        let key = format!("slow{n}");
+        let late = api.send(slow, &key, "to the slow one");
+        tokio::pin!(late);
+        let mut during = 0;
+        loop {
+            let with = others[during % 2];
+            let (key, instance) = (format!("quick{n}.{during}"), [&one, &two][during % 2]);
+            let quick = instance.api(1).await;
+            tokio::select! {
+                biased;
+                sent = quick.send(with, &key, "to another") => drop(sent.unwrap()),
+                stored = &mut late => {
+                    // What it stores takes it several of its answers.
+                    assert!(stored.is_err() || during >= 3, "others waited for it: {during}");
+                    of_slow += usize::from(stored.is_ok());
+                    break;
+                }
+            }
+            during += 1;
+            if during == 20 {
+                break;
+            }
+        }
+        quick_ones += during;
+    }
+    assert!(
+        quick_ones > 40,
+        "{quick_ones} sends came and went meanwhile"
+    );
+    proxy.set(Mode::Pass);
+    until("it is quick again", async || {
+        (one.ready().await.1["status"] == "ok").then_some(())
+    })
+    .await;
+    println!("{of_slow} of 20 sends were stored by the slow shard before others had been sent");
+    talk.goes_on(50).await;
+    let acknowledged = talk.end().await;
+    check(&service, &[&one, &two], &acknowledged, &[0, 1, 2]).await;
+}
+
+/// What only a lost shard had is given up: that stays known, wherever its slots go, and nobody waits for it any more.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_given_up_is_told_wherever_its_slot_moves() {
+    let _room = ROOM.acquire().await.unwrap();
+    let (mut service, proxy) = behind_a_proxy().await;
+    let one = service.start(&[]).await;
+    let lost = peer_on(&one, "shard2").await;
+    let api = one.api(1).await;
+    api.send(lost, "before", "it will be lost").await.unwrap();
+    proxy.set(Mode::Cut);
+    until("its death is noticed", async || {
+        (one.ready().await.1["status"] == "degraded").then_some(())
+    })
+    .await;
+    service.set("shard2", "state = \"down\"");
+    service.settled(&one, 2).await;
+    let inbox = api.inbox(50, None).await.unwrap();
+    assert_eq!(inbox.incomplete, ["shard2"]);
+    service.set("shard2", "state = \"down\"\nforget = true");
+    service.settled(&one, 3).await;
+    until("nobody waits for it any more", async || {
+        let inbox = api.inbox(50, None).await.unwrap();
+        inbox.incomplete.is_empty().then_some(())
+    })
+    .await;
+    let sent = api.send(lost, "after", "it goes on").await.unwrap();
+    assert_eq!(sent.seq, (1 << 40) + 1);
+    service.remove("shard2");
+    service.settled(&one, 4).await;
+    let gap = async || api.history(lost, &[]).await.unwrap().gap;
+    assert!(gap().await);
+    // To the other shard, and the gap with it.
+    let url = format!("{}/admin/where/1/{lost}", one.admin);
+    let owner = one.get(&url).await.1["owner"].as_str().unwrap().to_owned();
+    service.set(&owner, "state = \"draining\"");
+    service.settled(&one, 5).await;
+    assert_ne!(one.get(&url).await.1["owner"], owner.as_str());
+    assert!(gap().await, "it has moved with its slot");
+    let page = api.history(lost, &[]).await.unwrap();
+    assert_eq!(page.messages.len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_is_switched_off_after_its_shard_was_removed_is_not_missed() {
+    let _room = ROOM.acquire().await.unwrap();
+    let (mut service, proxy) = behind_a_proxy().await;
+    let one = service.start(&[]).await;
+    service.set("shard2", "state = \"draining\"");
+    service.settled(&one, 2).await;
+    service.remove("shard2");
+    service.settled(&one, 3).await;
+    proxy.set(Mode::Cut);
+    // An edit is put in force after a look at every shard there is.
+    service.set("shard1", "weight = 2");
+    service.settled(&one, 4).await;
+    assert!(!one.log().contains("shard down"), "{}", one.log());
+    assert_eq!(one.ready().await.1["status"], "ok");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn different_edits_at_once_on_two_instances_end_in_one_document() {
     let _room = ROOM.acquire().await.unwrap();

@@ -1022,7 +1022,10 @@ async fn one_at_a_time_has_the_turn(kind: Kind) {
 /// several statements it happens, and repeating the transaction later helps.
 async fn a_lock_that_is_held_is_a_conflict_and_nothing_else(kind: Kind) {
     let Pair {
-        _databases, a, doc, ..
+        _databases: databases,
+        a,
+        doc,
+        ..
     } = pair(kind).await;
     let first = message("7_42", 7, "a", "x");
     write(&a, std::slice::from_ref(&first)).await;
@@ -1032,9 +1035,7 @@ async fn a_lock_that_is_held_is_a_conflict_and_nothing_else(kind: Kind) {
         to: "shard2".into(),
         term: 2,
     };
-    let mut conn = mysql_async::Conn::from_url(_databases.url(0))
-        .await
-        .unwrap();
+    let mut conn = mysql_async::Conn::from_url(databases.url(0)).await.unwrap();
     for (row, on_steps) in [
         (format!("slots WHERE slot = {}", first.slot), true),
         ("meta WHERE id = 1".to_owned(), true),

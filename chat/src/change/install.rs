@@ -284,7 +284,10 @@ async fn check_members(cluster: &Cluster, view: &View, next: &Document) -> Resul
 pub async fn catch_up(cluster: &Cluster) -> Result<(), NotInForce> {
     let view = cluster.view();
     // Also those that take no part: one that is to come back may have accepted what the others have not heard of.
-    let looks = cluster.all_opened().into_iter().map(|shard| async move {
+    // But not those that were removed: their servers may be gone for good.
+    let mut asked = cluster.all_opened();
+    asked.retain(|shard| !view.document.retired.contains(shard.name()));
+    let looks = asked.into_iter().map(|shard| async move {
         // One that does not answer has nothing to say; a later look will tell.
         let meta = stored_meta(&shard).await.ok().flatten();
         meta.map(|meta| (shard.name().to_owned(), meta))

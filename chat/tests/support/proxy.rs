@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -13,6 +14,8 @@ pub enum Mode {
     Pass,
     /// Connections are accepted, and nothing passes in either direction.
     Hang,
+    /// Whatever the server says comes 300 ms late, and every hundredth time two seconds.
+    Slow,
     /// Connections are closed, and none is accepted.
     Cut,
     /// What the client says passes; once it has said COMMIT, the connection is cut before the answer.
@@ -26,6 +29,7 @@ pub struct Proxy {
     pub port: u16,
     mode: Arc<watch::Sender<Mode>>,
     commits: Arc<AtomicU64>,
+    answers: Arc<AtomicU64>,
 }
 
 impl Proxy {
@@ -35,6 +39,7 @@ impl Proxy {
             port: listener.local_addr().unwrap().port(),
             mode: Arc::new(watch::Sender::new(Mode::Pass)),
             commits: Arc::default(),
+            answers: Arc::default(),
         };
         let accepting = proxy.clone();
         tokio::spawn(async move {
@@ -96,6 +101,11 @@ impl Proxy {
                         break;
                     }
                     std::future::pending::<()>().await;
+                }
+                if *self.mode.borrow() == Mode::Slow {
+                    let count = self.answers.fetch_add(1, Ordering::Relaxed);
+                    let millis = if count % 100 == 99 { 2000 } else { 300 };
+                    tokio::time::sleep(Duration::from_millis(millis)).await;
                 }
                 if client_out.write_all(&buffer[..n]).await.is_err() {
                     break;
