@@ -129,7 +129,12 @@ async fn prove(service: &mut Service, options: &Arc<Options>) -> anyhow::Result<
                     match event {
                         Event::Connected => drop(log.connected.fetch_add(1, Ordering::Relaxed)),
                         Event::Disconnected { .. } => locked(&log.closed).push(Instant::now()),
-                        Event::Message(_) | Event::Read(_) | Event::Closed(_) => {}
+                        Event::Message(_)
+                        | Event::Read(_)
+                        | Event::Typing { .. }
+                        | Event::Presence(_)
+                        | Event::Resync(_)
+                        | Event::Closed(_) => {}
                     }
                 }
             });

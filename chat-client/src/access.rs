@@ -19,8 +19,23 @@ pub enum TokenSource {
 #[derive(Clone)]
 pub struct Access {
     base: String,
+    /// Other instances of the same service.
+    others: Vec<String>,
     tokens: TokenSource,
     http: reqwest::Client,
+}
+
+/// When a token expires, in seconds since 1970; `None` if it does not say.
+#[must_use]
+pub fn expiry(token: &str) -> Option<u64> {
+    // It is the server that checks it; we only want to know when to bring another.
+    let claims: Result<Expiry, _> = jsonwebtoken::dangerous::insecure_decode_claims(token);
+    claims.ok().map(|claims| claims.exp)
+}
+
+#[derive(serde::Deserialize)]
+struct Expiry {
+    exp: u64,
 }
 
 /// How long a token minted here lasts.
@@ -40,9 +55,21 @@ impl Access {
         let _ = rustls::crypto::ring::default_provider().install_default();
         Self {
             base: url.trim_end_matches('/').to_owned(),
+            others: Vec::new(),
             tokens,
             http: reqwest::Client::new(),
         }
+    }
+
+    /// Where to go when that instance is away.
+    #[must_use]
+    pub fn with_others<'a>(mut self, urls: impl IntoIterator<Item = &'a str>) -> Self {
+        let urls = urls.into_iter().map(|url| url.trim_end_matches('/'));
+        self.others = urls
+            .filter(|url| *url != self.base)
+            .map(str::to_owned)
+            .collect();
+        self
     }
 
     /// The URL of a path on the server.
@@ -54,7 +81,17 @@ impl Access {
     /// The URL of the WebSocket.
     #[must_use]
     pub fn socket_url(&self) -> String {
-        let url = self.url("/v1/ws");
+        self.socket_url_of_attempt(0)
+    }
+
+    /// The URL of the WebSocket, of another instance at each attempt if there are several.
+    #[must_use]
+    pub fn socket_url_of_attempt(&self, attempt: usize) -> String {
+        let instance = match attempt % (self.others.len() + 1) {
+            0 => &self.base,
+            other => &self.others[other - 1],
+        };
+        let url = format!("{instance}/v1/ws");
         match url.strip_prefix("https") {
             Some(rest) => format!("wss{rest}"),
             None => format!("ws{}", url.trim_start_matches("http")),
@@ -65,6 +102,12 @@ impl Access {
     #[must_use]
     pub fn http(&self) -> &reqwest::Client {
         &self.http
+    }
+
+    /// Whether there will be another token when one expires.
+    #[must_use]
+    pub fn renews(&self) -> bool {
+        !matches!(self.tokens, TokenSource::Given(_))
     }
 
     /// A token of `user`.

@@ -1,14 +1,16 @@
 //! A session that outlives its connections.
 
+use crate::access::expiry;
 use crate::connection::{Connection, Incoming};
+use crate::streams::Streams;
 use crate::{Access, ClientError};
 use chat_wire::{
-    ClientFrame, Close, ErrorBody, ErrorCode, HistoryPage, InboxPage, Message, ReadMark, Sent,
-    ServerFrame,
+    ClientFrame, Close, ErrorBody, ErrorCode, HistoryPage, InboxPage, Message, Presence, ReadMark,
+    Sent, ServerFrame,
 };
 use rand::RngExt;
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
-use std::time::Duration;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_tungstenite::tungstenite::Utf8Bytes;
@@ -25,11 +27,23 @@ pub enum Event {
         /// What happened.
         reason: String,
     },
-    /// A message to us, or one of ours from another session. Not in order across dialogs, and not without gaps across
-    /// reconnections; who needs both compares `seq` and reads the history in between.
+    /// A message of one of our dialogs, our own included, from whichever session. Of each dialog everything comes from the first
+    /// that came, or from where [`Client::follow`] said: once, in order and without a hole, through every reconnection.
     Message(Message),
     /// Somebody has read.
     Read(ReadMark),
+    /// Somebody is typing in this dialog; for six seconds, unless it is said again.
+    Typing {
+        /// Where.
+        dialog: String,
+        /// Who.
+        user: u64,
+    },
+    /// A watched user came or went.
+    Presence(Presence),
+    /// While we were away something was said in this dialog, which we do not follow yet; or its log is shorter than what we had
+    /// of it. Its history tells more.
+    Resync(String),
     /// The server will not have us: no further attempt is made.
     Closed(ClientError),
 }
@@ -55,9 +69,15 @@ enum Command {
         frame: Box<dyn FnOnce(String) -> ClientFrame + Send>,
         answer: oneshot::Sender<Result<ServerFrame, ClientError>>,
     },
-    Mark {
-        with: u64,
-        seq: u64,
+    /// Sent if there is a connection.
+    Tell(ClientFrame),
+    Watch {
+        users: Vec<u64>,
+        watch: bool,
+    },
+    Follow {
+        dialog: String,
+        after: u64,
     },
     Repeat {
         order: u64,
@@ -85,8 +105,12 @@ impl Client {
             next: 0,
             queue: BTreeSet::new(),
             pace: Pace::new(1),
-            marks: Vec::new(),
-            recent: HashMap::new(),
+            first: Vec::new(),
+            streams: Streams::default(),
+            since: None,
+            resume_dialogs: 1,
+            watched: BTreeSet::new(),
+            attempt: 0,
         };
         tokio::spawn(actor.run(commands_in));
         (Self { commands }, events)
@@ -163,7 +187,45 @@ impl Client {
     /// [`ClientError::Closed`].
     pub async fn mark_read(&self, with: u64, seq: u64) -> Result<(), ClientError> {
         // The server answers a mark with the mark, which comes as an event; nobody waits for it here.
-        self.command(Command::Mark { with, seq }).await
+        self.command(Command::Tell(ClientFrame::Read { with, seq }))
+            .await
+    }
+
+    /// Tells `with` that we are typing, if there is a connection.
+    ///
+    /// # Errors
+    /// [`ClientError::Closed`].
+    pub async fn typing(&self, with: u64) -> Result<(), ClientError> {
+        self.command(Command::Tell(ClientFrame::Typing { with }))
+            .await
+    }
+
+    /// From now on [`Event::Presence`] tells how these users are.
+    ///
+    /// # Errors
+    /// [`ClientError::Closed`].
+    pub async fn watch(&self, users: Vec<u64>) -> Result<(), ClientError> {
+        self.command(Command::Watch { users, watch: true }).await
+    }
+
+    /// No longer.
+    ///
+    /// # Errors
+    /// [`ClientError::Closed`].
+    pub async fn unwatch(&self, users: Vec<u64>) -> Result<(), ClientError> {
+        self.command(Command::Watch {
+            users,
+            watch: false,
+        })
+        .await
+    }
+
+    /// From now on [`Event::Message`] tells everything of a dialog above `after`; and how far its members have read.
+    ///
+    /// # Errors
+    /// [`ClientError::Closed`].
+    pub async fn follow(&self, dialog: String, after: u64) -> Result<(), ClientError> {
+        self.command(Command::Follow { dialog, after }).await
     }
 
     async fn ask(
@@ -198,30 +260,50 @@ struct Actor {
     events: mpsc::Sender<Event>,
     repeats: mpsc::WeakSender<Command>,
     /// Sends without an answer, in the order they were made.
-    sends: BTreeMap<u64, Unanswered<Sent>>,
+    sends: BTreeMap<u64, Unanswered>,
     /// By key, where in `sends`.
     orders: HashMap<(u64, String), u64>,
     /// Requests without an answer, by the number that is their id.
-    asked: BTreeMap<u64, Unanswered<ServerFrame>>,
+    asked: BTreeMap<u64, Asked>,
     next: u64,
     /// Numbers of what is to be sent, in order, as fast as the server takes it.
     queue: BTreeSet<u64>,
     pace: Pace,
-    /// Read marks to be sent; while there is no connection they are lost.
-    marks: Vec<Utf8Bytes>,
-    /// Per dialog, the last few seqs: a message may be published twice.
-    recent: HashMap<String, VecDeque<u64>>,
+    /// What is sent before all that; gone with the connection.
+    first: Vec<Utf8Bytes>,
+    streams: Streams,
+    /// The server's clock when it was last heard to be level with us.
+    since: Option<String>,
+    /// Dialogs that one `resume` may name.
+    resume_dialogs: usize,
+    watched: BTreeSet<u64>,
+    /// Counts attempts that failed, so that each goes to another instance.
+    attempt: usize,
 }
 
-struct Unanswered<T> {
+/// A send.
+struct Unanswered {
     to: u64,
     key: String,
+    text: String,
     frame: Utf8Bytes,
-    answer: oneshot::Sender<Result<T, ClientError>>,
+    answer: oneshot::Sender<Result<Sent, ClientError>>,
 }
 
-/// How many seqs of a dialog are remembered.
-const RECENT: usize = 64;
+/// A request that is not a send.
+struct Asked {
+    frame: Utf8Bytes,
+    by: By,
+}
+
+/// Who asked.
+enum By {
+    Caller(oneshot::Sender<Result<ServerFrame, ClientError>>),
+    /// A `resume` of these.
+    Resume(Vec<String>),
+    /// A page of what was missed in this dialog; `false` once we have seen that there is nothing above what we have.
+    Reading(String, bool),
+}
 
 /// The first pause before a new attempt, and the longest.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
@@ -236,31 +318,35 @@ impl Actor {
     async fn run(mut self, mut commands: mpsc::Receiver<Command>) {
         let mut pause = BACKOFF.0;
         loop {
-            let (lasted, ended) =
-                match timeout(CONNECT_LIMIT, Connection::open(&self.access, self.user)).await {
-                    Ok(Ok(connection)) => {
-                        let begun = Instant::now();
-                        let ended = self.serve(connection, &mut commands).await;
-                        (begun.elapsed(), ended)
-                    }
-                    Ok(Err(ClientError::Refused(body))) if !body.retryable => {
-                        self.emit(Event::Closed(ClientError::Refused(body))).await;
-                        return;
-                    }
-                    Ok(Err(e)) => (Duration::ZERO, Ended::Lost(None, e.to_string())),
-                    Err(_) => (
-                        Duration::ZERO,
-                        Ended::Lost(None, "no connection in time".into()),
-                    ),
-                };
+            let (lasted, ended) = match timeout(CONNECT_LIMIT, self.connect()).await {
+                Ok(Ok((connection, renew))) => {
+                    let begun = Instant::now();
+                    let ended = self.serve(connection, renew, &mut commands).await;
+                    (begun.elapsed(), ended)
+                }
+                Ok(Err(ClientError::Refused(body))) if !body.retryable => {
+                    self.emit(Event::Closed(ClientError::Refused(body))).await;
+                    return;
+                }
+                Ok(Err(e)) => (Duration::ZERO, Ended::Lost(None, e.to_string())),
+                Err(_) => (
+                    Duration::ZERO,
+                    Ended::Lost(None, "no connection in time".into()),
+                ),
+            };
             let (code, reason) = match ended {
                 Ended::Dropped => return,
+                // A token that expired while we were here is replaced; one that is not taken at all stays so.
+                Ended::ForGood(_) if self.access.renews() && lasted > BACKOFF.1 => {
+                    (None, "the token has expired".into())
+                }
                 Ended::ForGood(e) => {
                     self.emit(Event::Closed(e)).await;
                     return;
                 }
                 Ended::Lost(code, reason) => (code, reason),
             };
+            self.attempt += 1;
             self.emit(Event::Disconnected { code, reason }).await;
             // A connection that held for a while starts the pauses anew. Jitter keeps a crowd from coming back in step.
             pause = if lasted > BACKOFF.1 {
@@ -273,9 +359,25 @@ impl Actor {
         }
     }
 
+    /// A connection, and when to bring another token.
+    async fn connect(&self) -> Result<(Connection, Option<Instant>), ClientError> {
+        let token = self.access.token(self.user).await?;
+        let connection = Connection::open(&self.access, &token, self.attempt).await?;
+        Ok((connection, self.renewal(&token)))
+    }
+
+    /// When to bring another token: after three quarters of its life.
+    fn renewal(&self, token: &str) -> Option<Instant> {
+        let expires = expiry(token).filter(|_| self.access.renews())?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?;
+        let left = Duration::from_secs(expires).saturating_sub(now);
+        Some(Instant::now() + left.mul_f64(0.75))
+    }
+
     async fn serve(
         &mut self,
         mut connection: Connection,
+        mut renew: Option<Instant>,
         commands: &mut mpsc::Receiver<Command>,
     ) -> Ended {
         match timeout(CONNECT_LIMIT, connection.next()).await {
@@ -287,21 +389,17 @@ impl Actor {
                         Ended::ForGood(ClientError::Refused(Box::new(body)))
                     };
                 }
-                let ServerFrame::Welcome { limits, .. } = *frame else {
+                let ServerFrame::Welcome { limits, now, .. } = *frame else {
                     return Ended::Lost(None, "the server does not say welcome".into());
                 };
                 self.pace = Pace::new(limits.sends_per_second);
+                self.resume_dialogs = (limits.resume_dialogs as usize).max(1);
+                self.begin(now);
             }
             Ok(Incoming::Closed(code, reason)) => return Ended::of(code, reason),
             Err(_) => return Ended::Lost(None, "no welcome in time".into()),
         }
         self.emit(Event::Connected).await;
-        self.queue = self
-            .sends
-            .keys()
-            .chain(self.asked.keys())
-            .copied()
-            .collect();
         let mut batch = Vec::with_capacity(TOGETHER);
         loop {
             let due = self.due(Instant::now());
@@ -324,13 +422,74 @@ impl Actor {
                     Incoming::Closed(code, reason) => return Ended::of(code, reason),
                 },
                 () = sleep_until(next), if !self.queue.is_empty() => {}
+                () = sleep_until(renew.unwrap_or(next)), if renew.is_some() => {
+                    // If there is none now, the connection will be closed in time, and begun anew with what there is then.
+                    let token = self.access.token(self.user).await.ok();
+                    renew = token.as_deref().and_then(|token| self.renewal(token));
+                    self.first.extend(token.map(|token| encode(&ClientFrame::Auth { token })));
+                }
             }
         }
     }
 
+    /// Says where we are, and asks again what was not answered.
+    fn begin(&mut self, now: String) {
+        self.first.clear();
+        self.asked
+            .retain(|_, asked| matches!(asked.by, By::Caller(_)));
+        self.streams.interrupt();
+        let since = self.since.replace(now);
+        self.resume(since);
+        if !self.watched.is_empty() {
+            let users = self.watched.iter().copied().collect();
+            self.first.push(encode(&ClientFrame::Watch { users }));
+        }
+        self.queue = self
+            .sends
+            .keys()
+            .chain(self.asked.keys())
+            .copied()
+            .collect();
+    }
+
+    /// Tells the server where we are, in as many frames as it takes.
+    fn resume(&mut self, mut since: Option<String>) {
+        let positions: Vec<(String, u64)> = self.streams.positions().into_iter().collect();
+        let mut parts: Vec<&[(String, u64)]> = positions.chunks(self.resume_dialogs).collect();
+        // Who follows more than one frame takes would be told of those in the others, too.
+        if parts.len() > 1 {
+            since = None;
+        }
+        if parts.is_empty() && since.is_some() {
+            parts.push(&[]);
+        }
+        for part in parts {
+            let positions: BTreeMap<String, u64> = part.iter().cloned().collect();
+            let dialogs = positions.keys().cloned().collect();
+            let since = since.take();
+            self.ask(By::Resume(dialogs), |id| ClientFrame::Resume {
+                id: Some(id),
+                positions,
+                since,
+            });
+        }
+    }
+
+    /// A request of our own, which is not repeated on another connection. Where we are is said before anything else.
+    fn ask(&mut self, by: By, frame: impl FnOnce(String) -> ClientFrame) {
+        self.next += 1;
+        let frame = encode(&frame(self.next.to_string()));
+        if let By::Resume(_) = by {
+            self.first.push(frame.clone());
+        } else {
+            self.queue.insert(self.next);
+        }
+        self.asked.insert(self.next, Asked { frame, by });
+    }
+
     /// What may be sent now, in order; what was answered meanwhile is passed over.
     fn due(&mut self, now: Instant) -> Vec<Utf8Bytes> {
-        let mut due = std::mem::take(&mut self.marks);
+        let mut due = std::mem::take(&mut self.first);
         while due.len() < TOGETHER && !self.queue.is_empty() && self.pace.allows(now) {
             let Some(number) = self.queue.pop_first() else {
                 break;
@@ -346,8 +505,6 @@ impl Actor {
 
     /// Remembers what a command waits for, and puts it into the queue.
     fn accept(&mut self, command: Command) {
-        self.next += 1;
-        let number = self.next;
         match command {
             Command::Send {
                 key,
@@ -355,41 +512,54 @@ impl Actor {
                 text,
                 answer,
             } => {
+                self.next += 1;
                 let frame = encode(&ClientFrame::Send {
                     key: key.clone(),
                     to,
-                    text,
+                    text: text.clone(),
                 });
-                self.orders.insert((to, key.clone()), number);
-                self.sends.insert(
-                    number,
-                    Unanswered {
-                        to,
-                        key,
-                        frame,
-                        answer,
-                    },
-                );
-                self.queue.insert(number);
+                self.orders.insert((to, key.clone()), self.next);
+                let send = Unanswered {
+                    to,
+                    key,
+                    text,
+                    frame,
+                    answer,
+                };
+                self.sends.insert(self.next, send);
+                self.queue.insert(self.next);
             }
             Command::Ask { frame, answer } => {
-                let frame = encode(&frame(number.to_string()));
-                self.asked.insert(
-                    number,
-                    Unanswered {
-                        to: 0,
-                        key: String::new(),
-                        frame,
-                        answer,
-                    },
-                );
-                self.queue.insert(number);
+                self.next += 1;
+                let frame = encode(&frame(self.next.to_string()));
+                let by = By::Caller(answer);
+                self.asked.insert(self.next, Asked { frame, by });
+                self.queue.insert(self.next);
             }
-            Command::Mark { with, seq } => {
-                self.marks.push(encode(&ClientFrame::Read { with, seq }))
+            Command::Tell(frame) => self.first.push(encode(&frame)),
+            Command::Watch { users, watch } => {
+                if watch {
+                    self.watched.extend(&users);
+                    self.first.push(encode(&ClientFrame::Watch { users }));
+                } else {
+                    self.watched.retain(|user| !users.contains(user));
+                    self.first.push(encode(&ClientFrame::Unwatch { users }));
+                }
+            }
+            Command::Follow { dialog, after } => {
+                self.streams.follow(&dialog, after);
+                self.resume_one(dialog, after);
             }
             Command::Repeat { order } => drop(self.queue.insert(order)),
         }
+    }
+
+    fn resume_one(&mut self, dialog: String, after: u64) {
+        self.ask(By::Resume(vec![dialog.clone()]), |id| ClientFrame::Resume {
+            id: Some(id),
+            positions: BTreeMap::from([(dialog, after)]),
+            since: None,
+        });
     }
 
     async fn take(&mut self, frame: ServerFrame) {
@@ -399,39 +569,134 @@ impl Actor {
                 dialog,
                 seq,
                 at,
-            } => {
-                let to = self.counterpart(&dialog);
-                if let Some(send) = self
-                    .orders
-                    .remove(&(to, key))
-                    .and_then(|order| self.sends.remove(&order))
-                {
-                    // Whoever asked may have gone.
-                    let _ = send.answer.send(Ok(Sent { dialog, seq, at }));
+            } => self.sent(key, dialog, seq, at).await,
+            ServerFrame::Message(message) => {
+                // One of ours that we do not know to be stored, because the answer was lost with a connection.
+                if let (true, Some(key)) = (message.from == self.user, &message.key) {
+                    self.settle(message.to, key.clone(), &message);
+                }
+                if self.streams.message(&message.dialog, message.seq) {
+                    self.emit(Event::Message(message)).await;
                 }
             }
-            ServerFrame::Message(message) => {
-                let recent = self.recent.entry(message.dialog.clone()).or_default();
-                if recent.contains(&message.seq) {
-                    return;
+            ServerFrame::Resumed {
+                ref id,
+                ref resync,
+                ref reads,
+                ..
+            } => {
+                let number = id.as_deref().and_then(|id| id.parse().ok());
+                let asked = number.and_then(|number: u64| self.asked.remove(&number));
+                if let Some(By::Resume(dialogs)) = asked.map(|asked| asked.by) {
+                    self.streams.resumed(&dialogs);
                 }
-                if recent.len() == RECENT {
-                    recent.pop_front();
+                for mark in reads.clone() {
+                    self.emit(Event::Read(mark)).await;
                 }
-                recent.push_back(message.seq);
-                self.emit(Event::Message(message)).await;
+                for dialog in resync.clone() {
+                    if self.streams.resync(&dialog) {
+                        self.read_on(dialog, true);
+                    } else {
+                        self.emit(Event::Resync(dialog)).await;
+                    }
+                }
+                if let ServerFrame::Resumed { now, .. } = frame {
+                    self.since = Some(now);
+                }
             }
             ServerFrame::Read(mark) => self.emit(Event::Read(mark)).await,
+            ServerFrame::Typing { dialog, user } => self.emit(Event::Typing { dialog, user }).await,
+            ServerFrame::Presence(presence) => self.emit(Event::Presence(presence)).await,
             ServerFrame::Error(body) => self.refused(body),
             ServerFrame::History { ref id, .. } | ServerFrame::Inbox { ref id, .. } => {
                 let number = id.as_deref().and_then(|id| id.parse().ok());
-                if let Some(ask) = number.and_then(|number: u64| self.asked.remove(&number)) {
-                    let _ = ask.answer.send(Ok(frame));
+                let asked = number.and_then(|number: u64| self.asked.remove(&number));
+                match (asked.map(|asked| asked.by), frame) {
+                    // Whoever asked may have gone.
+                    (Some(By::Caller(answer)), frame) => drop(answer.send(Ok(frame))),
+                    (Some(By::Reading(dialog, above)), ServerFrame::History { page, .. }) => {
+                        self.found(dialog, above, page).await;
+                    }
+                    _ => {}
                 }
             }
             ServerFrame::Welcome { .. }
             | ServerFrame::Authenticated { .. }
             | ServerFrame::Pong { .. } => {}
+        }
+    }
+
+    async fn sent(&mut self, key: String, dialog: String, seq: u64, at: String) {
+        let to = self.counterpart(&dialog);
+        let Some(send) = self
+            .orders
+            .remove(&(to, key))
+            .and_then(|order| self.sends.remove(&order))
+        else {
+            return;
+        };
+        if self.streams.sent(&dialog, seq) {
+            self.emit(Event::Message(Message {
+                dialog: dialog.clone(),
+                seq,
+                from: self.user,
+                to,
+                text: send.text,
+                at: at.clone(),
+                key: Some(send.key),
+            }))
+            .await;
+        }
+        // Whoever asked may have gone.
+        let _ = send.answer.send(Ok(Sent { dialog, seq, at }));
+    }
+
+    fn settle(&mut self, to: u64, key: String, message: &Message) {
+        let order = self.orders.remove(&(to, key));
+        if let Some(send) = order.and_then(|order| self.sends.remove(&order)) {
+            let _ = send.answer.send(Ok(Sent {
+                dialog: message.dialog.clone(),
+                seq: message.seq,
+                at: message.at.clone(),
+            }));
+        }
+    }
+
+    /// Asks for the next page of what was missed in a dialog; or, if there is nothing above what we have, for its end.
+    fn read_on(&mut self, dialog: String, above: bool) {
+        let with = self.counterpart(&dialog);
+        let after = self.streams.last(&dialog).filter(|_| above);
+        self.ask(By::Reading(dialog, above), |id| ClientFrame::History {
+            id: Some(id),
+            with,
+            before: None,
+            after,
+            limit: after.is_none().then_some(1),
+        });
+    }
+
+    async fn found(&mut self, dialog: String, above: bool, page: HistoryPage) {
+        if !above {
+            // The log is shorter than what we had of it: it goes on from its end.
+            self.streams.follow(&dialog, page.last);
+            self.resume_one(dialog.clone(), page.last);
+            self.emit(Event::Resync(dialog)).await;
+            return;
+        }
+        let nothing = page.messages.is_empty();
+        for message in page.messages {
+            if self.streams.found(&dialog, message.seq) {
+                self.emit(Event::Message(message)).await;
+            }
+        }
+        if page.more {
+            self.read_on(dialog, true);
+        } else if nothing {
+            self.read_on(dialog, false);
+        } else {
+            let last = self.streams.last(&dialog).unwrap_or(page.last);
+            self.streams.follow(&dialog, last);
+            self.resume_one(dialog, last);
         }
     }
 
@@ -471,8 +736,8 @@ impl Actor {
         if let Some(send) = self.sends.remove(&order) {
             self.orders.remove(&(send.to, send.key));
             let _ = send.answer.send(Err(ClientError::Refused(Box::new(body))));
-        } else if let Some(ask) = self.asked.remove(&order) {
-            let _ = ask.answer.send(Err(ClientError::Refused(Box::new(body))));
+        } else if let Some(By::Caller(answer)) = self.asked.remove(&order).map(|asked| asked.by) {
+            let _ = answer.send(Err(ClientError::Refused(Box::new(body))));
         }
     }
 

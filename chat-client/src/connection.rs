@@ -3,7 +3,9 @@
 use crate::{Access, ClientError};
 use chat_wire::ServerFrame;
 use futures_util::{SinkExt, StreamExt};
+use std::time::Duration;
 use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout_at};
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::http::HeaderValue;
 use tokio_tungstenite::tungstenite::protocol::{CloseFrame, WebSocketConfig};
@@ -13,7 +15,11 @@ use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
 /// An open connection.
 pub struct Connection {
     socket: WebSocketStream<MaybeTlsStream<TcpStream>>,
+    heard: Instant,
 }
+
+/// The server pings every 25 seconds unless it is set otherwise: after so long the connection is dead.
+const SILENCE: Duration = Duration::from_secs(70);
 
 /// Some dozens of ordinary frames.
 const READ_BUFFER_BYTES: usize = 8192;
@@ -27,13 +33,13 @@ pub enum Incoming {
 }
 
 impl Connection {
-    /// Connects as `user`. Whether the server takes us is said by its first frame.
-    pub async fn open(access: &Access, user: u64) -> Result<Self, ClientError> {
+    /// Connects as the user of the token, to another instance at each attempt if there are several. Whether the server takes us
+    /// is said by its first frame.
+    pub async fn open(access: &Access, token: &str, attempt: usize) -> Result<Self, ClientError> {
         let connection =
             |e: tokio_tungstenite::tungstenite::Error| ClientError::Connection(e.to_string());
-        let token = access.token(user).await?;
         let mut request = access
-            .socket_url()
+            .socket_url_of_attempt(attempt)
             .into_client_request()
             .map_err(connection)?;
         let bearer = HeaderValue::try_from(format!("Bearer {token}"));
@@ -50,7 +56,10 @@ impl Connection {
         let (socket, _) = tokio_tungstenite::connect_async_with_config(request, Some(config), true)
             .await
             .map_err(connection)?;
-        Ok(Self { socket })
+        Ok(Self {
+            socket,
+            heard: Instant::now(),
+        })
     }
 
     /// Queues frames and sends them together.
@@ -75,7 +84,11 @@ impl Connection {
     /// Safe.
     pub async fn next(&mut self) -> Incoming {
         loop {
-            match self.socket.next().await {
+            let Ok(next) = timeout_at(self.heard + SILENCE, self.socket.next()).await else {
+                return Incoming::Closed(None, "nothing was heard for too long".into());
+            };
+            self.heard = Instant::now();
+            match next {
                 Some(Ok(Message::Text(text))) => {
                     if let Ok(frame) = serde_json::from_str(&text) {
                         return Incoming::Frame(Box::new(frame));

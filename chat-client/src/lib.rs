@@ -1,10 +1,11 @@
-//! The client of the dialog messaging service: [`Client`] keeps a WebSocket open through everything, and repeats what was
-//! not answered; [`Api`] asks over REST. The binary `chat-client` is built from these.
+//! The client of the dialog messaging service: [`Client`] keeps a WebSocket open through everything, repeats what was not
+//! answered, and tells of every message once and in order; [`Api`] asks over REST. The binary `chat-client` is built from these.
 
 mod access;
 mod api;
 mod client;
 mod connection;
+mod streams;
 
 pub use access::{Access, TokenSource};
 pub use api::Api;

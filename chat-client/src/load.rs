@@ -133,7 +133,11 @@ pub async fn run(servers: &[Access], options: Options) -> anyhow::Result<()> {
             Event::Connected => {}
             Event::Closed(e) => return Err(e.into()),
             Event::Disconnected { reason, .. } => bail!("cannot connect: {reason}"),
-            Event::Message(_) | Event::Read(_) => {}
+            Event::Message(_)
+            | Event::Read(_)
+            | Event::Typing { .. }
+            | Event::Presence(_)
+            | Event::Resync(_) => {}
         }
     }
     println!(
@@ -385,7 +389,13 @@ async fn receive(run: Arc<Run>, user: u64, mut events: Events) {
                 }
             }
             Event::Disconnected { .. } => drop(run.disconnections.fetch_add(1, Ordering::Relaxed)),
-            Event::Message(_) | Event::Connected | Event::Read(_) | Event::Closed(_) => {}
+            Event::Message(_)
+            | Event::Read(_)
+            | Event::Typing { .. }
+            | Event::Presence(_)
+            | Event::Resync(_)
+            | Event::Connected
+            | Event::Closed(_) => {}
         }
     }
 }

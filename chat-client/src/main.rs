@@ -65,8 +65,10 @@ impl Servers {
             .collect()
     }
 
+    /// The first; when it is away, one of the others.
     fn first(&self) -> anyhow::Result<Access> {
-        self.all().into_iter().next().context("--url is empty")
+        let first = self.all().into_iter().next().context("--url is empty")?;
+        Ok(first.with_others(self.url.iter().map(String::as_str)))
     }
 }
 
@@ -215,7 +217,8 @@ async fn run() -> anyhow::Result<()> {
                     Event::Connected => eprintln!("connected"),
                     Event::Disconnected { reason, .. } => eprintln!("disconnected: {reason}"),
                     Event::Closed(e) => return Err(e.into()),
-                    Event::Read(_) => {}
+                    Event::Resync(dialog) => eprintln!("news in {dialog}: read its history"),
+                    Event::Read(_) | Event::Typing { .. } | Event::Presence(_) => {}
                 }
             }
             Ok(())

@@ -94,7 +94,12 @@ async fn send(
         match events.recv().await.context("a session ended")? {
             Event::Closed(e) => return Err(e.into()),
             Event::Disconnected { reason, .. } => bail!("user {user} cannot connect: {reason}"),
-            Event::Connected | Event::Message(_) | Event::Read(_) => {}
+            Event::Connected
+            | Event::Message(_)
+            | Event::Read(_)
+            | Event::Typing { .. }
+            | Event::Presence(_)
+            | Event::Resync(_) => {}
         }
     }
     let bar = bar(lines as u64);

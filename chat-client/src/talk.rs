@@ -2,11 +2,18 @@
 
 use anyhow::Context;
 use chat_client::{Access, Client, ClientError, Event};
-use chat_wire::Message;
+use chat_wire::{HistoryPage, Message};
+use rustyline::completion::Completer;
 use rustyline::error::ReadlineError;
-use rustyline::{DefaultEditor, ExternalPrinter};
+use rustyline::highlight::Highlighter;
+use rustyline::hint::Hinter;
+use rustyline::history::DefaultHistory;
+use rustyline::validate::Validator;
+use rustyline::{Editor, ExternalPrinter, Helper};
 use std::io::{BufRead, IsTerminal, Write};
+use std::time::Duration;
 use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep_until};
 
 /// Messages shown on entry.
 const ENTRY: u32 = 20;
@@ -14,63 +21,68 @@ const ENTRY: u32 = 20;
 /// Lines that were typed and not taken yet.
 const TYPED: usize = 64;
 
+/// Somebody who was typing and says no more has stopped.
+const TYPING: Duration = Duration::from_secs(6);
+
 /// Talks as `user` with `with`, until the end of the input.
 pub async fn run(access: Access, user: u64, with: u64) -> anyhow::Result<()> {
     let (typed_out, mut typed) = mpsc::channel(TYPED);
-    let mut screen = read_lines(typed_out)?;
+    let screen = read_input(typed_out)?;
     let (client, mut events) = Client::start(access, user);
+    if with != user {
+        client.watch(vec![with]).await?;
+    }
+    let (done_out, mut done) = mpsc::channel::<Result<(), ClientError>>(TYPED);
+    let newest = client.history(with, None, None, Some(ENTRY));
+    tokio::pin!(newest);
     let mut view = View {
+        screen,
+        client: client.clone(),
         user,
         with,
         last: None,
+        theirs_typing: None,
+        seen: 0,
+        mine: 0,
     };
-    let (failed_out, mut failed) = mpsc::channel::<ClientError>(TYPED);
-    let (done_out, mut done) = mpsc::channel::<Message>(TYPED);
-    let mut open = true;
-    let mut under_way = 0usize;
+    let (mut open, mut under_way, mut told) = (true, 0usize, Instant::now());
     loop {
         if !open && under_way == 0 {
             return Ok(());
         }
+        let typing_ends = view.theirs_typing.unwrap_or_else(Instant::now);
         tokio::select! {
-            event = events.recv() => match event.context("the session ended")? {
-                Event::Connected => {
-                    screen.say("— connected —")?;
-                    view.catch_up(&client, &mut screen, &mut events).await?;
-                }
-                Event::Disconnected { reason, .. } => screen.say(&format!("— disconnected ({reason}); trying again —"))?,
-                Event::Message(message) => view.take(message, &client, &mut screen, &mut events).await?,
-                Event::Read(_) => {}
-                Event::Closed(e) => return Err(e.into()),
-            },
-            line = typed.recv(), if open => match line {
-                Some(line) if line.trim().is_empty() => {}
-                Some(line) => {
+            page = &mut newest, if view.last.is_none() => view.enter(page?).await?,
+            event = events.recv() => view.event(event.context("the session ended")?).await?,
+            () = sleep_until(typing_ends), if view.theirs_typing.is_some() => view.theirs_typing = None,
+            input = typed.recv(), if open => match input {
+                Some(Input::Key) => if told <= Instant::now() && with != user {
+                    told = Instant::now() + TYPING / 2;
+                    client.typing(with).await?;
+                },
+                Some(Input::Line(line)) if line.trim().is_empty() => {}
+                Some(Input::Line(line)) => {
                     // Sends take the order of their lines: the queue to the client keeps it.
-                    let (client, failed, done) = (client.clone(), failed_out.clone(), done_out.clone());
+                    let (client, done) = (client.clone(), done_out.clone());
                     under_way += 1;
-                    let key = crate::new_key();
-                    let sending = async move {
-                        match client.send(with, key.clone(), line.clone()).await {
-                            Ok(sent) => {
-                                let message = Message { dialog: sent.dialog, seq: sent.seq, from: user, to: with, text: line, at: sent.at, key: Some(key) };
-                                let _ = done.send(message).await;
-                            }
-                            Err(e) => drop(failed.send(e).await),
-                        }
-                    };
-                    tokio::spawn(sending);
+                    told = Instant::now();
+                    tokio::spawn(async move {
+                        let sent = client.send(with, crate::new_key(), line).await;
+                        let _ = done.send(sent.map(drop)).await;
+                    });
                     tokio::task::yield_now().await;
                 }
                 None => open = false,
             },
-            Some(message) = done.recv() => {
+            Some(sent) = done.recv() => {
                 under_way -= 1;
-                view.take(message, &client, &mut screen, &mut events).await?;
-            }
-            Some(e) = failed.recv() => {
-                under_way -= 1;
-                screen.say(&format!("— not sent: {e} —"))?;
+                // What was sent is shown where it stands among the others; the client tells of it before it answers.
+                while let Ok(event) = events.try_recv() {
+                    view.event(event).await?;
+                }
+                if let Err(e) = sent {
+                    view.screen.say(&format!("— not sent: {e} —"))?;
+                }
             }
         }
     }
@@ -78,82 +90,106 @@ pub async fn run(access: Access, user: u64, with: u64) -> anyhow::Result<()> {
 
 /// What is on the screen: everything up to `last`, in order and without a gap.
 struct View {
+    screen: Screen,
+    client: Client,
     user: u64,
     with: u64,
     last: Option<u64>,
+    /// Until when the other is shown as typing.
+    theirs_typing: Option<Instant>,
+    /// Up to where the other has read.
+    seen: u64,
+    /// Our last message.
+    mine: u64,
 }
 
 impl View {
-    /// Shows a message of this dialog in its place; reads what is missing before it.
-    async fn take(
-        &mut self,
-        message: Message,
-        client: &Client,
-        screen: &mut Screen,
-        events: &mut chat_client::Events,
-    ) -> anyhow::Result<()> {
-        let ours = [message.from, message.to];
-        if !(ours.contains(&self.user) && ours.contains(&self.with)) {
-            return screen.say(&format!(
-                "— {} writes to you in another dialog —",
-                message.from
-            ));
-        }
-        match self.last {
-            Some(last) if message.seq <= last => Ok(()),
-            Some(last) if message.seq == last + 1 => {
-                self.last = Some(message.seq);
-                screen.say(&line(&message))
-            }
-            _ => self.catch_up(client, screen, events).await,
-        }
+    fn dialog(&self) -> String {
+        format!("{}_{}", self.user.min(self.with), self.user.max(self.with))
     }
 
-    /// Shows what came since the last message on the screen; on entry, the newest few.
-    async fn catch_up(
-        &mut self,
-        client: &Client,
-        screen: &mut Screen,
-        events: &mut chat_client::Events,
-    ) -> anyhow::Result<()> {
-        loop {
-            let limit = if self.last.is_some() { 200 } else { ENTRY };
-            let asked = client.history(self.with, None, self.last, Some(limit));
-            tokio::pin!(asked);
-            // Events must be taken while we wait: what they tell, the page tells too.
-            let page = loop {
-                tokio::select! {
-                    page = &mut asked => break page?,
-                    event = events.recv() => match event.context("the session ended")? {
-                        Event::Closed(e) => return Err(e.into()),
-                        Event::Disconnected { reason, .. } => screen.say(&format!("— disconnected ({reason}); trying again —"))?,
-                        Event::Connected => screen.say("— connected —")?,
-                        Event::Message(_) | Event::Read(_) => {}
-                    },
-                }
-            };
-            let on_entry = self.last.is_none();
-            if on_entry && page.gap {
-                screen.say(
-                    "— some earlier messages are missing for now; they come back in their place —",
-                )?;
-            }
-            for message in &page.messages {
-                screen.say(&line(message))?;
-            }
-            self.last = Some(
-                page.messages
-                    .last()
-                    .map_or(self.last.unwrap_or(0), |message| message.seq),
-            );
-            if let (Some(last), false) = (self.last, page.messages.is_empty()) {
-                client.mark_read(self.with, last).await?;
-            }
-            if on_entry || !page.more {
-                // A message may have come between the page and its arrival: the next one shows it as a gap.
-                return Ok(());
-            }
+    /// Shows the newest few, and follows the dialog from there.
+    async fn enter(&mut self, page: HistoryPage) -> anyhow::Result<()> {
+        if page.gap {
+            self.screen.say(
+                "— some earlier messages are missing for now; they come back in their place —",
+            )?;
         }
+        self.last = Some(page.last);
+        for message in &page.messages {
+            self.show(message)?;
+        }
+        self.client.follow(self.dialog(), page.last).await?;
+        self.read().await
+    }
+
+    async fn event(&mut self, event: Event) -> anyhow::Result<()> {
+        match event {
+            Event::Connected => self.screen.say("— connected —")?,
+            Event::Disconnected { reason, .. } => {
+                self.theirs_typing = None;
+                self.screen
+                    .say(&format!("— disconnected ({reason}); trying again —"))?;
+            }
+            Event::Message(message) if message.dialog == self.dialog() => {
+                // What comes before the first page is in it, or comes again after it.
+                if self.last.is_some_and(|last| last < message.seq) {
+                    self.last = Some(message.seq);
+                    self.show(&message)?;
+                    self.read().await?;
+                }
+            }
+            Event::Message(message) if message.from != self.user => {
+                let from = message.from;
+                self.screen
+                    .say(&format!("— {from} writes to you in another dialog —"))?;
+            }
+            Event::Read(mark) if mark.dialog == self.dialog() && mark.user == self.with => {
+                let news = mark.seq > self.seen;
+                self.seen = self.seen.max(mark.seq);
+                if news && self.with != self.user && self.mine > 0 && self.seen >= self.mine {
+                    self.screen.say(&format!("— {} has read it —", self.with))?;
+                }
+            }
+            Event::Typing { dialog, user } if dialog == self.dialog() => {
+                if self.theirs_typing.is_none() {
+                    self.screen.say(&format!("— {user} is typing —"))?;
+                }
+                self.theirs_typing = Some(Instant::now() + TYPING);
+            }
+            Event::Presence(presence) => {
+                let how = if presence.online { "here" } else { "away" };
+                self.screen
+                    .say(&format!("— {} is {how} —", presence.user))?;
+            }
+            Event::Resync(dialog) if dialog == self.dialog() => {
+                self.screen
+                    .say("— the log is not what it was; leave and come back to read it anew —")?;
+            }
+            Event::Resync(dialog) => {
+                self.screen
+                    .say(&format!("— there is news in the dialog {dialog} —"))?;
+            }
+            Event::Closed(e) => return Err(e.into()),
+            Event::Message(_) | Event::Read(_) | Event::Typing { .. } => {}
+        }
+        Ok(())
+    }
+
+    fn show(&mut self, message: &Message) -> anyhow::Result<()> {
+        if message.from == self.user {
+            self.mine = message.seq;
+        } else {
+            self.theirs_typing = None;
+        }
+        self.screen.say(&line(message))
+    }
+
+    async fn read(&self) -> anyhow::Result<()> {
+        if let Some(last) = self.last.filter(|last| *last > 0) {
+            self.client.mark_read(self.with, last).await?;
+        }
+        Ok(())
     }
 }
 
@@ -182,26 +218,35 @@ impl Screen {
     }
 }
 
+/// What comes from the keyboard.
+enum Input {
+    /// Something was typed into a line.
+    Key,
+    /// A line is done.
+    Line(String),
+}
+
 /// Reads lines on a thread of its own, from a terminal with editing, or from a pipe.
-fn read_lines(out: mpsc::Sender<String>) -> anyhow::Result<Screen> {
+fn read_input(out: mpsc::Sender<Input>) -> anyhow::Result<Screen> {
     if !std::io::stdin().is_terminal() {
         std::thread::spawn(move || {
             for line in std::io::stdin().lock().lines().map_while(Result::ok) {
-                if out.blocking_send(line).is_err() {
+                if out.blocking_send(Input::Line(line)).is_err() {
                     return;
                 }
             }
         });
         return Ok(Screen::Plain);
     }
-    let mut editor = DefaultEditor::new()?;
+    let mut editor = Editor::<Keys, DefaultHistory>::new()?;
+    editor.set_helper(Some(Keys(out.clone())));
     let printer = editor.create_external_printer()?;
     std::thread::spawn(move || {
         loop {
             match editor.readline("> ") {
                 Ok(line) => {
                     let _ = editor.add_history_entry(&line);
-                    if out.blocking_send(line).is_err() {
+                    if out.blocking_send(Input::Line(line)).is_err() {
                         return;
                     }
                 }
@@ -215,3 +260,26 @@ fn read_lines(out: mpsc::Sender<String>) -> anyhow::Result<Screen> {
     });
     Ok(Screen::Terminal(Box::new(printer)))
 }
+
+/// Notices that somebody is typing: the editor asks it for a hint at every key.
+struct Keys(mpsc::Sender<Input>);
+
+impl Hinter for Keys {
+    type Hint = String;
+
+    fn hint(&self, line: &str, _: usize, _: &rustyline::Context<'_>) -> Option<String> {
+        if !line.is_empty() {
+            // Of the moment only: there are more keys.
+            let _ = self.0.try_send(Input::Key);
+        }
+        None
+    }
+}
+
+impl Completer for Keys {
+    type Candidate = String;
+}
+
+impl Highlighter for Keys {}
+impl Validator for Keys {}
+impl Helper for Keys {}

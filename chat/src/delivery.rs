@@ -1,34 +1,54 @@
 //! Telling people: first those who are connected here, then the other instances.
+//!
+//! The bus may lose anything. A message that is lost is betrayed by the next one of its dialog; the last one of a burst has no
+//! next, so a while later it is hinted at how far the dialog has come, a few times.
 
 use crate::bus::{Bus, BusState, Topic};
-use crate::dialog::{DialogId, UserId};
-use crate::outbox::Outbox;
-use crate::registry::{Joined, Registry, TooMany};
+use crate::dialog::{DialogId, Seq, UserId};
+use crate::feed::Feed;
+use crate::news::News;
+use crate::registry::{Answered, Joined, Registry, TooMany};
 use crate::writer::Committed;
 use bytestring::ByteString;
 use chat_wire::{Message, ReadMark, ServerFrame};
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+use tokio::runtime::Handle;
+use tokio::time::Instant;
 
 /// A handle; a clone is a few references.
 #[derive(Clone)]
 pub struct Delivery {
     registry: Registry,
     bus: Arc<dyn Bus>,
+    hints: Arc<Hints>,
 }
 
 impl Delivery {
     /// Delivers to the sessions of `registry` and to what listens on `bus`.
     #[must_use]
-    pub fn new(registry: Registry, bus: Arc<dyn Bus>) -> Self {
-        Self { registry, bus }
+    pub fn start(registry: Registry, bus: Arc<dyn Bus>, runtime: &Handle) -> Self {
+        let hints = Arc::new(Hints::default());
+        runtime.spawn(hint(Arc::downgrade(&hints), bus.clone()));
+        Self {
+            registry,
+            bus,
+            hints,
+        }
     }
 
-    /// Makes a session hear what is for `user`.
+    /// Makes a session hear what is for `user`, after its welcome.
     ///
     /// # Errors
     /// [`TooMany`].
-    pub fn join(&self, user: UserId, outbox: Arc<Outbox>) -> Result<Joined, TooMany> {
-        self.registry.join(user, outbox, &*self.bus)
+    pub fn join(
+        &self,
+        user: UserId,
+        feed: Arc<Feed>,
+        welcome: impl FnOnce(u64) -> ByteString,
+    ) -> Result<Joined, TooMany> {
+        self.registry.join(user, feed, welcome)
     }
 
     /// The sessions here.
@@ -43,34 +63,105 @@ impl Delivery {
         self.bus.state()
     }
 
-    /// Tells everyone in the dialog of a message that was committed. Encoded once, shared by all.
+    /// Tells everyone in the dialog of a message that was committed. Encoded once, shared by all; the session that sent it is
+    /// told so instead.
     pub fn message(&self, committed: &Committed<'_>) {
-        let message = committed.message;
+        let (message, place) = (committed.message, committed.place);
+        let dialog = message.dialog;
         let frame = encode(&ServerFrame::Message(Message {
-            dialog: message.dialog.to_string(),
-            seq: committed.place.seq.get(),
+            dialog: dialog.to_string(),
+            seq: place.seq.get(),
             from: message.author.get(),
-            to: message.dialog.counterpart(message.author).get(),
+            to: dialog.counterpart(message.author).get(),
             text: message.text.as_str().to_owned(),
-            at: committed.place.at.to_string(),
+            at: place.at.to_string(),
             key: Some(message.key.as_str().to_owned()),
         }));
-        self.tell(message.dialog, &frame, committed.origin);
+        let answered = committed.origin.map(|session| Answered {
+            session,
+            dialog,
+            seq: place.seq,
+            frame: encode(&ServerFrame::Sent {
+                key: message.key.as_str().to_owned(),
+                dialog: dialog.to_string(),
+                seq: place.seq.get(),
+                at: place.at.to_string(),
+            }),
+            again: committed.repeat,
+        });
+        let news = News::Message {
+            dialog,
+            seq: place.seq,
+            frame,
+        };
+        for user in dialog.members() {
+            self.registry.deliver(user, &news, answered.as_ref());
+        }
+        self.publish(dialog, &news);
+        if self.bus.state() != BusState::Alone {
+            self.hints
+                .note(dialog, |burst| burst.head = burst.head.max(place.seq));
+        }
     }
 
     /// Tells everyone in the dialog how far somebody has read.
-    pub fn read_mark(&self, dialog: DialogId, mark: ReadMark, origin: Option<u64>) {
-        self.tell(dialog, &encode(&ServerFrame::Read(mark)), origin);
+    pub fn read_mark(&self, dialog: DialogId, user: UserId, seq: Seq, origin: Option<u64>) {
+        let news = read_news(dialog, user, seq);
+        for member in dialog.members() {
+            self.registry.deliver_but(member, &news, origin);
+        }
+        self.publish(dialog, &news);
+        if self.bus.state() != BusState::Alone {
+            self.hints.note(dialog, |burst| {
+                burst.reads.retain(|(who, _)| *who != user);
+                burst.reads.push((user, seq));
+            });
+        }
     }
 
-    fn tell(&self, dialog: DialogId, frame: &ByteString, origin: Option<u64>) {
-        for user in dialog.members() {
-            self.registry.deliver(user, frame, origin);
+    /// Tells the other users of the dialog that `user` is typing.
+    pub fn typing(&self, dialog: DialogId, user: UserId) {
+        let news = News::Passing {
+            frame: encode(&ServerFrame::Typing {
+                dialog: dialog.to_string(),
+                user: user.get(),
+            }),
+        };
+        for other in dialog.members().filter(|member| *member != user) {
+            self.registry.deliver(other, &news, None);
+            self.bus.publish(Topic::User(other), news.encode());
         }
+    }
+
+    /// Tells the sessions of this instance how far a dialog has come.
+    pub fn head(&self, dialog: DialogId, seq: Seq) {
         for user in dialog.members() {
-            self.bus
-                .publish(Topic::User(user), frame.as_bytes().clone());
+            self.registry
+                .deliver(user, &News::Head { dialog, seq }, None);
         }
+    }
+
+    fn publish(&self, dialog: DialogId, news: &News) {
+        let payload = news.encode();
+        for user in dialog.members() {
+            self.bus.publish(Topic::User(user), payload.clone());
+        }
+    }
+}
+
+/// A read mark, as it is told.
+#[must_use]
+pub fn read_news(dialog: DialogId, user: UserId, seq: Seq) -> News {
+    let frame = encode(&ServerFrame::Read(ReadMark {
+        dialog: dialog.to_string(),
+        user: user.get(),
+        seq: seq.get(),
+    }));
+    News::Read {
+        dialog,
+        user,
+        seq,
+        frame,
     }
 }
 
@@ -81,4 +172,111 @@ pub fn encode(frame: &ServerFrame) -> ByteString {
     serde_json::to_string(frame)
         .expect("a frame is JSON")
         .into()
+}
+
+/// What was told lately, by dialog; cut into parts so that no single lock sees every message.
+struct Hints {
+    parts: Vec<Mutex<HashMap<DialogId, Burst>>>,
+}
+
+/// What was told in one dialog since it was last silent.
+struct Burst {
+    head: Seq,
+    reads: Vec<(UserId, Seq)>,
+    last: Instant,
+    hinted: usize,
+}
+
+/// So long after the last message of a burst it is hinted at.
+const HINT_AFTER: [Duration; 3] = [
+    Duration::from_secs(1),
+    Duration::from_secs(2),
+    Duration::from_secs(4),
+];
+
+/// How often it is looked whether hints are due.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+const PARTS: usize = 64;
+
+/// Dialogs of a part. What is beyond, after a long time without a bus, is found when its return is told.
+const DIALOGS: usize = 4096;
+
+impl Default for Hints {
+    fn default() -> Self {
+        Self {
+            parts: (0..PARTS).map(|_| Mutex::default()).collect(),
+        }
+    }
+}
+
+impl Hints {
+    fn note(&self, dialog: DialogId, told: impl FnOnce(&mut Burst)) {
+        let mut part = lock(&self.parts[crate::ring::Slot::of(dialog).index() % PARTS]);
+        if part.len() >= DIALOGS && !part.contains_key(&dialog) {
+            return;
+        }
+        let burst = part.entry(dialog).or_insert_with(|| Burst {
+            head: Seq::ZERO,
+            reads: Vec::new(),
+            last: Instant::now(),
+            hinted: 0,
+        });
+        burst.last = Instant::now();
+        burst.hinted = 0;
+        told(burst);
+    }
+
+    /// What is due; forgets what was hinted at often enough.
+    fn due(&self, part: &Mutex<HashMap<DialogId, Burst>>) -> Vec<News> {
+        let mut due = Vec::new();
+        lock(part).retain(|dialog, burst| {
+            if burst.last.elapsed() >= HINT_AFTER[burst.hinted] {
+                burst.hinted += 1;
+                if burst.head > Seq::ZERO {
+                    due.push(News::Head {
+                        dialog: *dialog,
+                        seq: burst.head,
+                    });
+                }
+                let reads = burst.reads.iter();
+                due.extend(reads.map(|(user, seq)| read_news(*dialog, *user, *seq)));
+            }
+            burst.hinted < HINT_AFTER.len()
+        });
+        due
+    }
+}
+
+fn lock(part: &Mutex<HashMap<DialogId, Burst>>) -> MutexGuard<'_, HashMap<DialogId, Burst>> {
+    part.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Hints at what was told, while there are others to hear it; what falls due without a bus waits for it.
+async fn hint(hints: Weak<Hints>, bus: Arc<dyn Bus>) {
+    if bus.state() == BusState::Alone {
+        return;
+    }
+    loop {
+        tokio::time::sleep(LOOK_EVERY).await;
+        let Some(hints) = hints.upgrade() else { return };
+        for part in &hints.parts {
+            if bus.state() != BusState::Connected {
+                continue;
+            }
+            for news in hints.due(part) {
+                let (News::Message { dialog, .. }
+                | News::Head { dialog, .. }
+                | News::Read { dialog, .. }) = &news
+                else {
+                    continue;
+                };
+                let payload = news.encode();
+                for user in dialog.members() {
+                    bus.publish(Topic::User(user), payload.clone());
+                }
+            }
+            tokio::task::yield_now().await;
+        }
+    }
 }

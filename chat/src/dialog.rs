@@ -277,6 +277,23 @@ impl Timestamp {
     }
 }
 
+/// Not a time in the notation of the wire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a time is written like 2026-11-21T05:00:00.123456Z")]
+pub struct BadTimestamp;
+
+impl FromStr for Timestamp {
+    type Err = BadTimestamp;
+
+    /// RFC 3339.
+    fn from_str(s: &str) -> Result<Self, BadTimestamp> {
+        let form = &time::format_description::well_known::Rfc3339;
+        let at = time::OffsetDateTime::parse(s, form).map_err(|_| BadTimestamp)?;
+        let micros = i64::try_from(at.unix_timestamp_nanos() / 1_000).map_err(|_| BadTimestamp)?;
+        Ok(Self(micros))
+    }
+}
+
 impl fmt::Display for Timestamp {
     /// RFC 3339 with microseconds, as on the wire: `2026-11-21T05:00:00.123456Z`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -367,5 +384,8 @@ mod tests {
             Timestamp::from_micros(1_795_237_200_123_456).to_string(),
             "2026-11-21T05:00:00.123456Z"
         );
+        let back = "2026-11-21T05:00:00.123456Z".parse();
+        assert_eq!(back, Ok(Timestamp::from_micros(1_795_237_200_123_456)));
+        assert_eq!("yesterday".parse::<Timestamp>(), Err(BadTimestamp));
     }
 }

@@ -44,9 +44,21 @@ pub mod change;
 
 pub mod outbox;
 
+pub mod sight;
+
+pub mod news;
+
+pub mod feed;
+
 pub mod registry;
 
 pub mod delivery;
+
+pub mod presence;
+
+pub mod catchup;
+
+pub mod reconcile;
 
 pub mod session;
 

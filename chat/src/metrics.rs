@@ -140,6 +140,12 @@ pub struct Metrics {
     pub bus_published: Counter,
     /// What came from the bus.
     pub bus_received: Counter,
+    /// Messages that sessions were sent from the shards, because they were lost on the way or while away.
+    pub caught_up: Counter,
+    /// Dialogs whose session was told to read the history: too much was missed, or the position was none.
+    pub resyncs: Counter,
+    /// Dialogs whose heads were compared with what sessions were sent.
+    pub heads_compared: Counter,
     /// The version of the document in force.
     pub document_version: Gauge,
     /// Slots that are not where they are wanted.
@@ -204,6 +210,9 @@ impl Metrics {
             bus_dropped: Counter::default(),
             bus_published: Counter::default(),
             bus_received: Counter::default(),
+            caught_up: Counter::default(),
+            resyncs: Counter::default(),
+            heads_compared: Counter::default(),
             document_version: Gauge::default(),
             adjudicating: Gauge::default(),
             slots_parked: Gauge::default(),
@@ -325,6 +334,21 @@ impl Metrics {
             "bus_received",
             "Deliveries received from the bus",
             metrics.bus_received.clone(),
+        );
+        r.register(
+            "messages_caught_up",
+            "Messages sent to sessions from the shards: lost on the way, or missed while away",
+            metrics.caught_up.clone(),
+        );
+        r.register(
+            "resyncs",
+            "Dialogs whose session was told to read the history",
+            metrics.resyncs.clone(),
+        );
+        r.register(
+            "heads_compared",
+            "Dialogs compared with the shards after something may have been lost",
+            metrics.heads_compared.clone(),
         );
         r.register(
             "document_version",

@@ -71,11 +71,24 @@ impl Outbox {
         self.filled.notify_one();
     }
 
+    /// Adds a frame unless others wait in number: for what is of the moment only.
+    pub fn push_if_idle(&self, frame: &ByteString) {
+        if self.state().bytes <= self.limit_bytes / 4 {
+            self.push(frame.clone());
+        }
+    }
+
     /// Adds a frame once half of the queue is free: for answers to the session's own requests, which can wait.
     ///
     /// # Cancel safety
     /// Dropped before it is done, it has added nothing.
     pub async fn push_when_room(&self, frame: ByteString) {
+        self.room().await;
+        self.push(frame);
+    }
+
+    /// Waits until half of the queue is free, or the session is closed as a slow reader.
+    pub async fn room(&self) {
         loop {
             let drained = self.drained.notified();
             {
@@ -89,7 +102,6 @@ impl Outbox {
             }
             drained.await;
         }
-        self.push(frame);
     }
 
     /// Closes the session, after what is waiting and what comes until it is. The first reason stays.

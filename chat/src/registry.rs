@@ -3,13 +3,17 @@
 //! Cut into many parts by user, so that no single lock sees every message.
 
 use crate::bus::{Bus, Listening, Sink, Topic};
-use crate::dialog::UserId;
+use crate::dialog::{DialogId, Seq, UserId};
+use crate::feed::Feed;
+use crate::news::News;
 use crate::outbox::Outbox;
+use bytes::Bytes;
 use bytestring::ByteString;
 use chat_wire::Close;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use tokio::sync::watch;
 
 /// How many parts there are.
 const PARTS: usize = 64;
@@ -21,33 +25,59 @@ pub struct Registry {
 }
 
 struct Inner {
+    bus: Arc<dyn Bus>,
     parts: Vec<Mutex<HashMap<UserId, Present>>>,
     next_session: AtomicU64,
     sessions_per_user: usize,
+    /// Told when a user comes or goes, as the other instances are.
+    told: OnceLock<Arc<dyn Fn(UserId, bool) + Send + Sync>>,
 }
 
 /// A user with at least one session here.
 struct Present {
-    sessions: Vec<(u64, Arc<Outbox>)>,
-    _listening: Listening,
+    sessions: Vec<(u64, Arc<Feed>)>,
+    listening: Listening,
 }
 
 /// The user has as many sessions here as are allowed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TooMany;
 
+/// The answer to a send, for the session it came from: what `message` is for the others.
+#[derive(Clone, Debug)]
+pub struct Answered {
+    /// Which session.
+    pub session: u64,
+    /// Where the message lies.
+    pub dialog: DialogId,
+    /// See `dialog`.
+    pub seq: Seq,
+    /// The frame `sent`.
+    pub frame: ByteString,
+    /// It was stored before.
+    pub again: bool,
+}
+
 impl Registry {
     /// Nobody yet; each user may have `sessions_per_user`.
     #[must_use]
-    pub fn new(sessions_per_user: usize) -> Self {
+    pub fn new(sessions_per_user: usize, bus: Arc<dyn Bus>) -> Self {
         let parts = (0..PARTS).map(|_| Mutex::default()).collect();
         Self {
             inner: Arc::new(Inner {
+                bus,
                 parts,
                 next_session: AtomicU64::new(1),
                 sessions_per_user,
+                told: OnceLock::new(),
             }),
         }
+    }
+
+    /// From now on `told` hears when the first session of a user comes here (`true`), and when the last goes. The first who
+    /// asks for it is told.
+    pub fn on_coming_and_going(&self, told: Arc<dyn Fn(UserId, bool) + Send + Sync>) {
+        let _ = self.inner.told.set(told);
     }
 
     fn part(&self, user: UserId) -> MutexGuard<'_, HashMap<UserId, Present>> {
@@ -56,58 +86,108 @@ impl Registry {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds a session of `user`, whose frames go to `outbox`. It leaves when the guard is dropped.
+    /// Adds a session of `user`, once `welcome` has given it the first frame. It leaves when the guard is dropped.
     ///
     /// # Errors
     /// [`TooMany`].
     pub fn join(
         &self,
         user: UserId,
-        outbox: Arc<Outbox>,
-        bus: &dyn Bus,
+        feed: Arc<Feed>,
+        welcome: impl FnOnce(u64) -> ByteString,
     ) -> Result<Joined, TooMany> {
         let session = self.inner.next_session.fetch_add(1, Ordering::Relaxed);
         let mut part = self.part(user);
-        if let Some(present) = part.get_mut(&user) {
+        let (effective, first) = if let Some(present) = part.get_mut(&user) {
             if present.sessions.len() >= self.inner.sessions_per_user {
                 return Err(TooMany);
             }
-            present.sessions.push((session, outbox));
+            feed.outbox().push(welcome(session));
+            present.sessions.push((session, feed));
+            (present.listening.effective(), false)
         } else {
+            feed.outbox().push(welcome(session));
             let registry = self.clone();
-            let sink: Sink = Arc::new(move |frame| {
-                // Only instances of ours publish, and only frames; anything else is left alone.
-                if let Ok(frame) = ByteString::try_from(frame) {
-                    registry.deliver(user, &frame, None);
+            let sink: Sink = Arc::new(move |payload| {
+                if let Some(news) = News::decode(&payload) {
+                    registry.deliver(user, &news, None);
                 }
             });
-            let listening = bus.listen(Topic::User(user), sink);
+            let listening = self.inner.bus.listen(Topic::User(user), sink);
+            let effective = listening.effective();
             part.insert(
                 user,
                 Present {
-                    sessions: vec![(session, outbox)],
-                    _listening: listening,
+                    sessions: vec![(session, feed)],
+                    listening,
                 },
             );
+            (effective, true)
+        };
+        drop(part);
+        if first {
+            self.tell(user, true);
         }
         Ok(Joined {
             registry: self.clone(),
             user,
             session,
+            effective,
         })
     }
 
-    /// Queues a frame for every session of `user` here, except `origin`.
-    pub fn deliver(&self, user: UserId, frame: &ByteString, origin: Option<u64>) {
+    fn tell(&self, user: UserId, is_here: bool) {
+        let payload: &[u8] = if is_here { b"+" } else { b"-" };
+        let payload = Bytes::from_static(payload);
+        self.inner.bus.publish(Topic::Presence(user), payload);
+        if let Some(told) = self.inner.told.get() {
+            told(user, is_here);
+        }
+    }
+
+    /// Gives news to every session of `user` here; the one that `answered` names gets that instead.
+    pub fn deliver(&self, user: UserId, news: &News, answered: Option<&Answered>) {
         if let Some(present) = self.part(user).get(&user) {
-            for (_, outbox) in present
-                .sessions
-                .iter()
-                .filter(|(session, _)| Some(*session) != origin)
-            {
-                outbox.push(frame.clone());
+            for (session, feed) in &present.sessions {
+                match answered.filter(|answered| answered.session == *session) {
+                    Some(Answered {
+                        dialog,
+                        seq,
+                        frame,
+                        again,
+                        ..
+                    }) => feed.sent(*dialog, *seq, frame.clone(), *again),
+                    None => feed.take(news),
+                }
             }
         }
+    }
+
+    /// Gives news to every session of `user` here but one.
+    pub fn deliver_but(&self, user: UserId, news: &News, origin: Option<u64>) {
+        if let Some(present) = self.part(user).get(&user) {
+            for (session, feed) in &present.sessions {
+                if Some(*session) != origin {
+                    feed.take(news);
+                }
+            }
+        }
+    }
+
+    /// Whether a user has a session here.
+    #[must_use]
+    pub fn has(&self, user: UserId) -> bool {
+        self.part(user).contains_key(&user)
+    }
+
+    /// Everyone who has a session here.
+    #[must_use]
+    pub fn users(&self) -> Vec<UserId> {
+        let of_part = |part: &Mutex<HashMap<UserId, Present>>| {
+            let part = part.lock().unwrap_or_else(PoisonError::into_inner);
+            part.keys().copied().collect::<Vec<_>>()
+        };
+        self.inner.parts.iter().flat_map(of_part).collect()
     }
 
     /// All sessions, to be closed.
@@ -116,7 +196,12 @@ impl Registry {
         let of_part = |part: &Mutex<HashMap<UserId, Present>>| {
             let part = part.lock().unwrap_or_else(PoisonError::into_inner);
             part.values()
-                .flat_map(|present| present.sessions.iter().map(|(_, outbox)| outbox.clone()))
+                .flat_map(|present| {
+                    present
+                        .sessions
+                        .iter()
+                        .map(|(_, feed)| feed.outbox().clone())
+                })
                 .collect::<Vec<_>>()
         };
         self.inner.parts.iter().flat_map(of_part).collect()
@@ -151,9 +236,20 @@ pub struct Joined {
     registry: Registry,
     user: UserId,
     session: u64,
+    effective: watch::Receiver<bool>,
 }
 
 impl Joined {
+    /// Waits until what other instances publish for the user is heard here; what is read from the shards after that misses
+    /// nothing that is not told.
+    pub fn listening(&self) -> impl Future<Output = ()> + Send + 'static + use<> {
+        let mut effective = self.effective.clone();
+        async move {
+            // Gone with the bus: then nothing is heard from others anyway.
+            let _ = effective.wait_for(|effective| *effective).await;
+        }
+    }
+
     /// The session's number on this instance.
     #[must_use]
     pub fn session(&self) -> u64 {
@@ -178,7 +274,10 @@ impl Drop for Joined {
             }
         };
         // Leaving the bus is somebody else's code: not under our lock.
-        drop(left);
+        if let Some(left) = left {
+            drop(left);
+            self.registry.tell(self.user, false);
+        }
     }
 }
 
@@ -187,39 +286,90 @@ mod tests {
     use super::*;
     use crate::bus::LocalBus;
     use crate::outbox::Next;
+    use crate::sight::Bounds;
 
     fn user(id: u64) -> UserId {
         UserId::new(id).unwrap()
     }
 
+    fn registry(sessions_per_user: usize) -> Registry {
+        Registry::new(sessions_per_user, Arc::new(LocalBus::alone()))
+    }
+
+    fn join(registry: &Registry, feed: Arc<Feed>) -> Result<Joined, TooMany> {
+        registry.join(user(7), feed, |session| format!("welcome {session}").into())
+    }
+
+    fn feed() -> Arc<Feed> {
+        let bounds = Bounds {
+            dialogs: 10,
+            held_bytes: 100,
+        };
+        Arc::new(Feed::new(Arc::new(Outbox::new(100)), bounds, true))
+    }
+
     #[tokio::test]
-    async fn every_session_of_a_user_hears_it_except_the_one_it_came_from() {
-        let (registry, bus) = (Registry::new(10), LocalBus::alone());
-        let boxes: Vec<_> = (0..3).map(|_| Arc::new(Outbox::new(100))).collect();
-        let joined: Vec<_> = boxes
+    async fn every_session_of_a_user_hears_it_and_the_one_it_came_from_gets_its_answer() {
+        let registry = registry(10);
+        let feeds: Vec<_> = (0..3).map(|_| feed()).collect();
+        let joined: Vec<_> = feeds
             .iter()
-            .map(|outbox| registry.join(user(7), outbox.clone(), &bus).unwrap())
+            .map(|feed| join(&registry, feed.clone()).unwrap())
             .collect();
-        registry.deliver(user(7), &"x".into(), Some(joined[1].session()));
-        registry.deliver(user(8), &"not for us".into(), None);
-        boxes.iter().for_each(|outbox| outbox.close(Close::Normal));
-        assert_eq!(boxes[0].next().await, Next::Frame("x".into()));
-        assert_eq!(boxes[1].next().await, Next::Close(Close::Normal));
-        assert_eq!(boxes[2].next().await, Next::Frame("x".into()));
+        let (dialog, seq) = ("7_42".parse().unwrap(), Seq::new(5));
+        let news = News::Message {
+            dialog,
+            seq,
+            frame: "message".into(),
+        };
+        let answered = Answered {
+            session: joined[1].session(),
+            dialog,
+            seq,
+            frame: "sent".into(),
+            again: false,
+        };
+        registry.deliver(user(7), &news, Some(&answered));
+        registry.deliver(user(8), &news, None);
+        let typing = News::Passing {
+            frame: "typing".into(),
+        };
+        registry.deliver_but(user(7), &typing, Some(joined[2].session()));
+        for (feed, expected) in feeds.iter().zip([
+            &["welcome 1", "message", "typing"][..],
+            &["welcome 2", "sent", "typing"],
+            &["welcome 3", "message"],
+        ]) {
+            feed.outbox().close(Close::Normal);
+            for frame in expected {
+                assert_eq!(feed.outbox().next().await, Next::Frame((*frame).into()));
+            }
+            assert_eq!(feed.outbox().next().await, Next::Close(Close::Normal));
+        }
     }
 
     #[test]
     fn a_session_leaves_with_its_guard_and_the_limit_counts_only_those_present() {
-        let (registry, bus) = (Registry::new(1), LocalBus::alone());
-        let outbox = Arc::new(Outbox::new(100));
-        let joined = registry.join(user(7), outbox.clone(), &bus).unwrap();
-        assert_eq!(
-            registry.join(user(7), outbox.clone(), &bus).err(),
-            Some(TooMany)
-        );
-        assert_eq!(registry.len(), 1);
+        let registry = registry(2);
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let tells = told.clone();
+        registry.on_coming_and_going(Arc::new(move |user, here| {
+            tells.lock().unwrap().push((user.get(), here));
+        }));
+        let joined = join(&registry, feed()).unwrap();
+        let second = join(&registry, feed()).unwrap();
+        assert_eq!(join(&registry, feed()).err(), Some(TooMany));
+        assert_eq!(registry.len(), 2);
         drop(joined);
-        assert!(registry.is_empty());
-        assert!(registry.join(user(7), outbox, &bus).is_ok());
+        assert!(registry.has(user(7)));
+        drop(second);
+        assert!(registry.is_empty() && !registry.has(user(7)));
+        assert!(join(&registry, feed()).is_ok());
+        let (come, gone) = ((7, true), (7, false));
+        assert_eq!(
+            *told.lock().unwrap(),
+            [come, gone, come, gone],
+            "the first and the last only"
+        );
     }
 }

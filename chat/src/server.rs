@@ -9,6 +9,8 @@ use crate::delivery::Delivery;
 use crate::http::{self, App, Counter, Line, Tokens};
 use crate::messages::Messages;
 use crate::metrics::Metrics;
+use crate::presence::Presence;
+use crate::reconcile::Reconcile;
 use crate::registry::Registry;
 use crate::session::Context as SessionContext;
 use crate::topology::Topology;
@@ -108,15 +110,22 @@ impl Server {
             ),
             None => Arc::new(LocalBus::alone()),
         };
-        let delivery = Delivery::new(
-            Registry::new(settings.limits.sessions_per_user),
-            bus.clone(),
-        );
+        let registry = Registry::new(settings.limits.sessions_per_user, bus.clone());
+        let delivery = Delivery::start(registry.clone(), bus.clone(), &runtime);
+        let presence = Presence::start(registry, bus.clone(), &runtime);
         let on_commit: OnCommit = {
             let delivery = delivery.clone();
             Arc::new(move |committed: Committed<'_>| delivery.message(&committed))
         };
         let messages = Messages::start(cluster, &settings, on_commit, &runtime, metrics.clone());
+        let reconcile = Reconcile::start(
+            &messages,
+            &delivery,
+            &presence,
+            bus.clone(),
+            metrics.clone(),
+            &runtime,
+        );
         let change = Change::start(
             messages.cluster(),
             Source::file(settings.shards_file.clone()),
@@ -129,6 +138,7 @@ impl Server {
         let context = SessionContext {
             messages,
             delivery,
+            presence,
             authenticate: tokens.clone(),
             limits: Arc::new(settings.limits.clone()),
             metrics,
@@ -145,6 +155,7 @@ impl Server {
             trust_forwarded_for: settings.trust_forwarded_for,
             draining: AtomicBool::new(false),
             change,
+            reconcile,
             admin_token: settings.admin_token.clone(),
         });
         Ok(Self {
@@ -225,8 +236,7 @@ impl Server {
         app.draining.store(true, Ordering::Relaxed);
         let registry = app.context.delivery.registry().clone();
         tracing::info!(sessions = registry.len(), "going away");
-        // Nobody new, while those who are here are asked to leave; what they asked before is still answered.
-        public_handle.pause().await;
+        // Whoever comes now is told to go elsewhere, as those who are here are; what they asked before is still answered.
         registry
             .close_all(Close::Restart, Duration::from_millis(limits.shutdown_ms))
             .await;
@@ -234,6 +244,7 @@ impl Server {
         while !registry.is_empty() && Instant::now() < patience {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+        app.reconcile.farewell();
         public_handle.stop(true).await;
         admin_handle.stop(false).await;
         let _ = tokio::join!(public, admin);

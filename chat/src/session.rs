@@ -1,18 +1,24 @@
 //! One connection as a state machine: frames in, frames out. It knows nothing of sockets.
 
+use crate::bus::BusState;
+use crate::catchup::CatchUp;
 use crate::config::Limits;
 use crate::delivery::{Delivery, encode};
-use crate::dialog::{Seq, UserId};
+use crate::dialog::{DialogId, Seq, Timestamp, UserId};
+use crate::feed::{self, Feed};
 use crate::messages::{Messages, NotDone};
 use crate::metrics::Metrics;
 use crate::outbox::Outbox;
+use crate::presence::{Presence, Watch};
 use crate::refusal::Refusal;
 use crate::registry::{Joined, TooMany};
+use crate::sight::Bounds;
 use crate::store::Range;
-use chat_wire::{ClientFrame, Close, ErrorCode, ServerFrame};
+use chat_wire::{ClientFrame, Close, ErrorCode, ReadMark, ServerFrame};
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use serde::Deserialize;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::Semaphore;
@@ -42,6 +48,8 @@ pub struct Context {
     pub messages: Messages,
     /// Tells people.
     pub delivery: Delivery,
+    /// Knows who is there.
+    pub presence: Presence,
     /// Checks tokens.
     pub authenticate: Arc<dyn Authenticate>,
     /// How much of everything.
@@ -56,8 +64,16 @@ pub struct Session {
     identity: Identity,
     outbox: Arc<Outbox>,
     joined: Joined,
+    /// What this session is told, in order.
+    feed: Arc<Feed>,
+    catch_up: CatchUp,
+    watch: Watch,
     /// Requests whose answers are not in the outbox yet.
     pending: FuturesUnordered<BoxFuture<'static, ()>>,
+    /// Dialogs that are being read because something of them was missed; each at most once.
+    catching_up: FuturesUnordered<BoxFuture<'static, ()>>,
+    /// When `typing` was last passed on, by dialog.
+    typed: HashMap<DialogId, Instant>,
     /// Pages and inboxes weigh much more than a `sent`: fewer of them may be under way.
     reads: Arc<Semaphore>,
     frames: FrameRate,
@@ -65,6 +81,15 @@ pub struct Session {
 
 /// The longest `id` of a request, which comes back in its answer.
 const MAX_ID_CHARS: usize = 64;
+
+/// Dialogs of a session that are read at once because something was missed.
+const CATCH_UPS: usize = 4;
+
+/// `typing` is passed on once in so long.
+const TYPING_EVERY: Duration = Duration::from_secs(1);
+
+/// Dialogs whose `typing` is remembered; who types in more begins anew.
+const TYPED: usize = 64;
 
 impl Session {
     /// Joins, and says welcome.
@@ -76,29 +101,56 @@ impl Session {
         identity: Identity,
         outbox: Arc<Outbox>,
     ) -> Result<Self, TooMany> {
-        let joined = context.delivery.join(identity.user, outbox.clone())?;
         let limits = &context.limits;
-        outbox.push(encode(&ServerFrame::Welcome {
-            user: identity.user.get(),
-            session: joined.session().to_string(),
-            protocol: chat_wire::PROTOCOL.to_owned(),
-            limits: chat_wire::Limits {
-                text_chars: limits.text_chars,
-                frame_bytes: limits.frame_bytes,
-                history_page: limits.history_page,
-                inbox_page: limits.inbox_page,
-                sends_per_second: limits.sends_per_second,
-                frames_per_second: limits.frames_per_second,
-            },
-        }));
+        let bounds = Bounds {
+            dialogs: limits.resume_dialogs as usize,
+            held_bytes: limits.outbound_queue_bytes / 4,
+        };
+        let lossless = context.delivery.bus() == BusState::Alone;
+        let feed = Arc::new(Feed::new(outbox.clone(), bounds, lossless));
+        let welcome = |session: u64| {
+            encode(&ServerFrame::Welcome {
+                user: identity.user.get(),
+                session: session.to_string(),
+                protocol: chat_wire::PROTOCOL.to_owned(),
+                limits: chat_wire::Limits {
+                    text_chars: limits.text_chars,
+                    frame_bytes: limits.frame_bytes,
+                    history_page: limits.history_page,
+                    inbox_page: limits.inbox_page,
+                    sends_per_second: limits.sends_per_second,
+                    frames_per_second: limits.frames_per_second,
+                    resume_dialogs: limits.resume_dialogs,
+                    resume_messages: limits.resume_messages,
+                    watched_users: limits.watched_users,
+                },
+                now: feed::now().to_string(),
+            })
+        };
+        let joined = context
+            .delivery
+            .join(identity.user, feed.clone(), welcome)?;
         let frames = FrameRate::new(limits.frames_per_second);
         let reads = Arc::new(Semaphore::new(context.limits.reads_in_flight));
+        let catch_up = CatchUp {
+            messages: context.messages.clone(),
+            feed: feed.clone(),
+            me: identity.user,
+            replay: u64::from(limits.resume_messages),
+            turns: Arc::new(Semaphore::new(CATCH_UPS)),
+            metrics: context.metrics.clone(),
+        };
         Ok(Self {
+            watch: context.presence.watch(joined.session(), feed.clone()),
             context,
             identity,
             outbox,
             joined,
+            feed,
+            catch_up,
             pending: FuturesUnordered::new(),
+            catching_up: FuturesUnordered::new(),
+            typed: HashMap::new(),
             reads,
             frames,
         })
@@ -143,19 +195,25 @@ impl Session {
         }
     }
 
-    /// Drives the requests that are under way; returns when one of them is answered. Never returns while there is none.
+    /// Drives the requests that are under way, and reads what was missed; returns now and then. Never returns while there is
+    /// nothing to do.
     ///
     /// # Cancel safety
     /// Safe: what is under way stays so.
     pub async fn settle(&mut self) {
-        if self.pending.next().await.is_none() {
-            std::future::pending::<()>().await;
+        tokio::select! {
+            Some(()) = self.pending.next() => {}
+            Some(()) = self.catching_up.next() => {}
+            dialog = self.feed.due() => {
+                self.catching_up.push(Box::pin(self.catch_up.clone().dialog(dialog)));
+            }
         }
     }
 
     /// Waits until every request that is under way is answered.
     pub async fn drain(&mut self) {
         while self.pending.next().await.is_some() {}
+        self.feed.release();
     }
 
     /// How long the token lasts; zero once it has expired.
@@ -178,7 +236,14 @@ impl Session {
     }
 
     fn handle(&mut self, frame: ClientFrame) {
-        let asks_for_work = !matches!(frame, ClientFrame::Auth { .. } | ClientFrame::Ping { .. });
+        let asks_for_work = !matches!(
+            frame,
+            ClientFrame::Auth { .. }
+                | ClientFrame::Ping { .. }
+                | ClientFrame::Typing { .. }
+                | ClientFrame::Watch { .. }
+                | ClientFrame::Unwatch { .. }
+        );
         let (key, id) = names(&frame);
         if asks_for_work && self.pending.len() >= self.context.limits.requests_in_flight {
             let message = format!(
@@ -194,15 +259,10 @@ impl Session {
             ClientFrame::Send { key, to, text } => {
                 match messages.send(me, to, key.clone(), text, Some(self.joined.session())) {
                     Err(e) => self.refuse(e.into(), Some(key), None),
-                    Ok(sent) => self.answer(Some(key.clone()), None, (), async move {
-                        let sent = sent.await?;
-                        let (seq, at) = (sent.place.seq.get(), sent.place.at.to_string());
-                        Ok(ServerFrame::Sent {
-                            key,
-                            dialog: sent.dialog.to_string(),
-                            seq,
-                            at,
-                        })
+                    // `sent` has its place among the messages of the dialog: delivery sees to it.
+                    Ok(sent) => self.answer(Some(key), None, (), async move {
+                        sent.await?;
+                        Ok(None)
                     }),
                 }
             }
@@ -217,22 +277,72 @@ impl Session {
                     Ok(range) => range,
                     Err(e) => return self.refuse(e.into(), None, id),
                 };
+                let feed = self.feed.clone();
                 self.read(id.clone(), async move {
                     let page = messages.history(me, with, range, limit).await?;
+                    let to_the_end = match range {
+                        Range::Newest => true,
+                        Range::After(_) => !page.more,
+                        Range::Before(_) => false,
+                    };
+                    if let (true, Ok(with)) = (to_the_end && page.last > 0, UserId::new(with)) {
+                        feed.shown(DialogId::between(me, with), Seq::new(page.last));
+                    }
                     Ok(ServerFrame::History { id, page })
                 });
             }
-            ClientFrame::Inbox { id, limit, cursor } => self.read(id.clone(), async move {
-                let page = messages.inbox(me, limit, cursor.as_deref()).await?;
-                Ok(ServerFrame::Inbox { id, page })
-            }),
+            ClientFrame::Inbox { id, limit, cursor } => {
+                let feed = self.feed.clone();
+                self.read(id.clone(), async move {
+                    let page = messages.inbox(me, limit, cursor.as_deref()).await?;
+                    for entry in &page.dialogs {
+                        if let Ok(with) = UserId::new(entry.with) {
+                            feed.shown(DialogId::between(me, with), Seq::new(entry.last.seq));
+                        }
+                    }
+                    Ok(ServerFrame::Inbox { id, page })
+                });
+            }
+            ClientFrame::Resume {
+                id,
+                positions,
+                since,
+            } => match self.positions(positions, since) {
+                Ok((positions, since)) => {
+                    let catch_up = self.catch_up.clone();
+                    self.read(id.clone(), async move {
+                        Ok(catch_up.resume(id, positions, since).await)
+                    });
+                }
+                Err(e) => self.refuse(e.into(), None, id),
+            },
             ClientFrame::Read { with, seq } => {
                 let (delivery, origin) = (self.context.delivery.clone(), self.joined.session());
+                let feed = self.feed.clone();
                 self.answer(None, None, (), async move {
-                    let (dialog, mark) = messages.mark_read(me, with, seq).await?;
-                    delivery.read_mark(dialog, mark.clone(), Some(origin));
-                    Ok(ServerFrame::Read(mark))
+                    let (dialog, seq) = messages.mark_read(me, with, seq).await?;
+                    delivery.read_mark(dialog, me, seq, Some(origin));
+                    feed.knows_read(dialog, me, seq);
+                    Ok(Some(ServerFrame::Read(ReadMark {
+                        dialog: dialog.to_string(),
+                        user: me.get(),
+                        seq: seq.get(),
+                    })))
                 });
+            }
+            ClientFrame::Typing { with } => match UserId::new(with) {
+                Ok(with) => self.typing(DialogId::between(me, with)),
+                Err(e) => self.refuse(NotDone::from(e).into(), None, None),
+            },
+            ClientFrame::Watch { users } => {
+                if let Err(e) = self.watch(&users) {
+                    self.refuse(e.into(), None, None);
+                }
+            }
+            ClientFrame::Unwatch { users } => {
+                for user in users.iter().filter_map(|user| UserId::new(*user).ok()) {
+                    self.watch.remove(user);
+                }
             }
             ClientFrame::Auth { token } => match self.context.authenticate.authenticate(&token) {
                 Ok(fresh) if fresh.user == me => {
@@ -252,11 +362,74 @@ impl Session {
         }
     }
 
+    /// Positions of a `resume`, in the order of their dialogs.
+    #[allow(clippy::type_complexity)]
+    fn positions(
+        &self,
+        positions: BTreeMap<String, u64>,
+        since: Option<String>,
+    ) -> Result<(Vec<(DialogId, Seq)>, Option<Timestamp>), NotDone> {
+        if positions.len() > self.context.limits.resume_dialogs as usize {
+            return Err(NotDone::BadRequest(
+                "too many dialogs; welcome says how many a resume may name",
+            ));
+        }
+        let me = self.identity.user;
+        let ours = |(dialog, seq): (String, u64)| {
+            let dialog: Option<DialogId> = dialog.parse().ok();
+            let dialog = dialog.filter(|dialog| dialog.members().any(|member| member == me));
+            dialog.map(|dialog| (dialog, Seq::new(seq)))
+        };
+        let mut positions = positions
+            .into_iter()
+            .map(ours)
+            .collect::<Option<Vec<_>>>()
+            .ok_or(NotDone::BadRequest("a position of no dialog of yours"))?;
+        positions.sort_unstable();
+        let since = since.map(|since| since.parse()).transpose();
+        let since = since.map_err(|_| NotDone::BadRequest("since is not the now of a welcome"))?;
+        Ok((positions, since))
+    }
+
+    fn typing(&mut self, dialog: DialogId) {
+        let now = Instant::now();
+        let lately = |at: &Instant| now.duration_since(*at) < TYPING_EVERY;
+        if self.typed.get(&dialog).is_some_and(lately) {
+            return;
+        }
+        if self.typed.len() >= TYPED {
+            self.typed.retain(|_, at| lately(at));
+        }
+        if self.typed.len() < TYPED {
+            self.typed.insert(dialog, now);
+            self.context.delivery.typing(dialog, self.identity.user);
+        }
+    }
+
+    fn watch(&mut self, users: &[u64]) -> Result<(), NotDone> {
+        let users = users.iter().map(|user| UserId::new(*user));
+        let users: Vec<UserId> = users.collect::<Result<_, _>>()?;
+        let new = users.iter().filter(|user| !self.watch.contains(**user));
+        if self.watch.len() + new.count() > self.context.limits.watched_users as usize {
+            return Err(NotDone::BadRequest(
+                "too many users; welcome says how many a session may watch",
+            ));
+        }
+        users.into_iter().for_each(|user| self.watch.add(user));
+        Ok(())
+    }
+
+    /// Reads from the shards. What others publish is heard by then, so that nothing falls between what is read and what is told.
     fn read(
         &self,
         id: Option<String>,
         work: impl Future<Output = Result<ServerFrame, NotDone>> + Send + 'static,
     ) {
+        let listening = self.joined.listening();
+        let work = async move {
+            listening.await;
+            work.await.map(Some)
+        };
         match self.reads.clone().try_acquire_owned() {
             Ok(place) => self.answer(None, id, place, work),
             Err(_) => {
@@ -269,21 +442,23 @@ impl Session {
         }
     }
 
-    /// Puts the result of `work` into the outbox once it is known, and keeps `place` until then.
+    /// Puts the result of `work`, if there is one to be told, into the outbox once it is known, and keeps `place` until then.
     fn answer(
         &self,
         key: Option<String>,
         id: Option<String>,
         place: impl Send + 'static,
-        work: impl Future<Output = Result<ServerFrame, NotDone>> + Send + 'static,
+        work: impl Future<Output = Result<Option<ServerFrame>, NotDone>> + Send + 'static,
     ) {
         let (outbox, metrics) = (self.outbox.clone(), self.context.metrics.clone());
         self.pending.push(Box::pin(async move {
             let frame = match work.await {
                 Ok(frame) => frame,
-                Err(e) => error(&metrics, e.into(), key, id),
+                Err(e) => Some(error(&metrics, e.into(), key, id)),
             };
-            outbox.push_when_room(encode(&frame)).await;
+            if let Some(frame) = frame {
+                outbox.push_when_room(encode(&frame)).await;
+            }
             drop(place);
         }));
     }
@@ -333,8 +508,13 @@ fn names(frame: &ClientFrame) -> (Option<String>, Option<String>) {
         ClientFrame::Send { key, .. } => (Some(key.clone()), None),
         ClientFrame::History { id, .. }
         | ClientFrame::Inbox { id, .. }
+        | ClientFrame::Resume { id, .. }
         | ClientFrame::Ping { id } => (None, id.clone()),
-        ClientFrame::Read { .. } | ClientFrame::Auth { .. } => (None, None),
+        ClientFrame::Read { .. }
+        | ClientFrame::Typing { .. }
+        | ClientFrame::Watch { .. }
+        | ClientFrame::Unwatch { .. }
+        | ClientFrame::Auth { .. } => (None, None),
     }
 }
 

@@ -59,6 +59,8 @@ pub struct Committed<'a> {
     pub place: Place,
     /// The session it came from.
     pub origin: Option<u64>,
+    /// An earlier send with this key had stored it.
+    pub repeat: bool,
 }
 
 /// Called after COMMIT and before the answer, on the database runtime: it must not wait.
@@ -251,6 +253,7 @@ impl Lane {
                 message: &message,
                 place,
                 origin: waiting.origin,
+                repeat,
             });
             answer(waiting.answer, Answer::Stored { place, repeat });
         }

@@ -743,7 +743,10 @@ fn the_protocol_page_and_the_types_say_the_same() {
     let set = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
     assert_eq!(
         kinds(&client),
-        set(&["send", "history", "inbox", "read", "auth", "ping"])
+        set(&[
+            "send", "history", "inbox", "resume", "read", "typing", "watch", "unwatch", "auth",
+            "ping"
+        ])
     );
     assert_eq!(
         kinds(&server),
@@ -753,7 +756,10 @@ fn the_protocol_page_and_the_types_say_the_same() {
             "message",
             "history",
             "inbox",
+            "resumed",
             "read",
+            "typing",
+            "presence",
             "authenticated",
             "pong",
             "error"

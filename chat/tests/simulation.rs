@@ -485,7 +485,7 @@ impl World {
                 if let Ok(Ok((_, mark))) = timeout(Duration::from_secs(10), marked).await {
                     let mut marks = self.read_marks.borrow_mut();
                     let known = marks.entry((dialog, me)).or_default();
-                    *known = Seq::new(mark.seq).max(*known);
+                    *known = mark.max(*known);
                 }
             }
         }

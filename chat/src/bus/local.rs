@@ -1,15 +1,19 @@
 //! The bus within a process. With one instance, which is its use, nobody hears anything; tests join several.
 
-use super::{Bus, BusState, Listening, Sink, Topic};
+use super::{Bus, BusState, Listening, Loss, Sink, Topic};
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use tokio::sync::{broadcast, watch};
 
 /// One instance's end of an in-process bus.
 pub struct LocalBus {
     instance: u64,
     hub: Arc<Hub>,
+    /// Never used: nothing is lost.
+    losses: broadcast::Sender<Loss>,
 }
 
 #[derive(Default)]
@@ -34,6 +38,7 @@ impl LocalBus {
                 next: AtomicU64::new(1),
                 ..Hub::default()
             }),
+            losses: broadcast::Sender::new(1),
         }
     }
 
@@ -43,6 +48,7 @@ impl LocalBus {
         Self {
             instance: self.hub.next.fetch_add(1, Ordering::Relaxed),
             hub: self.hub.clone(),
+            losses: broadcast::Sender::new(1),
         }
     }
 }
@@ -79,11 +85,27 @@ impl Bus for LocalBus {
             instance: self.instance,
             sink,
         });
-        Listening::until_dropped(Leaves {
+        let leaves = Leaves {
             hub: self.hub.clone(),
             topic,
             id,
-        })
+        };
+        Listening::until_dropped(leaves, watch::channel(true).1)
+    }
+
+    fn ask(&self, topic: Topic) -> BoxFuture<'static, Option<bool>> {
+        let listeners = self
+            .hub
+            .listeners
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let mut of_topic = listeners.get(&topic).into_iter().flatten();
+        let there = of_topic.any(|listener| listener.instance != self.instance);
+        Box::pin(std::future::ready(Some(there)))
+    }
+
+    fn losses(&self) -> broadcast::Receiver<Loss> {
+        self.losses.subscribe()
     }
 
     fn state(&self) -> BusState {

@@ -10,13 +10,20 @@ pub use nats::NatsBus;
 
 use crate::dialog::UserId;
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{broadcast, watch};
 
 /// What is listened for and published.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Topic {
-    /// What concerns a user.
+    /// What concerns a user. Who listens has a session of that user.
     User(UserId),
+    /// Whether a user comes or goes.
+    Presence(UserId),
+    /// That an instance is there.
+    Pulse,
     /// What instances tell each other about themselves.
     Instances,
 }
@@ -35,16 +42,33 @@ pub enum BusState {
     Away,
 }
 
+/// Something may have been lost for anybody here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loss {
+    /// The bus was away for so long.
+    Away(Duration),
+    /// A listener here was too slow.
+    Slow,
+}
+
 /// Interest in a topic; leaves when it is dropped.
 pub struct Listening {
+    effective: watch::Receiver<bool>,
     _end: Box<dyn Send + Sync>,
 }
 
 impl Listening {
-    fn until_dropped(end: impl Send + Sync + 'static) -> Self {
+    fn until_dropped(end: impl Send + Sync + 'static, effective: watch::Receiver<bool>) -> Self {
         Self {
+            effective,
             _end: Box::new(end),
         }
+    }
+
+    /// Turns true once what others publish is heard, or that has been waited for long enough.
+    #[must_use]
+    pub fn effective(&self) -> watch::Receiver<bool> {
+        self.effective.clone()
     }
 }
 
@@ -55,6 +79,12 @@ pub trait Bus: Send + Sync + 'static {
 
     /// Hears from now on what others publish for `topic`.
     fn listen(&self, topic: Topic, sink: Sink) -> Listening;
+
+    /// Whether another instance listens for `topic`; `None` while that cannot be told.
+    fn ask(&self, topic: Topic) -> BoxFuture<'static, Option<bool>>;
+
+    /// Hears from now on when something may have been lost.
+    fn losses(&self) -> broadcast::Receiver<Loss>;
 
     /// Whether others can be reached.
     fn state(&self) -> BusState;

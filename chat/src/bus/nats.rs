@@ -1,15 +1,19 @@
 //! The bus between instances: NATS core, one subject a user. An instance hears only what concerns its own people.
 
-use super::{Bus, BusState, Listening, Sink, Topic};
+use super::{Bus, BusState, Listening, Loss, Sink, Topic};
 use crate::metrics::Metrics;
+use async_nats::client::RequestErrorKind;
 use async_nats::{Client, ConnectOptions, Event};
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, StreamExt};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::runtime::Handle;
+use tokio::sync::{broadcast, watch};
 use tokio::task::unconstrained;
+use tokio::time::{Instant, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
 /// One instance's end of a NATS bus.
@@ -18,6 +22,7 @@ pub struct NatsBus {
     service: String,
     client: Client,
     connected: Arc<AtomicBool>,
+    losses: broadcast::Sender<Loss>,
     runtime: Handle,
     metrics: Arc<Metrics>,
 }
@@ -30,6 +35,12 @@ const CAPACITY: usize = 65_536;
 
 /// The longest pause between two attempts to connect.
 const RECONNECT_MAX: Duration = Duration::from_secs(2);
+
+/// How long an answer of the server, or of another instance, is waited for.
+const ANSWER: Duration = Duration::from_secs(1);
+
+/// Losses that may wait to be heard of; who missed some has heard of others.
+const LOSSES: usize = 16;
 
 impl NatsBus {
     /// Connects the service with that id to `nats://…`, and goes on trying: a server that is away is no reason not to start.
@@ -44,6 +55,8 @@ impl NatsBus {
     ) -> anyhow::Result<Self> {
         let connected = Arc::new(AtomicBool::new(false));
         let (seen, gauge) = (connected.clone(), metrics.clone());
+        let losses = broadcast::Sender::new(LOSSES);
+        let (lost, left) = (losses.clone(), Mutex::new(None::<Instant>));
         let options = ConnectOptions::new()
             .name("chat")
             // What we publish, our own registry has delivered already.
@@ -63,14 +76,22 @@ impl NatsBus {
                         seen.store(true, Ordering::Relaxed);
                         gauge.bus_connected.set(1);
                         tracing::info!("bus connected");
+                        let left = left.lock().unwrap_or_else(PoisonError::into_inner).take();
+                        if let Some(left) = left {
+                            // Nobody may listen.
+                            let _ = lost.send(Loss::Away(left.elapsed()));
+                        }
                     }
                     Event::Disconnected | Event::Closed => {
                         seen.store(false, Ordering::Relaxed);
                         gauge.bus_connected.set(0);
+                        let mut left = left.lock().unwrap_or_else(PoisonError::into_inner);
+                        left.get_or_insert_with(Instant::now);
                         tracing::warn!("bus away: storing and local delivery go on");
                     }
                     Event::SlowConsumer(_) => {
                         gauge.bus_dropped.inc();
+                        let _ = lost.send(Loss::Slow);
                         tracing::warn!(
                             "bus: a listener was too slow, and something for it was dropped"
                         );
@@ -92,6 +113,7 @@ impl NatsBus {
             service: service.to_owned(),
             client,
             connected,
+            losses,
             runtime: runtime.clone(),
             metrics,
         })
@@ -100,6 +122,8 @@ impl NatsBus {
     fn subject(&self, topic: Topic) -> String {
         match topic {
             Topic::User(user) => format!("chat.{}.u.{user}", self.service),
+            Topic::Presence(user) => format!("chat.{}.p.{user}", self.service),
+            Topic::Pulse => format!("chat.{}.pulse", self.service),
             Topic::Instances => format!("chat.{}.i", self.service),
         }
     }
@@ -123,20 +147,60 @@ impl Bus for NatsBus {
 
     fn listen(&self, topic: Topic, sink: Sink) -> Listening {
         let (client, metrics) = (self.client.clone(), self.metrics.clone());
-        let subject = self.subject(topic);
+        let (subject, nobody) = (self.subject(topic), format!("chat.{}.nobody", self.service));
+        let (effective, is_effective) = watch::channel(false);
         let listener = self.runtime.spawn(async move {
-            match client.subscribe(subject).await {
-                Ok(mut deliveries) => {
-                    while let Some(delivery) = deliveries.next().await {
+            let mut deliveries = match client.subscribe(subject).await {
+                Ok(deliveries) => deliveries,
+                Err(e) => return tracing::warn!(reason = %e, "bus: cannot listen"),
+            };
+            // The server takes what we say in order: once it has told us that nobody is there, it has our subscription.
+            let asking = client.clone();
+            let mut round_trip = async move {
+                let _ = timeout(ANSWER, asking.request(nobody, Bytes::new())).await;
+            }
+            .boxed();
+            loop {
+                tokio::select! {
+                    () = &mut round_trip => {
+                        effective.send_replace(true);
+                        round_trip = std::future::pending().boxed();
+                    }
+                    delivery = deliveries.next() => {
+                        let Some(delivery) = delivery else { return };
+                        if let Some(asked) = delivery.reply {
+                            // Somebody asks whether we listen. If the answer is lost, they ask again.
+                            let _ = client.publish(asked, Bytes::new()).await;
+                            continue;
+                        }
                         metrics.bus_received.inc();
                         sink(delivery.payload);
                     }
                 }
-                Err(e) => tracing::warn!(reason = %e, "bus: cannot listen"),
             }
         });
         // The subscription belongs to the task: aborting it unsubscribes.
-        Listening::until_dropped(AbortOnDropHandle::new(listener))
+        Listening::until_dropped(AbortOnDropHandle::new(listener), is_effective)
+    }
+
+    fn ask(&self, topic: Topic) -> BoxFuture<'static, Option<bool>> {
+        if self.state() == BusState::Away {
+            return Box::pin(std::future::ready(None));
+        }
+        let (client, subject) = (self.client.clone(), self.subject(topic));
+        let connected = self.connected.clone();
+        Box::pin(async move {
+            match timeout(ANSWER, client.request(subject, Bytes::new())).await {
+                Ok(Ok(_)) => Some(true),
+                Ok(Err(e)) if e.kind() == RequestErrorKind::NoResponders => Some(false),
+                // An instance that does not answer has nobody who could be reached; but we may be cut off ourselves.
+                Ok(Err(_)) | Err(_) => connected.load(Ordering::Relaxed).then_some(false),
+            }
+        })
+    }
+
+    fn losses(&self) -> broadcast::Receiver<Loss> {
+        self.losses.subscribe()
     }
 
     fn state(&self) -> BusState {

@@ -16,6 +16,7 @@ pub use line::{Counter, Line};
 
 use crate::change::Change;
 use crate::config::Secret;
+use crate::reconcile::Reconcile;
 use crate::refusal::Refusal;
 use crate::session::Context;
 use actix_web::{HttpRequest, web};
@@ -44,6 +45,8 @@ pub struct App {
     pub draining: AtomicBool,
     /// Changes of the shard set.
     pub change: Change,
+    /// Compares what was sent with the shards.
+    pub reconcile: Reconcile,
     /// Asked of operators.
     pub admin_token: Option<Secret>,
 }
@@ -83,6 +86,7 @@ pub fn routes(config: &mut web::ServiceConfig) {
         .route("/v1/dialogs/{user}/messages", web::post().to(rest::send))
         .route("/v1/dialogs/{user}/messages", web::get().to(rest::history))
         .route("/v1/dialogs/{user}/read", web::put().to(rest::mark_read))
+        .route("/v1/users/{user}/presence", web::get().to(rest::presence))
         .route("/v1/dev/token", web::post().to(rest::dev_token))
         .route("/docs", web::get().to(page::to_docs))
         .service(SwaggerUi::new("/docs/{_:.*}").url("/v1/openapi.json", rest::ApiDoc::openapi()))

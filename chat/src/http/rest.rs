@@ -7,8 +7,8 @@ use crate::refusal::Refusal;
 use crate::session::{Identity, range};
 use actix_web::{HttpRequest, HttpResponse, web};
 use chat_wire::{
-    DevTokenRequest, ErrorBody, ErrorCode, HistoryPage, InboxEntry, InboxPage, Message, ReadMark,
-    ReadRequest, SendRequest, Sent, Token,
+    DevTokenRequest, ErrorBody, ErrorCode, HistoryPage, InboxEntry, InboxPage, Message, Presence,
+    ReadMark, ReadRequest, SendRequest, Sent, Token,
 };
 use serde::Deserialize;
 use std::time::Duration;
@@ -19,9 +19,9 @@ use utoipa::{IntoParams, Modify, OpenApi};
 #[derive(OpenApi)]
 #[openapi(
     info(title = "chat", description = "Dialogs between two people, stored in order and delivered at once."),
-    paths(send, history, inbox, mark_read, dev_token),
+    paths(send, history, inbox, mark_read, presence, dev_token),
     components(schemas(
-        SendRequest, Sent, Message, HistoryPage, InboxPage, InboxEntry, ReadRequest, ReadMark, DevTokenRequest, Token, ErrorBody, ErrorCode
+        SendRequest, Sent, Message, HistoryPage, InboxPage, InboxEntry, ReadRequest, ReadMark, Presence, DevTokenRequest, Token, ErrorBody, ErrorCode
     )),
     modifiers(&Bearer)
 )]
@@ -188,14 +188,41 @@ pub async fn mark_read(
 ) -> Result<web::Json<ReadMark>, ApiError> {
     let me = identity(&request, &app)?;
     let with = user(&app, &path)?;
-    let (dialog, mark) = app
+    let (dialog, seq) = app
         .context
         .messages
         .mark_read(me.user, with, body.seq)
         .await
         .map_err(|e| counted(&app, e))?;
-    app.context.delivery.read_mark(dialog, mark.clone(), None);
-    Ok(web::Json(mark))
+    app.context.delivery.read_mark(dialog, me.user, seq, None);
+    Ok(web::Json(ReadMark {
+        dialog: dialog.to_string(),
+        user: me.user.get(),
+        seq: seq.get(),
+    }))
+}
+
+/// Whether `user` has a session on any instance.
+#[utoipa::path(
+    get, path = "/v1/users/{user}/presence", params(("user" = u64, Path, description = "Who")),
+    responses((status = 200, body = Presence), (status = "4XX", body = ErrorBody), (status = 503, body = ErrorBody)),
+    security(("bearer" = []))
+)]
+pub async fn presence(
+    request: HttpRequest,
+    path: web::Path<String>,
+    app: web::Data<App>,
+) -> Result<web::Json<Presence>, ApiError> {
+    identity(&request, &app)?;
+    let who: UserId = path
+        .parse()
+        .map_err(|e| counted(&app, NotDone::BadUser(e)))?;
+    let online = app.context.presence.ask(who).await;
+    let online = online.ok_or_else(|| counted(&app, NotDone::Unavailable))?;
+    Ok(web::Json(Presence {
+        user: who.get(),
+        online,
+    }))
 }
 
 /// How long a token of embedded mode lasts.

@@ -15,6 +15,7 @@ use actix_ws::{CloseCode, CloseReason};
 use chat_wire::{Close, ErrorCode};
 use futures_util::FutureExt;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::time::{Instant, sleep_until, timeout};
 use tracing::Instrument;
@@ -64,6 +65,12 @@ pub async fn connect(
 
 /// Who it is, and a place among the connections.
 fn admit(request: &HttpRequest, app: &App) -> Result<(Identity, Connections), (Refusal, Close)> {
+    if app.draining.load(Ordering::Relaxed) {
+        return Err((
+            Refusal::new(ErrorCode::Unavailable, "this instance is going away"),
+            Close::Restart,
+        ));
+    }
     if !origin_allowed(request, &app.allowed_origins) {
         return Err((
             Refusal::new(ErrorCode::Forbidden, "pages of this origin may not connect"),

@@ -27,6 +27,7 @@ use crate::ring::{SLOTS, Slot};
 use async_trait::async_trait;
 use std::collections::BTreeSet;
 use std::fmt;
+use std::time::Duration;
 
 /// A message on its way into a shard.
 #[derive(Clone, Debug)]
@@ -155,6 +156,64 @@ pub struct InboxPart {
     pub slots: Holding,
 }
 
+/// Which dialogs' heads are asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HeadsOf {
+    /// These.
+    Dialogs(Vec<DialogId>),
+    /// Those of these users that something was said in lately, newest first and at most [`HEADS_CAP`].
+    Users {
+        /// Whose.
+        users: Vec<UserId>,
+        /// How lately, by the shard's clock.
+        within: Duration,
+    },
+}
+
+/// Dialogs that [`HeadsOf::Users`] gives at most.
+pub const HEADS_CAP: u32 = 20_000;
+
+/// How far a dialog has come.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DialogHead {
+    /// Which.
+    pub dialog: DialogId,
+    /// Its last message.
+    pub last_seq: Seq,
+    /// How far its members have read.
+    pub reads: Vec<(UserId, Seq)>,
+}
+
+/// What a shard knows of the heads that were asked for, in one snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Heads {
+    /// Of dialogs in slots that it answers for.
+    pub heads: Vec<DialogHead>,
+    /// The slots that it answers for; for [`HeadsOf::Dialogs`], of those that were asked for.
+    pub slots: Holding,
+}
+
+impl Heads {
+    /// Puts together what was read a member at a time, in the order of dialogs.
+    fn of(rows: Vec<(String, u64, u64, u64)>, slots: Holding) -> Result<Self, StoreError> {
+        let mut heads: Vec<DialogHead> = Vec::new();
+        for (dialog, last_seq, user, read_seq) in rows {
+            let dialog = dialog.parse().map_err(|_| corrupt("dialogs.dialog"))?;
+            let user = UserId::new(user).map_err(|_| corrupt("members.user_id"))?;
+            let read = (user, Seq::new(read_seq));
+            match heads.last_mut().filter(|head| head.dialog == dialog) {
+                Some(head) => head.reads.push(read),
+                None => heads.push(DialogHead {
+                    dialog,
+                    last_seq: Seq::new(last_seq),
+                    reads: vec![read],
+                }),
+            }
+        }
+        Ok(Self { heads, slots })
+    }
+}
+
 /// The slots that a shard answers reads for, in one snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Holding {
@@ -173,6 +232,16 @@ impl Holding {
             sealed: SlotSet::empty(),
             lacking: BTreeSet::new(),
         }
+    }
+
+    /// Leaves only these slots.
+    fn keep(&mut self, slots: impl Iterator<Item = Slot>) {
+        let mut kept = SlotSet::empty();
+        slots.for_each(|slot| {
+            kept.insert(slot);
+        });
+        self.owned.retain(&kept);
+        self.sealed.retain(&kept);
     }
 
     /// Adds slots that have the same state and history.
@@ -235,6 +304,13 @@ impl SlotSet {
     #[must_use]
     pub fn contains(&self, slot: Slot) -> bool {
         self.0[slot.index() / 64] & (1 << (slot.index() % 64)) != 0
+    }
+
+    /// Leaves only those that are in `others` too.
+    pub fn retain(&mut self, others: &SlotSet) {
+        for (word, other) in self.0.iter_mut().zip(others.0) {
+            *word &= other;
+        }
     }
 
     /// How many there are.
@@ -417,6 +493,9 @@ pub trait Store: Send + Sync + 'static {
         below: Option<InboxCursor>,
         limit: u32,
     ) -> Result<InboxPart, StoreError>;
+
+    /// How far dialogs have come, in one snapshot.
+    async fn dialog_heads(&self, identity: &Identity, of: &HeadsOf) -> Result<Heads, StoreError>;
 
     /// Moves a user's read mark forward to `seq`, or to the last message if that is less.
     async fn mark_read(

@@ -5,8 +5,8 @@
 //! only given up when a fresh connection gets no answer either, or at the limit.
 
 use super::{
-    Counts, Database, Holding, Identity, InboxCursor, InboxPart, Marked, NewMessage, Page, Range,
-    SlotSize, StoreError, Written,
+    Counts, Database, Heads, HeadsOf, Holding, Identity, InboxCursor, InboxPart, Marked,
+    NewMessage, Page, Range, SlotSize, StoreError, Written,
 };
 use crate::config;
 use crate::dialog::{DialogId, Seq, UserId};
@@ -350,6 +350,12 @@ impl Shard {
             inner.store.inbox(&inner.identity, user, below, limit).await
         })
         .await
+    }
+
+    /// [`super::Store::dialog_heads`].
+    pub async fn dialog_heads(&self, of: HeadsOf) -> Result<Heads, ShardDown> {
+        self.call(move |inner| async move { inner.store.dialog_heads(&inner.identity, &of).await })
+            .await
     }
 
     /// [`super::Store::mark_read`].

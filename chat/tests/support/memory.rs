@@ -6,10 +6,10 @@ use chat::dialog::{DialogId, Key, Seq, Timestamp, UserId};
 use chat::ownership::{Refused, SlotRow, SlotState, Step};
 use chat::ring::Slot;
 use chat::store::{
-    Acceptance, BatchPlan, Control, CopiedMessage, Counts, DocRef, Head, Holding, Identity,
-    InboxCursor, InboxPart, InboxRow, Known, Marked, Membership, Meta, NewMessage, Page, Part,
-    Phase, Place, Purged, Range, SlotSet, SlotSize, Standing, Store, StoreError, StoredMessage,
-    Turn, UNREAD_CAP, Written, absent, as_duplicate, fits,
+    Acceptance, BatchPlan, Control, CopiedMessage, Counts, DialogHead, DocRef, Head, Heads,
+    HeadsOf, Holding, Identity, InboxCursor, InboxPart, InboxRow, Known, Marked, Membership, Meta,
+    NewMessage, Page, Part, Phase, Place, Purged, Range, SlotSet, SlotSize, Standing, Store,
+    StoreError, StoredMessage, Turn, UNREAD_CAP, Written, absent, as_duplicate, fits,
 };
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -572,6 +572,47 @@ impl Store for MemoryStore {
                 rows,
                 slots: data.holding(),
             })
+        })
+        .await
+    }
+
+    async fn dialog_heads(&self, identity: &Identity, of: &HeadsOf) -> Result<Heads, StoreError> {
+        self.transact(|data, now| {
+            data.check(identity)?;
+            let mut slots = data.holding();
+            let mut heads = Vec::new();
+            for ((slot, name), (last_seq, last_at)) in &data.dialogs {
+                let dialog: DialogId = name.parse().unwrap();
+                let reads: Vec<(UserId, Seq)> = data
+                    .members
+                    .iter()
+                    .filter(|((_, of, _), _)| of == name)
+                    .map(|((_, _, user), (read, _))| (*user, *read))
+                    .collect();
+                let wanted = match of {
+                    HeadsOf::Dialogs(dialogs) => dialogs.contains(&dialog),
+                    HeadsOf::Users { users, within } => {
+                        reads.iter().any(|(user, _)| users.contains(user))
+                            && last_at.micros() >= now.micros() - within.as_micros() as i64
+                    }
+                };
+                if wanted && *last_seq > Seq::ZERO && data.row(*slot).state.answers_reads() {
+                    heads.push(DialogHead {
+                        dialog,
+                        last_seq: *last_seq,
+                        reads,
+                    });
+                }
+            }
+            if let HeadsOf::Dialogs(dialogs) = of {
+                let mut asked = SlotSet::empty();
+                dialogs.iter().for_each(|dialog| {
+                    asked.insert(Slot::of(*dialog));
+                });
+                slots.owned.retain(&asked);
+                slots.sealed.retain(&asked);
+            }
+            Ok(Heads { heads, slots })
         })
         .await
     }

@@ -10,6 +10,7 @@
 )]
 
 pub mod instance;
+pub mod lossy;
 pub mod memory;
 pub mod proxy;
 pub mod service;

@@ -2,6 +2,7 @@
 
 use crate::ErrorBody;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// A frame from client to server.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,6 +52,34 @@ pub enum ClientFrame {
         with: u64,
         /// The last seq that was read. A smaller one than before changes nothing.
         seq: u64,
+    },
+    /// Everything after these positions, and from then on whatever comes, in order and without a hole. On a new connection,
+    /// and on entering a dialog.
+    Resume {
+        /// Comes back in the answer.
+        #[serde(default)]
+        id: Option<String>,
+        /// By dialog, the seq up to which the client has everything; at most as many as `welcome` says.
+        positions: BTreeMap<String, u64>,
+        /// The `now` of the last `welcome` or `resumed` before: dialogs without a position that something was said in since are
+        /// named in `resync`.
+        #[serde(default)]
+        since: Option<String>,
+    },
+    /// The user is writing to `with`. Passed on, never stored.
+    Typing {
+        /// The other user.
+        with: u64,
+    },
+    /// Tell whether these users are there, now and whenever it changes.
+    Watch {
+        /// Whom.
+        users: Vec<u64>,
+    },
+    /// No longer.
+    Unwatch {
+        /// Whom.
+        users: Vec<u64>,
     },
     /// A fresh token for the same user, before the old one expires.
     Auth {
@@ -117,6 +146,15 @@ pub struct Limits {
     pub sends_per_second: u32,
     /// Frames a second and session.
     pub frames_per_second: u32,
+    /// Dialogs of a `resume`.
+    #[serde(default)]
+    pub resume_dialogs: u32,
+    /// Messages of a dialog that a `resume` replays; who is further behind is told to read the history.
+    #[serde(default)]
+    pub resume_messages: u32,
+    /// Users whom a session may watch.
+    #[serde(default)]
+    pub watched_users: u32,
 }
 
 /// A frame from server to client.
@@ -133,6 +171,9 @@ pub enum ServerFrame {
         protocol: String,
         /// What the server will not accept more of.
         limits: Limits,
+        /// The server's clock: for `since` of a later `resume`.
+        #[serde(default)]
+        now: String,
     },
     /// The answer to `send`, after the shard's COMMIT.
     Sent {
@@ -165,8 +206,35 @@ pub enum ServerFrame {
         #[serde(flatten)]
         page: crate::InboxPage,
     },
+    /// The answer to `resume`; what was missed comes before it. Without an `id` when nobody asked: the session could not be
+    /// kept level in a dialog.
+    Resumed {
+        /// The request's id.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        id: Option<String>,
+        /// By dialog, up to where the client has everything now.
+        positions: BTreeMap<String, u64>,
+        /// Dialogs that are too far behind, or whose position is beyond the log, or that have news and no position: read their
+        /// history.
+        resync: Vec<String>,
+        /// How far both sides of the dialogs in `positions` have read, where they have.
+        reads: Vec<crate::ReadMark>,
+        /// Shards that do not answer: what is missed in their dialogs comes when they do.
+        incomplete: Vec<String>,
+        /// The server's clock: for `since` of a later `resume`.
+        now: String,
+    },
     /// A participant has read up to `seq`.
     Read(crate::ReadMark),
+    /// Somebody is writing; for six seconds, unless it is said again.
+    Typing {
+        /// Where.
+        dialog: String,
+        /// Who.
+        user: u64,
+    },
+    /// Whether a watched user has a session anywhere.
+    Presence(crate::Presence),
     /// The answer to `auth`: the session now lasts as long as the new token.
     Authenticated {
         /// When the new token expires, in seconds since 1970.

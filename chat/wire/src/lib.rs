@@ -14,7 +14,8 @@ pub use close::Close;
 pub use error::{ErrorBody, ErrorCode};
 pub use frame::{ClientFrame, InboxEntry, Limits, Message, ServerFrame};
 pub use rest::{
-    DevTokenRequest, HistoryPage, InboxPage, ReadMark, ReadRequest, SendRequest, Sent, Token,
+    DevTokenRequest, HistoryPage, InboxPage, Presence, ReadMark, ReadRequest, SendRequest, Sent,
+    Token,
 };
 
 /// The WebSocket subprotocol a client offers and the server echoes.

@@ -90,3 +90,13 @@ pub struct Token {
     /// The JWT.
     pub token: String,
 }
+
+/// Whether a user has a session anywhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct Presence {
+    /// Who.
+    pub user: u64,
+    /// Whether.
+    pub online: bool,
+}

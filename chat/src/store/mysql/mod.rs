@@ -7,8 +7,9 @@
 mod control;
 
 use super::{
-    Counts, Holding, Identity, InboxCursor, InboxPart, InboxRow, Known, Marked, Meta, NewMessage,
-    Page, Phase, Place, Range, SlotSet, Store, StoreError, StoredMessage, UNREAD_CAP, Written,
+    Counts, HEADS_CAP, Heads, HeadsOf, Holding, Identity, InboxCursor, InboxPart, InboxRow, Known,
+    Marked, Meta, NewMessage, Page, Phase, Place, Range, SlotSet, Store, StoreError, StoredMessage,
+    UNREAD_CAP, Written,
     control::{hash_of, key_of},
     corrupt, migrate,
     plan::BatchPlan,
@@ -276,7 +277,11 @@ impl Store for MysqlStore {
     }
 
     async fn slots(&self, identity: &Identity) -> Result<Holding, StoreError> {
-        let sql = format!("{SNAPSHOT}{}; {SELECT_OWNED}; COMMIT", select_identity());
+        let sql = format!(
+            "{SNAPSHOT}{}; {}; COMMIT",
+            select_identity(),
+            select_owned("")
+        );
         self.on_read(async |conn| {
             let mut sets = result_sets(conn, sql).await?.into_iter().skip(3);
             check_identity(identity, sets.next())?;
@@ -401,7 +406,7 @@ impl Store for MysqlStore {
             )
         });
         let sql = format!(
-            "{SNAPSHOT}{}; {SELECT_OWNED};
+            "{SNAPSHOT}{}; {};
              SELECT t.slot, t.dialog, t.last_at, t.read_seq, m.seq, m.author, m.client_key, m.text, m.created_at
                FROM (SELECT d.slot, d.dialog, d.last_seq, d.last_at, u.read_seq
                        FROM members u
@@ -411,7 +416,8 @@ impl Store for MysqlStore {
                       ORDER BY d.last_at DESC, d.dialog DESC LIMIT {limit}) t
                JOIN messages m ON m.slot = t.slot AND m.dialog = t.dialog AND m.seq = t.last_seq
               ORDER BY t.last_at DESC, t.dialog DESC",
-            select_identity()
+            select_identity(),
+            select_owned("")
         );
         self.on_read(async |conn| {
             let mut sets = result_sets(conn, sql).await?.into_iter().skip(3);
@@ -448,6 +454,59 @@ impl Store for MysqlStore {
                 });
             }
             Ok(InboxPart { rows, slots })
+        })
+        .await
+    }
+
+    async fn dialog_heads(&self, identity: &Identity, of: &HeadsOf) -> Result<Heads, StoreError> {
+        let (of_slots, wanted) = match of {
+            HeadsOf::Dialogs(dialogs) if dialogs.is_empty() => {
+                return Err(StoreError::Refused("heads of no dialog".into()));
+            }
+            HeadsOf::Dialogs(dialogs) => {
+                let (mut slots, mut keys) = (String::new(), String::new());
+                for dialog in dialogs {
+                    let (slot, comma) = (Slot::of(*dialog), comma(&keys));
+                    let _ = write!(slots, "{comma}{slot}");
+                    let _ = write!(keys, "{comma}({slot},'{dialog}')");
+                }
+                (
+                    format!("AND slot IN ({slots})"),
+                    format!(
+                        "SELECT slot, dialog, last_seq, last_at FROM dialogs WHERE (slot, dialog) IN ({keys})"
+                    ),
+                )
+            }
+            HeadsOf::Users { users, within } => {
+                let mut list = String::new();
+                for user in users {
+                    let comma = comma(&list);
+                    let _ = write!(list, "{comma}{user}");
+                }
+                let within = i64::try_from(within.as_micros()).unwrap_or(i64::MAX / 2);
+                let wanted = format!(
+                    "SELECT DISTINCT d.slot, d.dialog, d.last_seq, d.last_at FROM members u \
+                       JOIN dialogs d ON d.slot = u.slot AND d.dialog = u.dialog \
+                      WHERE u.user_id IN ({list}) AND d.last_at >= {NOW} - {within} \
+                      ORDER BY d.last_at DESC LIMIT {HEADS_CAP}"
+                );
+                (String::new(), wanted)
+            }
+        };
+        let sql = format!(
+            "{SNAPSHOT}{}; {};
+             SELECT k.dialog, k.last_seq, m.user_id, m.read_seq FROM ({wanted}) k
+               JOIN slots s ON s.slot = k.slot AND s.state IN ('owner', 'sealed')
+               JOIN members m ON m.slot = k.slot AND m.dialog = k.dialog
+              WHERE k.last_seq > 0 ORDER BY k.dialog, m.user_id; COMMIT",
+            select_identity(),
+            select_owned(&of_slots),
+        );
+        self.on_read(async |conn| {
+            let mut sets = result_sets(conn, sql).await?.into_iter().skip(3);
+            check_identity(identity, sets.next())?;
+            let slots = holding(rows(sets.next())?)?;
+            Heads::of(rows(sets.next())?, slots)
         })
         .await
     }
@@ -757,8 +816,13 @@ fn check_identity(expected: &Identity, set: Option<Vec<Row>>) -> Result<Timestam
 }
 
 /// The owned and the sealed slots as words of 32 bits, rather than a row each.
-const SELECT_OWNED: &str = "SELECT state, history, slot DIV 32, CAST(SUM(1 << (slot % 32)) AS UNSIGNED) FROM slots \
-     WHERE state IN ('owner', 'sealed') GROUP BY state, history, slot DIV 32";
+/// The slots that are answered for, of those that `and` leaves.
+fn select_owned(and: &str) -> String {
+    format!(
+        "SELECT state, history, slot DIV 32, CAST(SUM(1 << (slot % 32)) AS UNSIGNED) FROM slots \
+         WHERE state IN ('owner', 'sealed') {and} GROUP BY state, history, slot DIV 32"
+    )
+}
 
 fn holding(words: Vec<(String, String, u16, u64)>) -> Result<Holding, StoreError> {
     let mut holding = Holding::nothing();

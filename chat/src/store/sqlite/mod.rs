@@ -6,9 +6,9 @@
 mod control;
 
 use super::{
-    Counts, Holding, Identity, InboxCursor, InboxPart, InboxRow, Known, Marked, Meta, NewMessage,
-    Page, Phase, Place, Range, SlotSet, Store, StoreError, StoredMessage, UNREAD_CAP, Written,
-    corrupt, migrate, plan::BatchPlan,
+    Counts, HEADS_CAP, Heads, HeadsOf, Holding, Identity, InboxCursor, InboxPart, InboxRow, Known,
+    Marked, Meta, NewMessage, Page, Phase, Place, Range, SlotSet, Store, StoreError, StoredMessage,
+    UNREAD_CAP, Written, corrupt, migrate, plan::BatchPlan,
 };
 use crate::config;
 use crate::dialog::{DialogId, Key, Seq, TextHash, Timestamp, UserId};
@@ -19,6 +19,7 @@ use rusqlite::{
     Connection, ErrorCode, OptionalExtension, Transaction, TransactionBehavior, params,
 };
 use std::collections::HashMap;
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -357,6 +358,46 @@ impl Store for SqliteStore {
                 })
                 .collect::<Result<_, StoreError>>()?;
             Ok(InboxPart { rows, slots })
+        })
+        .await
+    }
+
+    async fn dialog_heads(&self, identity: &Identity, of: &HeadsOf) -> Result<Heads, StoreError> {
+        let (identity, of) = (identity.clone(), of.clone());
+        self.read_on(move |snapshot| {
+            check_identity(snapshot, &identity)?;
+            let mut slots = owned(snapshot)?;
+            let wanted = match &of {
+                HeadsOf::Dialogs(dialogs) => {
+                    slots.keep(dialogs.iter().map(|dialog| Slot::of(*dialog)));
+                    let mut keys = String::new();
+                    for dialog in dialogs {
+                        let comma = if keys.is_empty() { "" } else { "," };
+                        let _ = write!(keys, "{comma}({},'{dialog}')", Slot::of(*dialog));
+                    }
+                    format!("SELECT slot, dialog, last_seq FROM dialogs WHERE (slot, dialog) IN (VALUES {keys})")
+                }
+                HeadsOf::Users { users, within } => {
+                    let list = users.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+                    let since = now().micros().saturating_sub(i64::try_from(within.as_micros()).unwrap_or(i64::MAX));
+                    format!(
+                        "SELECT DISTINCT d.slot, d.dialog, d.last_seq, d.last_at FROM members u
+                           JOIN dialogs d ON d.slot = u.slot AND d.dialog = u.dialog
+                          WHERE u.user_id IN ({list}) AND d.last_at >= {since} ORDER BY d.last_at DESC LIMIT {HEADS_CAP}"
+                    )
+                }
+            };
+            let sql = format!(
+                "SELECT k.dialog, k.last_seq, m.user_id, m.read_seq FROM ({wanted}) k
+                   JOIN slots s ON s.slot = k.slot AND s.state IN ('owner', 'sealed')
+                   JOIN members m ON m.slot = k.slot AND m.dialog = k.dialog
+                  WHERE k.last_seq > 0 ORDER BY k.dialog, m.user_id"
+            );
+            let rows = snapshot
+                .prepare(&sql)
+                .and_then(|mut select| select.query_map([], |row| row.try_into())?.collect())
+                .map_err(|e| classify(&e))?;
+            Heads::of(rows, slots)
         })
         .await
     }

@@ -1,0 +1,249 @@
+//! Reads from the shards what a session missed: where something was lost on the way, and after a reconnection.
+
+use crate::chance;
+use crate::delivery::encode;
+use crate::dialog::{DialogId, Seq, Timestamp, UserId};
+use crate::feed::{Feed, now};
+use crate::messages::{Messages, NotDone};
+use crate::metrics::Metrics;
+use crate::news::News;
+use crate::sight::{From, Missing};
+use crate::store::Range;
+use chat_wire::{Message, ReadMark, ServerFrame};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::Semaphore;
+use tokio::time::{sleep, timeout};
+
+/// Who catches up, and by what means. A clone is a few references.
+#[derive(Clone)]
+pub struct CatchUp {
+    /// Reads.
+    pub messages: Messages,
+    /// Of the session.
+    pub feed: Arc<Feed>,
+    /// Whose session it is.
+    pub me: UserId,
+    /// Messages of a dialog that are replayed; who is further behind is told to look.
+    pub replay: u64,
+    /// How many dialogs are read at once.
+    pub turns: Arc<Semaphore>,
+    /// What is measured.
+    pub metrics: Arc<Metrics>,
+}
+
+/// A message that was overtaken is here by then, and need not be read.
+const OVERTAKEN: Duration = Duration::from_millis(20);
+
+/// Between two tries to read from a shard that does not answer.
+const TRY_AGAIN: Duration = Duration::from_millis(500);
+
+/// How long a `resume` waits for what was missed before it is answered all the same; the rest comes when it can be read.
+const RESUME_LIMIT: Duration = Duration::from_secs(5);
+
+/// Messages that are looked at for what came since the session began.
+const LOOK_BEHIND: u32 = 50;
+
+/// How far the clocks of two instances and a shard may be apart.
+const CLOCKS_APART: Duration = Duration::from_secs(60);
+
+impl CatchUp {
+    /// Reads what is missing of a dialog that is due, until nothing is.
+    pub async fn dialog(self, dialog: DialogId) {
+        let mut waited = false;
+        while let Some(missing) = self.feed.missing(dialog) {
+            if !waited && matches!(missing.from, From::After(_)) {
+                waited = true;
+                sleep(OVERTAKEN).await;
+                continue;
+            }
+            let read = {
+                let Ok(_turn) = self.turns.acquire().await else {
+                    return;
+                };
+                self.read(dialog, missing).await
+            };
+            if let Err(e) = read {
+                tracing::debug!(%dialog, reason = %e, "a gap cannot be read now");
+                self.feed.failed(dialog);
+                sleep(TRY_AGAIN.mul_f64(1.0 + chance::fraction())).await;
+            }
+        }
+    }
+
+    async fn read(&self, dialog: DialogId, missing: Missing) -> Result<(), NotDone> {
+        match missing.from {
+            From::After(after) => self.read_after(dialog, missing, after).await,
+            From::Since(since) => self.read_since(dialog, missing, since).await,
+        }
+    }
+
+    async fn read_after(
+        &self,
+        dialog: DialogId,
+        missing: Missing,
+        mut after: Seq,
+    ) -> Result<(), NotDone> {
+        let with = dialog.counterpart(self.me).get();
+        let mut replayed = 0;
+        if self.too_far(after, missing.head) {
+            self.look_yourself(dialog, missing.head);
+            return Ok(());
+        }
+        loop {
+            let page = self
+                .messages
+                .history(self.me, with, Range::After(after), None)
+                .await?;
+            replayed += page.messages.len() as u64;
+            for message in page.messages {
+                after = Seq::new(message.seq);
+                if !self.found(dialog, missing, message).await {
+                    return Ok(());
+                }
+            }
+            if !page.more {
+                self.feed.read_through(dialog, missing, after);
+                return Ok(());
+            }
+            if replayed >= self.replay {
+                self.look_yourself(dialog, missing.head.max(after));
+                return Ok(());
+            }
+        }
+    }
+
+    async fn read_since(
+        &self,
+        dialog: DialogId,
+        missing: Missing,
+        since: Timestamp,
+    ) -> Result<(), NotDone> {
+        let with = dialog.counterpart(self.me).get();
+        let up_to = Range::Before(Seq::new(missing.head.get().saturating_add(1)));
+        let page = self
+            .messages
+            .history(self.me, with, up_to, Some(LOOK_BEHIND))
+            .await?;
+        // Both are written alike, so that their texts are in the order of time.
+        let since = since.to_string();
+        let older = page
+            .messages
+            .iter()
+            .filter(|message| message.at < since)
+            .count();
+        if older == 0 && page.more {
+            self.look_yourself(dialog, missing.head);
+            return Ok(());
+        }
+        let end = Seq::new(page.last);
+        for message in page.messages.into_iter().skip(older) {
+            if !self.found(dialog, missing, message).await {
+                return Ok(());
+            }
+        }
+        self.feed.read_through(dialog, missing, end);
+        Ok(())
+    }
+
+    async fn found(&self, dialog: DialogId, missing: Missing, message: Message) -> bool {
+        self.metrics.caught_up.inc();
+        let seq = Seq::new(message.seq);
+        let frame = encode(&ServerFrame::Message(message));
+        self.feed.found(dialog, missing, seq, frame).await
+    }
+
+    fn too_far(&self, from: Seq, to: Seq) -> bool {
+        from.generation() != to.generation() || to.get() - from.get() > self.replay
+    }
+
+    /// Nobody asked, but more was missed than is replayed.
+    fn look_yourself(&self, dialog: DialogId, head: Seq) {
+        self.metrics.resyncs.inc();
+        self.feed.give_up(dialog, head);
+        self.feed.outbox().push(encode(&ServerFrame::Resumed {
+            id: None,
+            positions: BTreeMap::new(),
+            resync: vec![dialog.to_string()],
+            reads: Vec::new(),
+            incomplete: Vec::new(),
+            now: now().to_string(),
+        }));
+    }
+
+    /// Takes the client's word for what it has, sends what it misses, and says how it stands then.
+    pub async fn resume(
+        self,
+        id: Option<String>,
+        positions: Vec<(DialogId, Seq)>,
+        since: Option<Timestamp>,
+    ) -> ServerFrame {
+        // From here on what is told live follows these positions; what was stored before is found below.
+        for (dialog, seq) in &positions {
+            self.feed.position(*dialog, *seq);
+        }
+        let dialogs: Vec<DialogId> = positions.iter().map(|(dialog, _)| *dialog).collect();
+        let mut heads = self.messages.heads(&dialogs).await;
+        let (mut level, mut resync, mut reads) = (Vec::new(), Vec::new(), Vec::new());
+        for (dialog, seq) in &positions {
+            let Some(head) = heads.of.get(dialog) else {
+                // Its shard is away: it is asked until it answers.
+                self.feed.take(&News::Head {
+                    dialog: *dialog,
+                    seq: Seq::new(seq.get().saturating_add(1)),
+                });
+                continue;
+            };
+            for (user, seq) in head.reads.iter().filter(|(_, seq)| *seq > Seq::ZERO) {
+                reads.push(ReadMark {
+                    dialog: dialog.to_string(),
+                    user: user.get(),
+                    seq: seq.get(),
+                });
+                // A mark that is told late is not told again.
+                self.feed.knows_read(*dialog, *user, *seq);
+            }
+            if head.last_seq < *seq || (head.last_seq > *seq && self.too_far(*seq, head.last_seq)) {
+                self.metrics.resyncs.inc();
+                self.feed.give_up(*dialog, head.last_seq);
+                resync.push(*dialog);
+            } else {
+                self.feed.take(&News::Head {
+                    dialog: *dialog,
+                    seq: head.last_seq,
+                });
+                level.push((*dialog, head.last_seq));
+            }
+        }
+        if let Some(since) = since {
+            let micros = now().micros().saturating_sub(since.micros());
+            let within = Duration::from_micros(u64::try_from(micros).unwrap_or(0)) + CLOCKS_APART;
+            let recent = self.messages.recent(&[self.me], within).await;
+            heads.incomplete.extend(recent.incomplete);
+            for head in recent.of.values() {
+                if dialogs.binary_search(&head.dialog).is_err() {
+                    self.feed.shown(head.dialog, head.last_seq);
+                    resync.push(head.dialog);
+                }
+            }
+        }
+        let _ = timeout(RESUME_LIMIT, self.feed.level(&level)).await;
+        let stands = |dialog: &DialogId| {
+            let last = self.feed.last(*dialog)?;
+            Some((dialog.to_string(), last.get()))
+        };
+        resync.sort_unstable();
+        ServerFrame::Resumed {
+            id,
+            positions: level
+                .iter()
+                .filter_map(|(dialog, _)| stands(dialog))
+                .collect(),
+            resync: resync.iter().map(ToString::to_string).collect(),
+            reads,
+            incomplete: heads.incomplete.into_iter().collect(),
+            now: now().to_string(),
+        }
+    }
+}
