@@ -8,6 +8,7 @@ use fantoccini::{Client, ClientBuilder, Locator};
 use serde_json::{Value, json};
 use std::process::{Child, Command, Stdio};
 use support::instance::Instance;
+use support::proxy::{Mode, Proxy};
 use support::{Databases, Kind, until};
 
 /// A headless Chromium with its driver; both end with it.
@@ -210,6 +211,136 @@ async fn two_people_talk_in_their_tabs_and_a_second_tab_hears_both() {
         .unwrap();
     until_shown(&page, &["from somebody else"]).await;
     until_page(&page, "!document.querySelector('#dialogs .unread')").await;
+    page.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tab_shows_who_is_there_who_is_typing_and_what_was_read() {
+    let (_databases, instance) = embedded().await;
+    let browser = Browser::start();
+    let page = browser.client().await;
+    sign_in(&page, &instance.url, 7).await;
+    open(&page, 42).await;
+    let shows =
+        |id: &str, text: &str| format!("document.getElementById('{id}').textContent === '{text}'");
+    until_page(&page, &shows("presence", "offline")).await;
+    write(&page, "are you there?").await;
+    until_page(
+        &page,
+        "document.querySelectorAll('#log li.mine:not(.seen):not(.pending)').length === 1",
+    )
+    .await;
+    let access = chat_client::Access::new(&instance.url, chat_client::TokenSource::Dev);
+    let (client, mut events) = chat_client::Client::start(access, 42);
+    tokio::spawn(async move { while events.recv().await.is_some() {} });
+    until_page(&page, &shows("presence", "online")).await;
+    client.typing(7).await.unwrap();
+    until_page(&page, "!document.getElementById('typing').hidden").await;
+    client.send(7, "k".into(), "yes".into()).await.unwrap();
+    until_shown(&page, &["are you there?", "yes"]).await;
+    until_page(&page, "document.getElementById('typing').hidden").await;
+    client.mark_read(7, 2).await.unwrap();
+    until_page(
+        &page,
+        "document.querySelectorAll('#log li.mine.seen').length === 1",
+    )
+    .await;
+    if let Ok(path) = std::env::var("CHAT_TEST_SCREENSHOT_TALK") {
+        std::fs::write(path, page.screenshot().await.unwrap()).unwrap();
+    }
+    drop(client);
+    until_page(&page, &shows("presence", "offline")).await;
+    page.close().await.unwrap();
+}
+
+/// For how long the connection of a page is cut again and again, in seconds; a minute and more when asked for.
+fn flap_seconds() -> u64 {
+    let asked = std::env::var("CHAT_TEST_FLAP_SECONDS").ok();
+    asked.and_then(|seconds| seconds.parse().ok()).unwrap_or(12)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_that_is_cut_every_few_seconds_loses_doubles_and_disorders_nothing() {
+    let (_databases, instance) = embedded().await;
+    let proxy = Proxy::to(instance.url.trim_start_matches("http://").to_owned()).await;
+    let url = format!("http://127.0.0.1:{}", proxy.port);
+    let browser = Browser::start();
+    let page = browser.client().await;
+    sign_in(&page, &url, 7).await;
+    open(&page, 42).await;
+    let end = tokio::time::Instant::now() + std::time::Duration::from_secs(flap_seconds());
+    let flaps = tokio::spawn({
+        let proxy = proxy.clone();
+        async move {
+            let mut cuts = 0;
+            while tokio::time::Instant::now() < end {
+                let up = 500 + rand::random::<u64>() % 3000;
+                tokio::time::sleep(std::time::Duration::from_millis(up)).await;
+                proxy.set(Mode::Cut);
+                let down = 50 + rand::random::<u64>() % 800;
+                tokio::time::sleep(std::time::Duration::from_millis(down)).await;
+                proxy.set(Mode::Pass);
+                cuts += 1;
+            }
+            cuts
+        }
+    });
+    let other = instance.api(42).await;
+    let others = tokio::spawn(async move {
+        let mut n = 0u64;
+        while tokio::time::Instant::now() < end {
+            other
+                .send(7, &format!("o{n}"), &format!("from 42, {n}"))
+                .await
+                .unwrap();
+            n += 1;
+            tokio::time::sleep(std::time::Duration::from_millis(40)).await;
+        }
+        n
+    });
+    let seqs = async || -> Vec<u64> {
+        let shown =
+            "[...document.querySelectorAll('#log li[data-seq]')].map(e => Number(e.dataset.seq))";
+        serde_json::from_value(eval(&page, shown).await).unwrap()
+    };
+    let (mut mine, mut before) = (0u64, 0);
+    while tokio::time::Instant::now() < end {
+        let text = json!(format!("from 7, {mine}"));
+        let script = format!(
+            "document.getElementById('text').value = {text}; document.getElementById('send-form').requestSubmit();"
+        );
+        page.execute(&script, Vec::new()).await.unwrap();
+        mine += 1;
+        // At every moment: no hole, no double, nothing out of order.
+        let shown = seqs().await;
+        assert_eq!(shown, (1..=shown.len() as u64).collect::<Vec<_>>());
+        assert!(shown.len() >= before);
+        before = shown.len();
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    let (cuts, theirs) = (flaps.await.unwrap(), others.await.unwrap());
+    let count = mine + theirs;
+    until("the page has everything", async || {
+        (seqs().await.len() as u64 >= count).then_some(())
+    })
+    .await;
+    let log = instance.api(42).await.log_upwards(7).await.unwrap();
+    assert_eq!(log.len() as u64, count);
+    let shown: Vec<String> = serde_json::from_value(eval(&page, SHOWN).await).unwrap();
+    let stored: Vec<String> = log.into_iter().map(|message| message.text).collect();
+    assert_eq!(shown, stored);
+    let own: Vec<&String> = stored
+        .iter()
+        .filter(|text| text.starts_with("from 7"))
+        .collect();
+    let sent: Vec<String> = (0..mine).map(|n| format!("from 7, {n}")).collect();
+    assert_eq!(
+        own,
+        sent.iter().collect::<Vec<_>>(),
+        "in the order in which they were written"
+    );
+    println!("cut {cuts} times; {mine} messages of 7 and {theirs} of 42");
+    assert!(cuts > 2);
     page.close().await.unwrap();
 }
 

@@ -1,5 +1,7 @@
 // The page: sign in, a list of dialogs, a conversation. Whatever a person wrote is set as textContent, never as HTML.
 
+import { Connection, dialogOf } from './connection.js';
+
 const $ = (id) => document.getElementById(id);
 const element = (tag, className, text) => {
   const made = document.createElement(tag);
@@ -8,126 +10,43 @@ const element = (tag, className, text) => {
   return made;
 };
 
-/** A WebSocket that comes back by itself, and repeats what was not answered. */
-class Connection {
-  constructor(token, handlers) {
-    this.token = token;
-    this.handlers = handlers;
-    this.waiting = new Map(); // by key or id: {frame, resolve, reject}
-    this.next = 1;
-    this.pause = 250;
-    this.stopped = false;
-    this.open();
-  }
-
-  open() {
-    this.handlers.state('connecting…', false);
-    const url = new URL('/v1/ws', location.href);
-    url.protocol = url.protocol.replace('http', 'ws');
-    // A browser cannot set headers on a WebSocket: the token travels as a second subprotocol.
-    this.socket = new WebSocket(url, ['chat.v1', `bearer.${this.token}`]);
-    this.socket.onmessage = (event) => this.receive(JSON.parse(event.data));
-    this.socket.onclose = (event) => this.closed(event);
-  }
-
-  closed(event) {
-    if (this.stopped) return;
-    if (event.code === 4001 || event.code === 4003) {
-      this.handlers.refused(event.reason);
-      return;
-    }
-    this.handlers.state('offline, trying again…', true);
-    // Jitter keeps a crowd that lost the same server from coming back in step.
-    setTimeout(() => this.stopped || this.open(), this.pause * (0.5 + Math.random() / 2));
-    this.pause = Math.min(this.pause * 2, 5000);
-  }
-
-  receive(frame) {
-    switch (frame.type) {
-      case 'welcome':
-        this.pause = 250;
-        this.handlers.state('connected', false);
-        for (const { frame } of this.waiting.values()) this.socket.send(frame);
-        this.handlers.welcome(frame);
-        break;
-      case 'message': this.handlers.message(frame); break;
-      case 'read': this.handlers.read(frame); break;
-      case 'sent': this.settle(`key ${frame.key}`, frame); break;
-      case 'history':
-      case 'inbox': this.settle(`id ${frame.id}`, frame); break;
-      case 'error': this.failed(frame); break;
-    }
-  }
-
-  failed(error) {
-    const name = error.key ? `key ${error.key}` : `id ${error.id}`;
-    const waiting = this.waiting.get(name);
-    if (!waiting) return;
-    if (error.retryable) {
-      setTimeout(() => this.waiting.has(name) && this.transmit(waiting.frame), (error.retry_after_ms ?? 250) * (1 + Math.random() / 2));
-    } else {
-      this.waiting.delete(name);
-      waiting.reject(error);
-    }
-  }
-
-  settle(name, frame) {
-    this.waiting.get(name)?.resolve(frame);
-    this.waiting.delete(name);
-  }
-
-  transmit(text) {
-    if (this.socket.readyState === WebSocket.OPEN) this.socket.send(text);
-  }
-
-  ask(name, frame) {
-    const text = JSON.stringify(frame);
-    return new Promise((resolve, reject) => {
-      this.waiting.set(name, { frame: text, resolve, reject });
-      this.transmit(text);
-    });
-  }
-
-  send(to, key, text) { return this.ask(`key ${key}`, { type: 'send', key, to, text }); }
-  history(query) { const id = String(this.next++); return this.ask(`id ${id}`, { type: 'history', id, ...query }); }
-  inbox(cursor) { const id = String(this.next++); return this.ask(`id ${id}`, { type: 'inbox', id, limit: 30, ...(cursor && { cursor }) }); }
-  read(peer, seq) { this.transmit(JSON.stringify({ type: 'read', with: peer, seq })); }
-  stop() { this.stopped = true; this.socket.close(1000); }
-}
-
 /** One dialog on the screen: everything from `first` to `last`, in order and without a gap. */
 class Conversation {
   constructor(app, peer) {
     this.app = app;
     this.peer = peer;
+    this.dialog = dialogOf(app.me, peer);
     this.first = null;
     this.last = 0;
+    this.seen = 0; // up to where the other has read
     this.pending = new Map(); // key -> element
-    this.working = Promise.resolve();
     $('log').replaceChildren();
     $('older').hidden = true;
     $('gap').hidden = true;
     $('with').textContent = peer === app.me ? 'Notes to self' : `User ${peer}`;
+    this.presence(null);
+    this.typing(false);
+    if (peer !== app.me) app.connection.watch(peer);
+  }
+
+  leave() {
+    clearTimeout(this.typingEnds);
+    if (this.peer !== this.app.me) this.app.connection.unwatch(this.peer);
   }
 
   current() { return this.app.conversation === this; }
 
-  /** Reads what is missing above `last`; on entry, the newest page. One at a time. */
-  catchUp() {
-    this.working = this.working.then(async () => {
-      for (let more = true; more && this.current();) {
-        const entering = this.first === null;
-        const page = await this.app.connection.history({ with: this.peer, limit: 50, ...(!entering && { after: this.last }) });
-        if (!this.current()) return;
-        page.messages.forEach((message) => this.append(message));
-        if (entering) {
-          this.first = page.first;
-          this.above(page);
-        }
-        more = !entering && page.more;
-        this.markRead();
-      }
-    }).catch((error) => this.app.note(error.message));
+  /** Shows the newest page, and follows the dialog from there. */
+  async enter() {
+    try {
+      const page = await this.app.connection.history({ with: this.peer, limit: 50 });
+      if (!this.current()) return;
+      this.first = page.first;
+      page.messages.forEach((message) => this.append(message));
+      this.above(page);
+      this.app.connection.follow(this.dialog, page.last);
+      this.markRead();
+    } catch (error) { this.app.note(error.message); }
   }
 
   async older() {
@@ -147,21 +66,17 @@ class Conversation {
     $('gap').hidden = !page.gap;
   }
 
-  /** A message that is told live. */
+  /** A message that is told: in order, but what comes before the first page is in it, or comes again after it. */
   take(message) {
-    if (message.seq <= this.last) return;
-    if (this.first !== null && message.seq === this.last + 1) {
-      this.append(message);
-      this.markRead();
-    } else {
-      this.catchUp();
-    }
+    if (this.first === null || message.seq <= this.last) return;
+    this.append(message);
+    if (message.from !== this.app.me) this.typing(false);
+    this.markRead();
   }
 
   append(message) {
-    if (message.seq <= this.last) return;
     this.last = message.seq;
-    if (this.first === null || this.first === 0) this.first = message.seq;
+    if (!this.first) this.first = message.seq;
     const box = $('log-box');
     const atEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 80;
     const drawn = this.draw(message);
@@ -176,13 +91,36 @@ class Conversation {
   }
 
   draw(message, state) {
-    const item = element('li', message.from === this.app.me ? 'mine' : '');
+    const mine = message.from === this.app.me;
+    const item = element('li', mine ? 'mine' : '');
     if (state) item.classList.add(state);
     const text = element('div', 'text', message.text);
     text.dir = 'auto';
     item.append(text, element('div', 'meta', state === 'pending' ? 'sending…' : time(message.at)));
-    if (message.seq) item.dataset.seq = message.seq;
+    if (message.seq) {
+      item.dataset.seq = message.seq;
+      if (mine && this.peer !== this.app.me) item.classList.toggle('seen', message.seq <= this.seen);
+    }
     return item;
+  }
+
+  /** The other has read up to there. */
+  seenUpTo(seq) {
+    this.seen = Math.max(this.seen, seq);
+    for (const item of $('log').querySelectorAll('li.mine:not(.seen)')) {
+      if (item.dataset.seq && Number(item.dataset.seq) <= this.seen) item.classList.add('seen');
+    }
+  }
+
+  presence(online) {
+    $('presence').textContent = this.peer === this.app.me || online === null ? '' : online ? 'online' : 'offline';
+    $('presence').classList.toggle('online', online === true);
+  }
+
+  typing(now) {
+    clearTimeout(this.typingEnds);
+    $('typing').hidden = !now;
+    if (now) this.typingEnds = setTimeout(() => this.current() && this.typing(false), 6000);
   }
 
   async send(text) {
@@ -192,9 +130,8 @@ class Conversation {
     $('log').append(item);
     $('log-box').scrollTop = $('log-box').scrollHeight;
     try {
-      const sent = await this.app.connection.send(this.peer, key, text);
-      const message = { dialog: sent.dialog, seq: sent.seq, from: this.app.me, to: this.peer, text, at: sent.at, key };
-      this.app.heard(message);
+      // It is shown where it stands among the others, when the connection tells of it.
+      await this.app.connection.send(this.peer, key, text);
     } catch (error) {
       this.pending.delete(key);
       item.classList.replace('pending', 'failed');
@@ -218,16 +155,22 @@ class App {
     $('me').textContent = `User ${me}`;
     $('sign-in').hidden = true;
     $('chat').hidden = false;
-    this.connection = new Connection(token, {
+    const of = (dialog) => (this.conversation?.dialog === dialog ? this.conversation : null);
+    this.connection = new Connection(me, token, {
       state: (text, bad) => { $('state').textContent = text; $('state').classList.toggle('bad', bad); },
       refused: (reason) => signOut(`Signed out: ${reason}`),
       welcome: (frame) => {
         $('text').maxLength = frame.limits.text_chars * 2; // counted in UTF-16 here; the server counts characters
         this.loadInbox();
-        this.conversation?.catchUp();
       },
       message: (message) => this.heard(message),
-      read: (mark) => mark.user === this.me && this.dialogs.size && this.loadInbox(),
+      read: (mark) => (mark.user === this.me ? this.readElsewhere(mark) : of(mark.dialog)?.seenUpTo(mark.seq)),
+      typing: (dialog, user) => user !== this.me && of(dialog)?.typing(true),
+      presence: (user, online) => this.conversation?.peer === user && this.conversation.presence(online),
+      resync: (dialog) => {
+        this.loadInbox();
+        if (of(dialog)) this.open(this.conversation.peer);
+      },
     });
   }
 
@@ -244,7 +187,7 @@ class App {
     } catch (error) { this.note(error.message); }
   }
 
-  /** A message of ours or to us, from wherever it was heard. */
+  /** A message of ours or to us, from wherever it was heard; once. */
   heard(message) {
     const peer = message.from === this.me ? message.to : message.from;
     const known = this.dialogs.get(peer);
@@ -255,6 +198,13 @@ class App {
       this.list();
     }
     if (this.conversation?.peer === peer) this.conversation.take(message);
+  }
+
+  /** We have read, here or on another device. */
+  readElsewhere(mark) {
+    const known = [...this.dialogs.values()].find((dialog) => dialogOf(this.me, dialog.with) === mark.dialog);
+    if (known?.unread && mark.seq >= known.last.seq) this.forgetUnread(known.with);
+    else if (known?.unread) this.loadInbox();
   }
 
   forgetUnread(peer) {
@@ -283,9 +233,16 @@ class App {
     $('conversation').hidden = false;
     $('nothing').hidden = true;
     $('chat').classList.add('reading');
+    this.leave();
     this.conversation = new Conversation(this, peer);
-    this.conversation.catchUp();
+    this.conversation.enter();
     this.list();
+  }
+
+  /** Closes what is open. */
+  leave() {
+    this.conversation?.leave();
+    this.conversation = null;
   }
 }
 
@@ -351,14 +308,21 @@ $('open-form').onsubmit = (event) => {
 $('send-form').onsubmit = (event) => {
   event.preventDefault();
   const text = $('text').value;
-  if (text) { app.conversation.send(text); $('text').value = ''; }
+  if (text) { app.conversation.send(text); $('text').value = ''; typed = 0; }
 };
 $('text').onkeydown = (event) => {
   if (event.key === 'Enter' && !event.shiftKey && !event.isComposing) { event.preventDefault(); $('send-form').requestSubmit(); }
 };
+let typed = 0;
+$('text').oninput = () => {
+  if (Date.now() - typed > 3000 && app.conversation.peer !== app.me) {
+    typed = Date.now();
+    app.connection.typing(app.conversation.peer);
+  }
+};
 $('older').onclick = () => app.conversation.older();
 $('more-dialogs').onclick = () => app.loadInbox(app.cursor);
-$('back').onclick = () => { $('chat').classList.remove('reading'); app.conversation = null; $('conversation').hidden = true; $('nothing').hidden = false; app.list(); };
+$('back').onclick = () => { $('chat').classList.remove('reading'); app.leave(); $('conversation').hidden = true; $('nothing').hidden = false; app.list(); };
 document.addEventListener('visibilitychange', () => app?.conversation?.markRead());
 
 const kept = JSON.parse(sessionStorage.getItem('chat') ?? 'null');

@@ -77,6 +77,7 @@ pub fn routes(config: &mut web::ServiceConfig) {
     config
         .route("/", web::get().to(page::index))
         .route("/app.js", web::get().to(page::script))
+        .route("/connection.js", web::get().to(page::connection))
         .route("/style.css", web::get().to(page::style))
         .route("/favicon.svg", web::get().to(page::icon))
         .route("/livez", web::get().to(health::live))

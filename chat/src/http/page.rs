@@ -37,6 +37,14 @@ pub async fn script() -> HttpResponse {
     )
 }
 
+/// `/connection.js`
+pub async fn connection() -> HttpResponse {
+    file(
+        "text/javascript; charset=utf-8",
+        include_str!("../../web/connection.js"),
+    )
+}
+
 /// `/style.css`
 pub async fn style() -> HttpResponse {
     file(
