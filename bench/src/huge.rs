@@ -36,9 +36,7 @@ const ROWS: u64 = 1000;
 pub async fn run(options: Options) -> anyhow::Result<()> {
     std::fs::create_dir_all(&options.dir)?;
     let mut service = Service::new(options.chat.clone(), options.dir.clone(), options.port);
-    let shown = show(&mut service, options.messages).await;
-    service.stop();
-    shown
+    show(&mut service, options.messages).await
 }
 
 async fn show(service: &mut Service, messages: u64) -> anyhow::Result<()> {

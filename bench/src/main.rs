@@ -1,10 +1,18 @@
 //! What the service is measured against, each in its plainest form: `bench/saturation` and `bench/idle` run these beside it.
 
+mod chance;
+mod deliver;
+mod devices;
 mod echo;
 mod huge;
 mod idle;
+#[path = "../../chat/tests/support/lossy.rs"]
+mod lossy;
 mod plain;
 mod prove;
+#[allow(dead_code)] // the tests use more of it
+#[path = "../../chat/tests/support/proxy.rs"]
+mod proxy;
 mod saturate;
 mod service;
 
@@ -26,18 +34,24 @@ enum Cli {
     Saturate(saturate::Options),
     /// Changes the set of shards under load, kills processes, and proves that nothing went wrong.
     Prove(prove::Options),
+    /// Loses messages of the bus, kills instances, stops readers, and shows that every device has everything all the same.
+    Deliver(deliver::Options),
     /// Moves a slot with one very long dialog while it is written to and read to its first message.
     Huge(huge::Options),
 }
 
-#[actix_web::main]
-async fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
     match Cli::parse() {
-        Cli::Plain(options) => plain::run(options).await,
-        Cli::Echo { listen } => echo::serve(&listen).await,
-        Cli::Idle(options) => idle::run(options).await,
-        Cli::Saturate(options) => saturate::run(options).await,
-        Cli::Prove(options) => prove::run(options).await,
-        Cli::Huge(options) => huge::run(options).await,
+        // An actix server wants a runtime of its own kind.
+        Cli::Echo { listen } => actix_web::rt::System::new().block_on(echo::serve(&listen)),
+        Cli::Plain(options) => runtime.block_on(plain::run(options)),
+        Cli::Idle(options) => runtime.block_on(idle::run(options)),
+        Cli::Saturate(options) => runtime.block_on(saturate::run(options)),
+        Cli::Prove(options) => runtime.block_on(prove::run(options)),
+        Cli::Deliver(options) => runtime.block_on(deliver::run(options)),
+        Cli::Huge(options) => runtime.block_on(huge::run(options)),
     }
 }

@@ -2,7 +2,8 @@
 //! while processes are killed in the middle of it. Afterwards everything is compared with what was acknowledged: through every
 //! instance, for both users, and straight in the shards' tables; and every key is sent once more.
 
-use crate::service::Service;
+use crate::chance::Chance;
+use crate::service::{Service, locked};
 use anyhow::{Context, bail, ensure};
 use chat_client::{Access, Api, Client, ClientError, Event};
 use clap::{Args, ValueEnum};
@@ -10,7 +11,7 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// What happens to the shards.
@@ -82,30 +83,11 @@ struct Log {
     closed: Mutex<Vec<Instant>>,
 }
 
-fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// A cheap, repeatable source of chance.
-struct Chance(u64);
-
-impl Chance {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 = self
-            .0
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % n
-    }
-}
-
 pub async fn run(options: Options) -> anyhow::Result<()> {
     std::fs::create_dir_all(&options.dir)?;
     let options = Arc::new(options);
     let mut service = Service::new(options.chat.clone(), options.dir.clone(), options.port);
-    let proved = prove(&mut service, &options).await;
-    service.stop();
-    proved
+    prove(&mut service, &options).await
 }
 
 async fn prove(service: &mut Service, options: &Arc<Options>) -> anyhow::Result<()> {

@@ -7,9 +7,14 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 const SECRET: &str = "a secret for this machine only, 32 bytes and more";
+
+pub fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Five databases, a bus, two instances.
 pub struct Service {
@@ -17,6 +22,8 @@ pub struct Service {
     dir: PathBuf,
     port: u16,
     instances: Vec<Option<Child>>,
+    /// Where the instances find the bus, if not where it is.
+    pub bus: [Option<String>; 2],
     /// Of dialogs that were asked for; no slot moves meanwhile.
     owners: BTreeMap<(u64, u64), String>,
     /// While these lasted, something was dead: (what, from, until).
@@ -31,6 +38,7 @@ impl Service {
             dir,
             port,
             instances: vec![None, None],
+            bus: [None, None],
             owners: BTreeMap::new(),
             outages: Vec::new(),
         };
@@ -44,7 +52,7 @@ impl Service {
         for n in 1..=5 {
             self.start_shard(n)?;
         }
-        Self::servers(&["nats", &self.dir("nats"), &(self.port + 9).to_string()])
+        self.start_nats()
     }
 
     pub fn servers(command: &[&str]) -> anyhow::Result<()> {
@@ -58,6 +66,70 @@ impl Service {
 
     pub fn dir(&self, name: &str) -> String {
         self.dir.join(name).display().to_string()
+    }
+
+    pub fn nats(&self) -> String {
+        format!("nats://127.0.0.1:{}", self.port + 9)
+    }
+
+    pub fn start_nats(&self) -> anyhow::Result<()> {
+        Self::servers(&["nats", &self.dir("nats"), &(self.port + 9).to_string()])
+    }
+
+    pub fn kill_nats(&self) -> anyhow::Result<()> {
+        Self::servers(&["kill", &self.dir("nats")])
+    }
+
+    /// kill -9.
+    pub fn kill_instance(&mut self, i: u16) -> anyhow::Result<()> {
+        if let Some(mut child) = self.instances[usize::from(i)].take() {
+            child.kill()?;
+            child.wait()?;
+        }
+        Ok(())
+    }
+
+    /// SIGTERM.
+    pub fn terminate_instance(&self, i: u16) -> anyhow::Result<()> {
+        let child = self.instances[usize::from(i)]
+            .as_ref()
+            .context("it does not run")?;
+        let sent = Command::new("kill").arg(child.id().to_string()).status()?;
+        ensure!(sent.success(), "instance {i} could not be sent SIGTERM");
+        Ok(())
+    }
+
+    /// Whether an instance that was asked to has ended.
+    pub fn has_ended(&mut self, i: u16) -> anyhow::Result<bool> {
+        match &mut self.instances[usize::from(i)] {
+            Some(child) => Ok(child.try_wait()?.is_some()),
+            None => Ok(true),
+        }
+    }
+
+    /// Memory that an instance holds, in MiB.
+    pub fn resident_mib(&self, i: u16) -> anyhow::Result<f64> {
+        let child = self.instances[usize::from(i)]
+            .as_ref()
+            .context("it does not run")?;
+        let status = std::fs::read_to_string(format!("/proc/{}/status", child.id()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib = line
+            .and_then(|line| line.split_whitespace().next())
+            .context("no VmRSS")?;
+        Ok(kib.parse::<f64>()? / 1024.0)
+    }
+
+    /// A counter of an instance.
+    pub async fn metric(&self, i: u16, name: &str) -> anyhow::Result<f64> {
+        let text = reqwest::get(format!("{}/metrics", self.admin(i)))
+            .await?
+            .text()
+            .await?;
+        let value = text
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        value.map_or(Ok(0.0), |value| Ok(value.parse()?))
     }
 
     pub fn shard_port(&self, n: u16) -> u16 {
@@ -114,7 +186,9 @@ impl Service {
             .env("CHAT__SHARDS_FILE", self.dir.join("shards.toml"))
             .env(
                 "CHAT__NATS_URL",
-                format!("nats://127.0.0.1:{}", self.port + 9),
+                self.bus[usize::from(i)]
+                    .clone()
+                    .unwrap_or_else(|| self.nats()),
             )
             .env("CHAT__AUTH__SECRET", SECRET)
             .env("CHAT__LIMITS__CONNECTIONS_PER_IP", "100000")
@@ -265,6 +339,13 @@ impl Service {
         Ok(conn.disconnect().await?)
     }
 
+    /// The way in for somebody who goes to the other instance when one is away.
+    pub fn access_to_any(&self, first: u16) -> Access {
+        let urls = [self.url(0), self.url(1)];
+        self.access(first)
+            .with_others(urls.iter().map(String::as_str))
+    }
+
     /// The name of the shard that owns a dialog.
     pub async fn owner_of(&mut self, dialog: (u64, u64)) -> anyhow::Result<String> {
         if let Some(owner) = self.owners.get(&dialog) {
@@ -286,8 +367,11 @@ impl Service {
         conn.disconnect().await?;
         number.context("no number")
     }
+}
 
-    pub fn stop(&mut self) {
+impl Drop for Service {
+    /// Ends everything that was started.
+    fn drop(&mut self) {
         for child in self.instances.iter_mut().flatten() {
             let _ = child.kill();
             let _ = child.wait();

@@ -41,8 +41,8 @@ pub enum Event {
     },
     /// A watched user came or went.
     Presence(Presence),
-    /// While we were away something was said in this dialog, which we do not follow yet; or its log is shorter than what we had
-    /// of it. Its history tells more.
+    /// Much was said in this dialog, of which nothing was told yet; or its log is shorter than what we had of it. Its history
+    /// tells more.
     Resync(String),
     /// The server will not have us: no further attempt is made.
     Closed(ClientError),
@@ -305,8 +305,11 @@ enum By {
     Reading(String, bool),
 }
 
-/// The first pause before a new attempt, and the longest.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// The longest first pause before a new attempt, and the longest of all.
+const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(8));
+
+/// A connection that lasted so long was a good one.
+const HELD: Duration = Duration::from_secs(5);
 
 /// How long an attempt may take.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
@@ -337,7 +340,7 @@ impl Actor {
             let (code, reason) = match ended {
                 Ended::Dropped => return,
                 // A token that expired while we were here is replaced; one that is not taken at all stays so.
-                Ended::ForGood(_) if self.access.renews() && lasted > BACKOFF.1 => {
+                Ended::ForGood(_) if self.access.renews() && lasted > HELD => {
                     (None, "the token has expired".into())
                 }
                 Ended::ForGood(e) => {
@@ -348,14 +351,13 @@ impl Actor {
             };
             self.attempt += 1;
             self.emit(Event::Disconnected { code, reason }).await;
-            // A connection that held for a while starts the pauses anew. Jitter keeps a crowd from coming back in step.
-            pause = if lasted > BACKOFF.1 {
-                BACKOFF.0
-            } else {
-                (pause * 2).min(BACKOFF.1)
-            };
-            let jittered = pause.mul_f64(rand::rng().random_range(0.5..1.0));
-            sleep(jittered).await;
+            // A connection that held for a while starts the pauses anew. Any time within the pause: a crowd that lost the same
+            // instance comes back spread over it.
+            if lasted > HELD {
+                pause = BACKOFF.0;
+            }
+            sleep(pause.mul_f64(rand::rng().random())).await;
+            pause = (pause * 2).min(BACKOFF.1);
         }
     }
 

@@ -3,12 +3,13 @@
 use crate::chance;
 use crate::delivery::encode;
 use crate::dialog::{DialogId, Seq, Timestamp, UserId};
-use crate::feed::{Feed, now};
+use crate::feed::{CLOCKS_APART, Feed, now};
+use crate::heads::Heads;
 use crate::messages::{Messages, NotDone};
 use crate::metrics::Metrics;
 use crate::news::News;
 use crate::sight::{From, Missing};
-use crate::store::Range;
+use crate::store::{DialogHead, Range};
 use chat_wire::{Message, ReadMark, ServerFrame};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -19,14 +20,18 @@ use tokio::time::{sleep, timeout};
 /// Who catches up, and by what means. A clone is a few references.
 #[derive(Clone)]
 pub struct CatchUp {
-    /// Reads.
+    /// Reads messages.
     pub messages: Messages,
+    /// Reads how far dialogs have come.
+    pub heads: Heads,
     /// Of the session.
     pub feed: Arc<Feed>,
     /// Whose session it is.
     pub me: UserId,
     /// Messages of a dialog that are replayed; who is further behind is told to look.
     pub replay: u64,
+    /// Dialogs that are kept level at once.
+    pub replay_dialogs: usize,
     /// How many dialogs are read at once.
     pub turns: Arc<Semaphore>,
     /// What is measured.
@@ -41,12 +46,6 @@ const TRY_AGAIN: Duration = Duration::from_millis(500);
 
 /// How long a `resume` waits for what was missed before it is answered all the same; the rest comes when it can be read.
 const RESUME_LIMIT: Duration = Duration::from_secs(5);
-
-/// Messages that are looked at for what came since the session began.
-const LOOK_BEHIND: u32 = 50;
-
-/// How far the clocks of two instances and a shard may be apart.
-const CLOCKS_APART: Duration = Duration::from_secs(60);
 
 impl CatchUp {
     /// Reads what is missing of a dialog that is due, until nothing is.
@@ -122,10 +121,7 @@ impl CatchUp {
     ) -> Result<(), NotDone> {
         let with = dialog.counterpart(self.me).get();
         let up_to = Range::Before(Seq::new(missing.head.get().saturating_add(1)));
-        let page = self
-            .messages
-            .history(self.me, with, up_to, Some(LOOK_BEHIND))
-            .await?;
+        let page = self.messages.history(self.me, with, up_to, None).await?;
         // Both are written alike, so that their texts are in the order of time.
         let since = since.to_string();
         let older = page
@@ -180,11 +176,14 @@ impl CatchUp {
         since: Option<Timestamp>,
     ) -> ServerFrame {
         // From here on what is told live follows these positions; what was stored before is found below.
+        if let Some(since) = since {
+            self.feed.away_since(since);
+        }
         for (dialog, seq) in &positions {
             self.feed.position(*dialog, *seq);
         }
         let dialogs: Vec<DialogId> = positions.iter().map(|(dialog, _)| *dialog).collect();
-        let mut heads = self.messages.heads(&dialogs).await;
+        let mut heads = self.heads.of_dialogs(&dialogs).await;
         let (mut level, mut resync, mut reads) = (Vec::new(), Vec::new(), Vec::new());
         for (dialog, seq) in &positions {
             let Some(head) = heads.of.get(dialog) else {
@@ -218,12 +217,19 @@ impl CatchUp {
         }
         if let Some(since) = since {
             let micros = now().micros().saturating_sub(since.micros());
-            let within = Duration::from_micros(u64::try_from(micros).unwrap_or(0)) + CLOCKS_APART;
-            let recent = self.messages.recent(&[self.me], within).await;
+            let micros = micros.saturating_add(2 * CLOCKS_APART);
+            let within = Duration::from_micros(u64::try_from(micros).unwrap_or(0));
+            let recent = self.heads.of_users(&[self.me], within).await;
             heads.incomplete.extend(recent.incomplete);
-            for head in recent.of.values() {
-                if dialogs.binary_search(&head.dialog).is_err() {
-                    self.feed.shown(head.dialog, head.last_seq);
+            let unknown = |head: &&DialogHead| dialogs.binary_search(&head.dialog).is_err();
+            for (n, head) in recent.of.values().filter(unknown).enumerate() {
+                if positions.len() + n < self.replay_dialogs {
+                    self.feed.take(&News::Head {
+                        dialog: head.dialog,
+                        seq: head.last_seq,
+                    });
+                    level.push((head.dialog, head.last_seq));
+                } else {
                     resync.push(head.dialog);
                 }
             }

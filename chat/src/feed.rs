@@ -28,8 +28,8 @@ pub fn now() -> Timestamp {
     Timestamp::from_micros(i64::try_from(since.as_micros()).unwrap_or(i64::MAX))
 }
 
-/// How far the clocks of a shard and of an instance may be apart, in microseconds.
-const CLOCKS_APART: i64 = 1_000_000;
+/// How far the clocks of shards and instances may be apart, in microseconds.
+pub const CLOCKS_APART: i64 = 1_000_000;
 
 impl Feed {
     /// A feed of a session that begins now. `lossless`: see [`Sight::new`].
@@ -109,6 +109,12 @@ impl Feed {
     /// See [`Sight::position`].
     pub fn position(&self, dialog: DialogId, seq: Seq) {
         self.with(|sight, send| sight.position(dialog, seq, send));
+    }
+
+    /// See [`Sight::away_since`]. `since` is by the clock of an instance.
+    pub fn away_since(&self, since: Timestamp) {
+        let since = Timestamp::from_micros(since.micros().saturating_sub(CLOCKS_APART));
+        self.sight().away_since(since);
     }
 
     /// See [`Sight::shown`].

@@ -35,6 +35,8 @@ pub mod dispatch;
 
 pub mod messages;
 
+pub mod heads;
+
 pub mod refusal;
 
 // Telling people.

@@ -8,8 +8,8 @@ use crate::metrics::Metrics;
 use crate::ownership::{SlotState, SlotView};
 use crate::ring::Slot;
 use crate::store::{
-    DialogHead, HeadsOf, Holding, InboxCursor, InboxPart, InboxRow, Marked, NewMessage, Page,
-    Place, Range, Shard, ShardDown, SlotSet, StoredMessage,
+    Holding, InboxCursor, InboxPart, InboxRow, Marked, NewMessage, Page, Place, Range, Shard,
+    ShardDown, SlotSet, StoredMessage,
 };
 use crate::writer::{Answer, OnCommit};
 use chat_wire::{HistoryPage, InboxEntry, InboxPage, Message};
@@ -86,18 +86,6 @@ pub struct Sent {
     /// Whether an earlier send with this key had stored it.
     pub repeat: bool,
 }
-
-/// How far dialogs have come.
-#[derive(Debug, Default)]
-pub struct Heads {
-    /// Of those that are known.
-    pub of: HashMap<DialogId, DialogHead>,
-    /// Shards that did not answer.
-    pub incomplete: BTreeSet<String>,
-}
-
-/// Dialogs whose heads one query asks for.
-const HEADS_AT_ONCE: usize = 500;
 
 /// How often a read that does not add up, or that met a shard which is not the owner, is tried again.
 const READ_TRIES: u32 = 8;
@@ -370,110 +358,6 @@ impl Messages {
             return Ok(inbox_page(me, gathered.rows, limit as usize, incomplete));
         }
         Err(NotDone::Unavailable)
-    }
-
-    /// How far these dialogs have come. Shards that do not answer are named; of their dialogs nothing is said.
-    pub async fn heads(&self, dialogs: &[DialogId]) -> Heads {
-        let cluster = &self.inner.cluster;
-        let mut left: BTreeSet<DialogId> = dialogs.iter().copied().collect();
-        let mut heads = Heads::default();
-        for attempt in 0..READ_TRIES {
-            if attempt > 0 {
-                tokio::time::sleep(LOOK_AGAIN * attempt).await;
-                cluster.refresh().await;
-            }
-            let mut by_shard: Vec<(Shard, Vec<DialogId>)> = Vec::new();
-            for dialog in std::mem::take(&mut left) {
-                let Some(shard) = cluster.route(Slot::of(dialog)) else {
-                    continue;
-                };
-                let part = by_shard
-                    .iter_mut()
-                    .find(|(of, part)| of.number() == shard.number() && part.len() < HEADS_AT_ONCE);
-                match part {
-                    Some((_, part)) => part.push(dialog),
-                    None => by_shard.push((shard, vec![dialog])),
-                }
-            }
-            let asked = by_shard
-                .iter()
-                .map(|(shard, part)| shard.dialog_heads(HeadsOf::Dialogs(part.clone())));
-            let last_try = attempt + 1 == READ_TRIES;
-            for ((shard, part), answer) in by_shard.iter().zip(join_all(asked).await) {
-                let Ok(answer) = answer else {
-                    heads.incomplete.insert(shard.name().to_owned());
-                    continue;
-                };
-                // What is sealed may have been taken over already; but when nobody says so it is as it was.
-                let counts = |slot| {
-                    answer.slots.owned.contains(slot)
-                        || (last_try && answer.slots.sealed.contains(slot))
-                };
-                left.extend(part.iter().filter(|dialog| !counts(Slot::of(**dialog))));
-                let known = |dialog: DialogId| counts(Slot::of(dialog));
-                for dialog in part.iter().copied().filter(|dialog| known(*dialog)) {
-                    heads.of.insert(
-                        dialog,
-                        DialogHead {
-                            dialog,
-                            last_seq: Seq::ZERO,
-                            reads: Vec::new(),
-                        },
-                    );
-                }
-                for head in answer.heads.into_iter().filter(|head| known(head.dialog)) {
-                    heads.of.insert(head.dialog, head);
-                }
-            }
-            if left.is_empty() {
-                break;
-            }
-        }
-        heads
-    }
-
-    /// The dialogs of these users that something was said in lately. Shards that do not answer are named.
-    pub async fn recent(&self, users: &[UserId], within: Duration) -> Heads {
-        let mut heads = Heads::default();
-        for attempt in 0..READ_TRIES {
-            if attempt > 0 {
-                tokio::time::sleep(LOOK_AGAIN * attempt).await;
-            }
-            let view = self.inner.cluster.view();
-            let of = HeadsOf::Users {
-                users: users.to_vec(),
-                within,
-            };
-            let answers = join_all(
-                view.shards
-                    .iter()
-                    .map(|shard| shard.dialog_heads(of.clone())),
-            )
-            .await;
-            heads.incomplete = view.strangers().map(str::to_owned).collect();
-            let mut covered = SlotSet::empty();
-            for (shard, answer) in view.shards.iter().zip(answers) {
-                let Ok(answer) = answer else {
-                    heads.incomplete.insert(shard.name().to_owned());
-                    continue;
-                };
-                for slot in answer.slots.owned.iter().chain(answer.slots.sealed.iter()) {
-                    covered.insert(slot);
-                }
-                for head in answer.heads {
-                    // Two may answer for a slot that is changing hands: the one that is further is right.
-                    let known = heads.of.get(&head.dialog).map(|known| known.last_seq);
-                    if known.is_none_or(|known| known < head.last_seq) {
-                        heads.of.insert(head.dialog, head);
-                    }
-                }
-            }
-            let all = Slot::all().all(|slot| covered.contains(slot));
-            if all || !heads.incomplete.is_empty() {
-                break;
-            }
-        }
-        heads
     }
 
     /// Marks the dialog of `me` with `with` as read up to `seq`: forward only, and not beyond the last message.

@@ -4,8 +4,9 @@
 
 use crate::bus::{Bus, BusState, Listening, Loss, Topic};
 use crate::chance;
+use crate::cluster::Cluster;
 use crate::delivery::Delivery;
-use crate::messages::Messages;
+use crate::heads::Heads;
 use crate::metrics::Metrics;
 use crate::presence::Presence;
 use std::collections::{BTreeSet, HashMap};
@@ -71,7 +72,8 @@ impl Reconcile {
     /// Starts.
     #[must_use]
     pub fn start(
-        messages: &Messages,
+        cluster: &Cluster,
+        heads: &Heads,
         delivery: &Delivery,
         presence: &Presence,
         bus: Arc<dyn Bus>,
@@ -87,7 +89,7 @@ impl Reconcile {
             bus.listen(Topic::Pulse, Arc::new(sink))
         };
         let compares = compare(
-            messages.clone(),
+            heads.clone(),
             delivery.clone(),
             presence.clone(),
             alarm.clone(),
@@ -95,7 +97,7 @@ impl Reconcile {
         );
         let beats = pulse(instance.clone(), bus.clone(), others, alarm.clone());
         let hears = hear_of_losses(instance.clone(), bus.clone(), alarm.clone());
-        let watches = watch_shards(messages.clone(), alarm);
+        let watches = watch_shards(cluster.clone(), alarm);
         let tasks = vec![
             AbortOnDropHandle::new(runtime.spawn(compares)),
             AbortOnDropHandle::new(runtime.spawn(beats)),
@@ -110,9 +112,10 @@ impl Reconcile {
         }
     }
 
-    /// Tells the others that this instance goes, with nothing left untold.
-    pub fn farewell(&self) {
+    /// Tells the others that this instance goes: what it told last, it will not hint at any more.
+    pub async fn farewell(&self) {
         say(&*self.bus, &self.instance, "bye");
+        self.bus.flush().await;
     }
 }
 
@@ -129,6 +132,8 @@ fn hear(payload: &[u8], others: &Others, alarm: &Alarm) {
     let mut others = others.lock().unwrap_or_else(PoisonError::into_inner);
     if what == "bye" {
         others.remove(instance);
+        drop(others);
+        alarm.raise("another instance has gone", Duration::ZERO);
         return;
     }
     others.insert(instance.to_owned(), Instant::now());
@@ -186,12 +191,12 @@ async fn hear_of_losses(instance: String, bus: Arc<dyn Bus>, alarm: Alarm) {
 }
 
 /// A shard may have committed what it could not answer: the sender repeats it, unless the sender is gone too.
-async fn watch_shards(messages: Messages, alarm: Alarm) {
+async fn watch_shards(cluster: Cluster, alarm: Alarm) {
     let mut down: BTreeSet<String> = BTreeSet::new();
     let mut since = Instant::now();
     loop {
         tokio::time::sleep(PULSE / 2).await;
-        let view = messages.cluster().view();
+        let view = cluster.view();
         let of = view.shards.iter().filter(|shard| shard.is_down());
         let now: BTreeSet<String> = of.map(|shard| shard.name().to_owned()).collect();
         if down.is_empty() {
@@ -206,7 +211,7 @@ async fn watch_shards(messages: Messages, alarm: Alarm) {
 
 /// Takes the heads of what was said lately, and gives them to the sessions here as if they had been told.
 async fn compare(
-    messages: Messages,
+    heads: Heads,
     delivery: Delivery,
     presence: Presence,
     alarm: Alarm,
@@ -219,11 +224,11 @@ async fn compare(
         let back = std::mem::take(&mut *alarm.farthest());
         let users = delivery.registry().users();
         for users in users.chunks(USERS_AT_ONCE) {
-            let heads = messages.recent(users, back).await;
-            for head in heads.of.values() {
+            let found = heads.of_users(users, back).await;
+            for head in found.of.values() {
                 delivery.head(head.dialog, head.last_seq);
             }
-            metrics.heads_compared.inc_by(heads.of.len() as u64);
+            metrics.heads_compared.inc_by(found.of.len() as u64);
             tokio::time::sleep(BETWEEN).await;
         }
         presence.ask_for_all().await;

@@ -6,6 +6,7 @@ use crate::change::file::Source;
 use crate::cluster::{Cluster, Founding, StartError, stores};
 use crate::config::Settings;
 use crate::delivery::Delivery;
+use crate::heads::Heads;
 use crate::http::{self, App, Counter, Line, Tokens};
 use crate::messages::Messages;
 use crate::metrics::Metrics;
@@ -118,8 +119,10 @@ impl Server {
             Arc::new(move |committed: Committed<'_>| delivery.message(&committed))
         };
         let messages = Messages::start(cluster, &settings, on_commit, &runtime, metrics.clone());
+        let heads = Heads::new(messages.cluster().clone(), &runtime);
         let reconcile = Reconcile::start(
-            &messages,
+            messages.cluster(),
+            &heads,
             &delivery,
             &presence,
             bus.clone(),
@@ -137,6 +140,7 @@ impl Server {
         );
         let context = SessionContext {
             messages,
+            heads,
             delivery,
             presence,
             authenticate: tokens.clone(),
@@ -244,8 +248,8 @@ impl Server {
         while !registry.is_empty() && Instant::now() < patience {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        app.reconcile.farewell();
         public_handle.stop(true).await;
+        app.reconcile.farewell().await;
         admin_handle.stop(false).await;
         let _ = tokio::join!(public, admin);
         drop(app);

@@ -6,6 +6,7 @@ use crate::config::Limits;
 use crate::delivery::{Delivery, encode};
 use crate::dialog::{DialogId, Seq, Timestamp, UserId};
 use crate::feed::{self, Feed};
+use crate::heads::Heads;
 use crate::messages::{Messages, NotDone};
 use crate::metrics::Metrics;
 use crate::outbox::Outbox;
@@ -46,6 +47,8 @@ pub trait Authenticate: Send + Sync {
 pub struct Context {
     /// Sends and reads.
     pub messages: Messages,
+    /// Reads how far dialogs have come.
+    pub heads: Heads,
     /// Tells people.
     pub delivery: Delivery,
     /// Knows who is there.
@@ -134,9 +137,11 @@ impl Session {
         let reads = Arc::new(Semaphore::new(context.limits.reads_in_flight));
         let catch_up = CatchUp {
             messages: context.messages.clone(),
+            heads: context.heads.clone(),
             feed: feed.clone(),
             me: identity.user,
             replay: u64::from(limits.resume_messages),
+            replay_dialogs: limits.resume_dialogs as usize,
             turns: Arc::new(Semaphore::new(CATCH_UPS)),
             metrics: context.metrics.clone(),
         };

@@ -196,6 +196,11 @@ impl Sight {
         self.held_bytes -= freed;
     }
 
+    /// The client was here before, until `since`: what was stored from then on is owed in dialogs that nothing was sent of yet.
+    pub fn away_since(&mut self, since: Timestamp) {
+        self.since = self.since.min(since);
+    }
+
     /// The client was shown that the dialog has come up to `seq`: from there on it is kept level, if it was not in sight.
     pub fn shown(&mut self, dialog: DialogId, seq: Seq) {
         self.turn += 1;

@@ -5,10 +5,11 @@
 mod support;
 
 use bytes::Bytes;
-use chat::bus::{Bus, BusState, LocalBus, NatsBus, Sink, Topic};
+use chat::bus::{Bus, BusState, LocalBus, Loss, NatsBus, Sink, Topic};
 use chat::dialog::UserId;
 use chat::metrics::Metrics;
 use std::sync::{Arc, Mutex};
+use support::proxy::{Mode, Proxy};
 use support::until;
 
 fn user(id: u64) -> Topic {
@@ -84,12 +85,39 @@ async fn others_hear_it_in_order_and_the_publisher_does_not(a: Arc<dyn Bus>, b: 
     drop(listening_a);
 }
 
+/// Whether anybody else listens can be asked, and once a listener says that it is heard, it is.
+async fn who_listens_is_found_and_who_has_left_is_not(a: Arc<dyn Bus>, b: Arc<dyn Bus>) {
+    assert_eq!(a.ask(user(7)).await, Some(false));
+    let (sink_b, heard_b) = sink();
+    let listening = b.listen(user(7), sink_b);
+    listening
+        .effective()
+        .wait_for(|effective| *effective)
+        .await
+        .unwrap();
+    assert_eq!(a.ask(user(7)).await, Some(true));
+    assert_eq!(b.ask(user(7)).await, Some(false), "nobody but oneself");
+    a.publish(user(7), Bytes::from_static(b"x"));
+    until("b hears what is published from then on", async || {
+        (heard_b.lock().unwrap().len() == 1).then_some(())
+    })
+    .await;
+    drop(listening);
+    until("b is gone", async || {
+        (a.ask(user(7)).await == Some(false)).then_some(())
+    })
+    .await;
+    assert_eq!(heard_b.lock().unwrap().len(), 1, "questions are no news");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn in_process() {
     let a = LocalBus::alone();
     let b = a.join();
     assert_eq!(a.state(), BusState::Alone);
-    others_hear_it_in_order_and_the_publisher_does_not(Arc::new(a), Arc::new(b)).await;
+    let (a, b): (Arc<dyn Bus>, Arc<dyn Bus>) = (Arc::new(a), Arc::new(b));
+    others_hear_it_in_order_and_the_publisher_does_not(a.clone(), b.clone()).await;
+    who_listens_is_found_and_who_has_left_is_not(a, b).await;
 }
 
 async fn connected(service: &str) -> Arc<dyn Bus> {
@@ -107,11 +135,36 @@ async fn connected(service: &str) -> Arc<dyn Bus> {
 #[tokio::test(flavor = "multi_thread")]
 async fn over_nats() {
     let service = format!("{:x}", rand::random::<u64>());
-    others_hear_it_in_order_and_the_publisher_does_not(
-        connected(&service).await,
-        connected(&service).await,
-    )
-    .await;
+    let (a, b) = (connected(&service).await, connected(&service).await);
+    others_hear_it_in_order_and_the_publisher_does_not(a.clone(), b.clone()).await;
+    who_listens_is_found_and_who_has_left_is_not(a, b).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bus_that_comes_back_says_that_something_may_be_lost() {
+    let target = support::nats_url().replace("nats://", "");
+    let proxy = Proxy::to(target).await;
+    let (url, runtime) = (
+        format!("nats://127.0.0.1:{}", proxy.port),
+        tokio::runtime::Handle::current(),
+    );
+    let bus = NatsBus::connect(&url, "s", &runtime, Metrics::new())
+        .await
+        .unwrap();
+    let mut losses = bus.losses();
+    let state = async |expected| {
+        until("the bus notices", async || {
+            (bus.state() == expected).then_some(())
+        })
+        .await
+    };
+    state(BusState::Connected).await;
+    proxy.set(Mode::Cut);
+    state(BusState::Away).await;
+    assert_eq!(bus.ask(user(7)).await, None, "that cannot be told now");
+    proxy.set(Mode::Pass);
+    state(BusState::Connected).await;
+    assert!(matches!(losses.recv().await, Ok(Loss::Away(_))));
 }
 
 #[tokio::test(flavor = "multi_thread")]

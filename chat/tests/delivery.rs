@@ -315,22 +315,23 @@ async fn a_client_that_comes_back_is_sent_what_it_missed_before_it_is_told_so() 
         (30, 31)
     );
     assert!(matches!(phone.next().await, ServerFrame::Resumed { .. }));
-    // Beyond the log, and dialogs with news that have no position.
+    // Beyond the log; and a dialog that began while the client was away.
     let api = two.api(99).await;
     api.send(42, "c1", "hello").await.unwrap();
     assert_eq!(phone.message().await.dialog, "42_99");
     let mut other = Socket::of(&one, 42).await;
-    other
-        .send(json!({"type": "resume", "positions": {"7_42": 1000}, "since": now}))
-        .await;
+    let resume = json!({"type": "resume", "positions": {"7_42": 1000}, "since": now});
+    other.send(resume).await;
+    let hello = other.message().await;
+    assert_eq!((hello.dialog.as_str(), hello.seq), ("42_99", 1));
     let ServerFrame::Resumed {
         positions, resync, ..
     } = other.next().await
     else {
         panic!("not resumed");
     };
-    assert!(positions.is_empty());
-    assert_eq!(resync, ["7_42", "42_99"]);
+    assert_eq!(positions, BTreeMap::from([("42_99".into(), 1)]));
+    assert_eq!(resync, ["7_42"]);
     // What cannot be meant is refused, and says so.
     for (resume, what) in [
         (

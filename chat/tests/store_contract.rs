@@ -9,8 +9,9 @@ use chat::dialog::{DialogId, Key, Seq, Text, UserId};
 use chat::ownership::{SlotState, Step};
 use chat::ring::{SLOTS, Slot};
 use chat::store::{
-    Acceptance, Database, DocRef, Head, Identity, InboxCursor, Marked, Meta, MysqlStore,
-    NewMessage, Part, Phase, Purged, Range, SlotSet, SlotSize, SqliteStore, StoreError, Written,
+    Acceptance, Database, DocRef, Head, Heads, HeadsOf, Identity, InboxCursor, Marked, Meta,
+    MysqlStore, NewMessage, Part, Phase, Purged, Range, SlotSet, SlotSize, SqliteStore, StoreError,
+    Written,
 };
 use chat::topology::{Document, Topology};
 use mysql_async::prelude::Queryable;
@@ -1091,6 +1092,93 @@ mod held_locks {
 }
 
 /// Every case on every store; the name says both.
+async fn heads_tell_how_far_dialogs_have_come_and_who_has_read(kind: Kind) {
+    let (databases, store) = founded(kind).await;
+    for (name, author, count) in [("7_42", 7, 3), ("7_9", 9, 1), ("8_9", 8, 2)] {
+        for n in 0..count {
+            write(&store, &[message(name, author, &format!("k{n}"), "x")]).await;
+        }
+    }
+    let seven = user(7);
+    store
+        .mark_read(&identity(), dialog("7_42"), user(42), Seq::new(2))
+        .await
+        .unwrap();
+    type Shown = (String, u64, Vec<(u64, u64)>);
+    let shown = |heads: &Heads| -> Vec<Shown> {
+        let mut shown: Vec<_> = heads
+            .heads
+            .iter()
+            .map(|head| {
+                let mut reads: Vec<_> = head
+                    .reads
+                    .iter()
+                    .map(|(user, seq)| (user.get(), seq.get()))
+                    .collect();
+                reads.sort_unstable();
+                (head.dialog.to_string(), head.last_seq.get(), reads)
+            })
+            .collect();
+        shown.sort_unstable();
+        shown
+    };
+    let asked = HeadsOf::Dialogs(vec![dialog("7_42"), dialog("7_9"), dialog("1_2")]);
+    let heads = store.dialog_heads(&identity(), &asked).await.unwrap();
+    let both = [
+        ("7_42".to_owned(), 3, vec![(7, 0), (42, 2)]),
+        ("7_9".to_owned(), 1, vec![(7, 0), (9, 0)]),
+    ];
+    assert_eq!(shown(&heads), both);
+    assert_eq!(
+        heads.slots.owned.len(),
+        3,
+        "of the slots that were asked for"
+    );
+    let recent = |users: &[UserId], within| HeadsOf::Users {
+        users: users.to_vec(),
+        within,
+    };
+    let hour = Duration::from_secs(3600);
+    let heads = store
+        .dialog_heads(&identity(), &recent(&[seven], hour))
+        .await
+        .unwrap();
+    assert_eq!(shown(&heads), both);
+    assert_eq!(heads.slots.owned.len(), SLOTS);
+    let heads = store
+        .dialog_heads(&identity(), &recent(&[seven, user(9)], hour))
+        .await
+        .unwrap();
+    assert_eq!(heads.heads.len(), 3, "each once");
+    // The longest silent is not lately any more.
+    if kind != Kind::Memory {
+        let sql = "UPDATE dialogs SET last_at = last_at - 7200000000 WHERE dialog = '7_42'";
+        match kind {
+            Kind::Sqlite => {
+                let path = databases.url(0).replace("sqlite:", "");
+                rusqlite::Connection::open(path)
+                    .unwrap()
+                    .execute(sql, [])
+                    .unwrap();
+            }
+            _ => databases.execute(0, sql).await,
+        }
+        let heads = store
+            .dialog_heads(&identity(), &recent(&[seven], hour))
+            .await
+            .unwrap();
+        assert_eq!(shown(&heads), both[1..]);
+    }
+    let stranger = Identity {
+        cluster_id: "c2".into(),
+        ..identity()
+    };
+    assert!(matches!(
+        store.dialog_heads(&stranger, &asked).await,
+        Err(StoreError::WrongIdentity(_))
+    ));
+}
+
 macro_rules! on_every_store {
     ($($case:ident)*) => {
         mod sqlite { $( #[tokio::test(flavor = "multi_thread")] async fn $case() { super::$case(super::Kind::Sqlite).await } )* }
@@ -1111,6 +1199,7 @@ on_every_store! {
     a_read_mark_moves_forward_only_and_not_beyond_the_last_message
     a_text_comes_back_byte_for_byte
     a_document_is_taken_forward_only_and_fences_who_was_declared_down
+    heads_tell_how_far_dialogs_have_come_and_who_has_read
     a_slot_moves_step_by_step_and_takes_no_other_step
     what_a_lost_shard_held_comes_in_once_and_in_its_place
     one_at_a_time_has_the_turn

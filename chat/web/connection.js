@@ -1,7 +1,7 @@
 // A WebSocket that comes back by itself, repeats what was not answered, and tells of every message once and in order.
 
 const GENERATION = 2 ** 40; // seqs begin again above a multiple of this; see PROTOCOL.md
-const PAUSE = { first: 250, longest: 5000 };
+const PAUSE = { first: 1000, longest: 8000 };
 const PING = { every: 20_000, patience: 10_000 };
 
 export const dialogOf = (a, b) => `${Math.min(a, b)}_${Math.max(a, b)}`;
@@ -43,8 +43,8 @@ export class Connection {
       return;
     }
     this.handlers.state('offline, trying again…', true);
-    // Jitter keeps a crowd that lost the same server from coming back in step.
-    setTimeout(() => this.stopped || this.open(), this.pause * (0.5 + Math.random() / 2));
+    // Any time within the pause: a crowd that lost the same server comes back spread over it.
+    setTimeout(() => this.stopped || this.open(), this.pause * Math.random());
     this.pause = Math.min(this.pause * 2, PAUSE.longest);
   }
 

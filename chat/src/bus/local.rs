@@ -93,6 +93,10 @@ impl Bus for LocalBus {
         Listening::until_dropped(leaves, watch::channel(true).1)
     }
 
+    fn flush(&self) -> BoxFuture<'static, ()> {
+        Box::pin(std::future::ready(()))
+    }
+
     fn ask(&self, topic: Topic) -> BoxFuture<'static, Option<bool>> {
         let listeners = self
             .hub

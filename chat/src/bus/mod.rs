@@ -80,6 +80,9 @@ pub trait Bus: Send + Sync + 'static {
     /// Hears from now on what others publish for `topic`.
     fn listen(&self, topic: Topic, sink: Sink) -> Listening;
 
+    /// Waits until everything that was published is on its way; only as long as that is worth it.
+    fn flush(&self) -> BoxFuture<'static, ()>;
+
     /// Whether another instance listens for `topic`; `None` while that cannot be told.
     fn ask(&self, topic: Topic) -> BoxFuture<'static, Option<bool>>;
 

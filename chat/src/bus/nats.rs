@@ -183,6 +183,12 @@ impl Bus for NatsBus {
         Listening::until_dropped(AbortOnDropHandle::new(listener), is_effective)
     }
 
+    fn flush(&self) -> BoxFuture<'static, ()> {
+        let client = self.client.clone();
+        // Away there is nothing to be flushed to.
+        Box::pin(async move { drop(timeout(ANSWER, client.flush()).await) })
+    }
+
     fn ask(&self, topic: Topic) -> BoxFuture<'static, Option<bool>> {
         if self.state() == BusState::Away {
             return Box::pin(std::future::ready(None));

@@ -15,6 +15,9 @@ use std::time::Duration;
 #[derive(Clone, Default)]
 pub struct Line(Option<Arc<Socket>>);
 
+/// Enough for a page on a slow line.
+const SEND_BUFFER_BYTES: usize = 128 * 1024;
+
 impl Line {
     /// Sets the options of a new connection and keeps a handle to it; for `HttpServer::on_connect`.
     pub fn keep(connection: &dyn Any, extensions: &mut Extensions, user_timeout: Duration) {
@@ -24,6 +27,8 @@ impl Line {
             // set the connection still works, and pings notice in the end.
             let _ = socket.set_tcp_user_timeout(Some(user_timeout));
             let _ = socket.set_tcp_nodelay(true);
+            // What a client does not read must not gather in the kernel instead of in its queue.
+            let _ = socket.set_send_buffer_size(SEND_BUFFER_BYTES);
             extensions.insert(Line(socket.try_clone().ok().map(Arc::new)));
         }
     }

@@ -180,8 +180,23 @@ pub struct DialogHead {
     pub dialog: DialogId,
     /// Its last message.
     pub last_seq: Seq,
+    /// When that was stored.
+    pub last_at: Timestamp,
     /// How far its members have read.
     pub reads: Vec<(UserId, Seq)>,
+}
+
+impl DialogHead {
+    /// Of a dialog that nothing was said in yet.
+    #[must_use]
+    pub fn nothing(dialog: DialogId) -> Self {
+        Self {
+            dialog,
+            last_seq: Seq::ZERO,
+            last_at: Timestamp::from_micros(0),
+            reads: Vec::new(),
+        }
+    }
 }
 
 /// What a shard knows of the heads that were asked for, in one snapshot.
@@ -189,15 +204,21 @@ pub struct DialogHead {
 pub struct Heads {
     /// Of dialogs in slots that it answers for.
     pub heads: Vec<DialogHead>,
+    /// The shard's clock.
+    pub now: Timestamp,
     /// The slots that it answers for; for [`HeadsOf::Dialogs`], of those that were asked for.
     pub slots: Holding,
 }
 
 impl Heads {
     /// Puts together what was read a member at a time, in the order of dialogs.
-    fn of(rows: Vec<(String, u64, u64, u64)>, slots: Holding) -> Result<Self, StoreError> {
+    fn of(
+        rows: Vec<(String, u64, i64, u64, u64)>,
+        now: Timestamp,
+        slots: Holding,
+    ) -> Result<Self, StoreError> {
         let mut heads: Vec<DialogHead> = Vec::new();
-        for (dialog, last_seq, user, read_seq) in rows {
+        for (dialog, last_seq, last_at, user, read_seq) in rows {
             let dialog = dialog.parse().map_err(|_| corrupt("dialogs.dialog"))?;
             let user = UserId::new(user).map_err(|_| corrupt("members.user_id"))?;
             let read = (user, Seq::new(read_seq));
@@ -206,11 +227,12 @@ impl Heads {
                 None => heads.push(DialogHead {
                     dialog,
                     last_seq: Seq::new(last_seq),
+                    last_at: Timestamp::from_micros(last_at),
                     reads: vec![read],
                 }),
             }
         }
-        Ok(Self { heads, slots })
+        Ok(Self { heads, now, slots })
     }
 }
 
@@ -304,6 +326,19 @@ impl SlotSet {
     #[must_use]
     pub fn contains(&self, slot: Slot) -> bool {
         self.0[slot.index() / 64] & (1 << (slot.index() % 64)) != 0
+    }
+
+    /// Adds all of those.
+    pub fn add(&mut self, others: &SlotSet) {
+        for (word, other) in self.0.iter_mut().zip(others.0) {
+            *word |= other;
+        }
+    }
+
+    /// Whether every slot is in.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        self.0.iter().all(|word| *word == u64::MAX)
     }
 
     /// Leaves only those that are in `others` too.

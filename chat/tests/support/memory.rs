@@ -600,6 +600,7 @@ impl Store for MemoryStore {
                     heads.push(DialogHead {
                         dialog,
                         last_seq: *last_seq,
+                        last_at: *last_at,
                         reads,
                     });
                 }
@@ -612,7 +613,7 @@ impl Store for MemoryStore {
                 slots.owned.retain(&asked);
                 slots.sealed.retain(&asked);
             }
-            Ok(Heads { heads, slots })
+            Ok(Heads { heads, now, slots })
         })
         .await
     }

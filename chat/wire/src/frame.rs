@@ -61,8 +61,7 @@ pub enum ClientFrame {
         id: Option<String>,
         /// By dialog, the seq up to which the client has everything; at most as many as `welcome` says.
         positions: BTreeMap<String, u64>,
-        /// The `now` of the last `welcome` or `resumed` before: dialogs without a position that something was said in since are
-        /// named in `resync`.
+        /// The `now` of the last `welcome` or `resumed` before: what was said since in dialogs without a position comes too.
         #[serde(default)]
         since: Option<String>,
     },
@@ -214,8 +213,7 @@ pub enum ServerFrame {
         id: Option<String>,
         /// By dialog, up to where the client has everything now.
         positions: BTreeMap<String, u64>,
-        /// Dialogs that are too far behind, or whose position is beyond the log, or that have news and no position: read their
-        /// history.
+        /// Dialogs that are too far behind, or whose position is beyond the log: read their history.
         resync: Vec<String>,
         /// How far both sides of the dialogs in `positions` have read, where they have.
         reads: Vec<crate::ReadMark>,

@@ -495,7 +495,7 @@ impl Store for MysqlStore {
         };
         let sql = format!(
             "{SNAPSHOT}{}; {};
-             SELECT k.dialog, k.last_seq, m.user_id, m.read_seq FROM ({wanted}) k
+             SELECT k.dialog, k.last_seq, k.last_at, m.user_id, m.read_seq FROM ({wanted}) k
                JOIN slots s ON s.slot = k.slot AND s.state IN ('owner', 'sealed')
                JOIN members m ON m.slot = k.slot AND m.dialog = k.dialog
               WHERE k.last_seq > 0 ORDER BY k.dialog, m.user_id; COMMIT",
@@ -504,9 +504,9 @@ impl Store for MysqlStore {
         );
         self.on_read(async |conn| {
             let mut sets = result_sets(conn, sql).await?.into_iter().skip(3);
-            check_identity(identity, sets.next())?;
+            let now = check_identity(identity, sets.next())?;
             let slots = holding(rows(sets.next())?)?;
-            Heads::of(rows(sets.next())?, slots)
+            Heads::of(rows(sets.next())?, now, slots)
         })
         .await
     }

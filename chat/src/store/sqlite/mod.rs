@@ -375,7 +375,7 @@ impl Store for SqliteStore {
                         let comma = if keys.is_empty() { "" } else { "," };
                         let _ = write!(keys, "{comma}({},'{dialog}')", Slot::of(*dialog));
                     }
-                    format!("SELECT slot, dialog, last_seq FROM dialogs WHERE (slot, dialog) IN (VALUES {keys})")
+                    format!("SELECT slot, dialog, last_seq, last_at FROM dialogs WHERE (slot, dialog) IN (VALUES {keys})")
                 }
                 HeadsOf::Users { users, within } => {
                     let list = users.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
@@ -388,7 +388,7 @@ impl Store for SqliteStore {
                 }
             };
             let sql = format!(
-                "SELECT k.dialog, k.last_seq, m.user_id, m.read_seq FROM ({wanted}) k
+                "SELECT k.dialog, k.last_seq, k.last_at, m.user_id, m.read_seq FROM ({wanted}) k
                    JOIN slots s ON s.slot = k.slot AND s.state IN ('owner', 'sealed')
                    JOIN members m ON m.slot = k.slot AND m.dialog = k.dialog
                   WHERE k.last_seq > 0 ORDER BY k.dialog, m.user_id"
@@ -397,7 +397,7 @@ impl Store for SqliteStore {
                 .prepare(&sql)
                 .and_then(|mut select| select.query_map([], |row| row.try_into())?.collect())
                 .map_err(|e| classify(&e))?;
-            Heads::of(rows, slots)
+            Heads::of(rows, now(), slots)
         })
         .await
     }

@@ -1,0 +1,296 @@
+//! Devices that write down what they are told, and people who talk through them.
+
+use crate::chance::Chance;
+use crate::service::{Service, locked};
+use anyhow::ensure;
+use chat_client::{Access, Api, Client, Event};
+use futures_util::{StreamExt, TryStreamExt, stream};
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+/// A message as a device was told of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Told {
+    pub seq: u64,
+    pub key: String,
+}
+
+/// One device of a user.
+pub struct Device {
+    pub user: u64,
+    pub client: Client,
+    pub heard: Arc<Heard>,
+}
+
+/// What it was told.
+#[derive(Default)]
+pub struct Heard {
+    pub logs: Mutex<BTreeMap<String, Vec<Told>>>,
+    pub count: AtomicU64,
+    pub connected: AtomicBool,
+    /// With which code, and when.
+    pub closed: Mutex<Vec<(Option<u16>, Instant)>>,
+    pub reconnected: Mutex<Vec<Instant>>,
+    wrong: Mutex<Vec<String>>,
+}
+
+impl Device {
+    pub fn start(access: Access, user: u64) -> Self {
+        let (client, mut events) = Client::start(access, user);
+        let heard = Arc::new(Heard::default());
+        let device = Device {
+            user,
+            client,
+            heard: heard.clone(),
+        };
+        tokio::spawn(async move {
+            while let Some(event) = events.recv().await {
+                heard.take(event);
+            }
+        });
+        device
+    }
+}
+
+impl Heard {
+    /// Whether everything was told once and in order.
+    pub fn is_right(&self) -> bool {
+        locked(&self.wrong).is_empty()
+    }
+
+    fn take(&self, event: Event) {
+        match event {
+            Event::Message(message) => {
+                let mut logs = locked(&self.logs);
+                let log = logs.entry(message.dialog.clone()).or_default();
+                let before = log.last().map_or(0, |told| told.seq);
+                if message.seq != before + 1 {
+                    locked(&self.wrong).push(format!(
+                        "{}: {} after {before}",
+                        message.dialog, message.seq
+                    ));
+                }
+                log.push(Told {
+                    seq: message.seq,
+                    key: message.key.unwrap_or_default(),
+                });
+                self.count.fetch_add(1, Ordering::Relaxed);
+            }
+            Event::Connected => {
+                self.connected.store(true, Ordering::Relaxed);
+                locked(&self.reconnected).push(Instant::now());
+            }
+            Event::Disconnected { code, .. } => {
+                self.connected.store(false, Ordering::Relaxed);
+                locked(&self.closed).push((code, Instant::now()));
+            }
+            Event::Resync(dialog) => locked(&self.wrong).push(format!("{dialog} must be read")),
+            Event::Closed(e) => locked(&self.wrong).push(format!("closed for good: {e}")),
+            Event::Read(_) | Event::Typing { .. } | Event::Presence(_) => {}
+        }
+    }
+}
+
+/// Until all of them are connected.
+pub async fn all_connected(devices: &[Device]) -> anyhow::Result<()> {
+    let patience = Instant::now() + Duration::from_secs(60);
+    while !devices
+        .iter()
+        .all(|device| device.heard.connected.load(Ordering::Relaxed))
+    {
+        ensure!(Instant::now() < patience, "not all are connected");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    Ok(())
+}
+
+/// A message that was acknowledged.
+#[derive(Clone)]
+pub struct Sent {
+    pub from: u64,
+    pub to: u64,
+    pub planned: Instant,
+    pub took: Duration,
+}
+
+/// What people said.
+#[derive(Default)]
+pub struct Said {
+    pub sent: Mutex<Vec<Sent>>,
+    pub under_way: AtomicU64,
+    pub wrong: Mutex<Vec<String>>,
+}
+
+impl Said {
+    /// Of what was planned in that time, by whom `who` says: the share of the slowest, in milliseconds.
+    pub fn p99(&self, from: Instant, until: Instant, who: impl Fn(u64) -> bool) -> f64 {
+        let mut took: Vec<f64> = locked(&self.sent)
+            .iter()
+            .filter(|one| one.planned >= from && one.planned < until && who(one.from))
+            .map(|one| one.took.as_secs_f64() * 1000.0)
+            .collect();
+        took.sort_by(f64::total_cmp);
+        let last = took.len().saturating_sub(1);
+        took.get((took.len() * 99 / 100).min(last))
+            .copied()
+            .unwrap_or(0.0)
+    }
+}
+
+/// Pairs of people, each with a number of devices in `devices` from `first` on.
+pub struct Talk {
+    pub pairs: Vec<(u64, u64)>,
+    pub rate: f64,
+    pub seconds: f64,
+    pub seed: u64,
+}
+
+impl Talk {
+    /// Sends at a steady rate; every message through one of its author's devices, by chance.
+    pub async fn run(&self, devices: &[Device], said: &Arc<Said>) {
+        let mut chance = Chance(self.seed);
+        let mut by_user = BTreeMap::<u64, Vec<&Device>>::new();
+        for device in devices {
+            by_user.entry(device.user).or_default().push(device);
+        }
+        let begun = Instant::now();
+        for n in 0..(self.rate * self.seconds) as u64 {
+            let planned = begun + Duration::from_secs_f64(n as f64 / self.rate);
+            tokio::time::sleep_until(planned.into()).await;
+            let (a, b) = self.pairs[chance.below(self.pairs.len() as u64) as usize];
+            let (from, to) = if chance.below(2) == 0 { (a, b) } else { (b, a) };
+            let Some(own) = by_user.get(&from) else {
+                continue;
+            };
+            let client = own[chance.below(own.len() as u64) as usize].client.clone();
+            let said = said.clone();
+            said.under_way.fetch_add(1, Ordering::Relaxed);
+            let key = format!("{}.{n}", self.seed);
+            tokio::spawn(async move {
+                match client.send(to, key.clone(), format!("text {key}")).await {
+                    Ok(_) => locked(&said.sent).push(Sent {
+                        from,
+                        to,
+                        planned,
+                        took: planned.elapsed(),
+                    }),
+                    Err(e) => locked(&said.wrong).push(format!("{key} was refused: {e}")),
+                }
+                said.under_way.fetch_sub(1, Ordering::Relaxed);
+            });
+        }
+    }
+}
+
+/// Waits until everything is acknowledged.
+pub async fn answered(said: &Said) -> anyhow::Result<()> {
+    let patience = Instant::now() + Duration::from_secs(60);
+    while said.under_way.load(Ordering::Relaxed) > 0 {
+        ensure!(Instant::now() < patience, "sends without an answer");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let wrong = locked(&said.wrong).clone();
+    ensure!(wrong.is_empty(), "{wrong:?}");
+    Ok(())
+}
+
+/// How many messages each device must be told of: those of its user's dialogs.
+fn owed(devices: &[Device], said: &Said) -> BTreeMap<u64, u64> {
+    let mut owed: BTreeMap<u64, u64> = devices.iter().map(|device| (device.user, 0)).collect();
+    for one in locked(&said.sent).iter() {
+        for user in [one.from, one.to] {
+            if let Some(owed) = owed.get_mut(&user) {
+                *owed += 1;
+            }
+        }
+    }
+    owed
+}
+
+/// How long it takes from `since` until every device was told of everything.
+pub async fn level(
+    devices: &[Device],
+    said: &Said,
+    since: Instant,
+    limit: Duration,
+) -> anyhow::Result<Duration> {
+    let owed = owed(devices, said);
+    loop {
+        let behind: Vec<&Device> = devices
+            .iter()
+            .filter(|device| device.heard.count.load(Ordering::Relaxed) < owed[&device.user])
+            .collect();
+        if behind.is_empty() {
+            return Ok(since.elapsed());
+        }
+        let first = &behind[0];
+        ensure!(
+            since.elapsed() < limit,
+            "{} devices are behind after {limit:?}; one of user {} has {} of {}",
+            behind.len(),
+            first.user,
+            first.heard.count.load(Ordering::Relaxed),
+            owed[&first.user]
+        );
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+/// Compares what every device was told, message for message, with the logs of the dialogs. How many were compared.
+pub async fn compare(
+    service: &Service,
+    i: u16,
+    devices: &[Device],
+    said: &Said,
+) -> anyhow::Result<u64> {
+    let mut dialogs: Vec<(u64, u64)> = locked(&said.sent)
+        .iter()
+        .map(|one| (one.from.min(one.to), one.from.max(one.to)))
+        .collect();
+    dialogs.sort_unstable();
+    dialogs.dedup();
+    let logs: BTreeMap<String, Vec<Told>> = stream::iter(dialogs)
+        .map(|(low, high)| async move {
+            let log = Api::new(service.access(i), low)
+                .await?
+                .log_upwards(high)
+                .await?;
+            let told = log.into_iter().map(|message| Told {
+                seq: message.seq,
+                key: message.key.unwrap_or_default(),
+            });
+            anyhow::Ok((format!("{low}_{high}"), told.collect()))
+        })
+        .buffer_unordered(16)
+        .try_collect()
+        .await?;
+    let stored: usize = logs.values().map(Vec::len).sum();
+    ensure!(
+        stored == locked(&said.sent).len(),
+        "{stored} are stored, {} were acknowledged",
+        locked(&said.sent).len()
+    );
+    let mut compared = 0;
+    for device in devices {
+        let wrong = locked(&device.heard.wrong).clone();
+        ensure!(
+            wrong.is_empty(),
+            "a device of user {}: {wrong:?}",
+            device.user
+        );
+        let heard = locked(&device.heard.logs);
+        let user = device.user.to_string();
+        for (dialog, log) in &logs {
+            if dialog.split('_').any(|member| member == user) {
+                ensure!(
+                    heard.get(dialog) == Some(log),
+                    "a device of user {user} was told something else in {dialog}"
+                );
+                compared += log.len() as u64;
+            }
+        }
+    }
+    Ok(compared)
+}
