@@ -356,7 +356,8 @@ impl Actor {
             if lasted > HELD {
                 pause = BACKOFF.0;
             }
-            sleep(pause.mul_f64(rand::rng().random())).await;
+            let jittered = pause.mul_f64(rand::rng().random());
+            sleep(jittered).await;
             pause = (pause * 2).min(BACKOFF.1);
         }
     }
