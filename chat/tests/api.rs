@@ -6,6 +6,7 @@ mod support;
 
 use chat_wire::{ClientFrame, Close, ErrorCode, ServerFrame};
 use serde_json::json;
+use std::collections::BTreeSet;
 use support::instance::{Instance, refusal};
 use support::socket::Socket;
 use support::{Databases, Kind, SECRET, until};
@@ -697,6 +698,81 @@ async fn a_shard_that_was_wiped_or_swapped_is_not_taken_for_itself() {
     drop(Instance::start(&foreign.shards_file(), &[]).await);
     let mixed = databases.shards_file_with(&[databases.url(0), foreign.url(1)]);
     assert!(refusal(&mixed, &[]).contains("foreign database"));
+}
+
+/// All properties of a schema, and those that must be there; references and parts are followed.
+fn properties(
+    document: &serde_json::Value,
+    schema: &serde_json::Value,
+) -> (BTreeSet<String>, BTreeSet<String>) {
+    let (mut all, mut required) = (BTreeSet::new(), BTreeSet::new());
+    if let Some(name) = schema["$ref"].as_str() {
+        let name = name.trim_start_matches("#/components/schemas/");
+        return properties(document, &document["components"]["schemas"][name]);
+    }
+    all.extend(
+        schema["properties"]
+            .as_object()
+            .into_iter()
+            .flat_map(|of| of.keys().cloned()),
+    );
+    let names = schema["required"].as_array().into_iter().flatten();
+    required.extend(names.map(|name| name.as_str().unwrap().to_owned()));
+    for part in schema["allOf"].as_array().into_iter().flatten() {
+        let (of_part, required_there) = properties(document, part);
+        all.extend(of_part);
+        required.extend(required_there);
+    }
+    (all, required)
+}
+
+/// docs/asyncapi.json is what the types say, and what PROTOCOL.md shows fits it. `CHAT_WRITE_DOCS=1` writes it anew.
+#[test]
+fn the_asyncapi_file_the_protocol_page_and_the_types_say_the_same() {
+    let document = chat::http::asyncapi_document();
+    let text = serde_json::to_string_pretty(&document).unwrap() + "\n";
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/asyncapi.json");
+    if std::env::var_os("CHAT_WRITE_DOCS").is_some() {
+        std::fs::write(path, &text).unwrap();
+    }
+    assert_eq!(
+        std::fs::read_to_string(path).unwrap(),
+        text,
+        "write it anew with CHAT_WRITE_DOCS=1"
+    );
+    let page = include_str!("../../docs/PROTOCOL.md");
+    let mut shown = BTreeSet::new();
+    for (side, section) in [
+        ("client", "## From client to server"),
+        ("server", "## From server to client"),
+    ] {
+        let from = page.find(section).unwrap();
+        for line in page[from..]
+            .split("```")
+            .nth(1)
+            .unwrap()
+            .lines()
+            .filter(|line| line.starts_with('{'))
+        {
+            let frame: serde_json::Value = serde_json::from_str(line).unwrap();
+            let name = format!("{side}_{}", frame["type"].as_str().unwrap());
+            let payload = &document["components"]["messages"][&name]["payload"];
+            let (all, required) = properties(&document, payload);
+            let has: BTreeSet<String> = frame.as_object().unwrap().keys().cloned().collect();
+            assert!(
+                has.is_subset(&all) && required.is_subset(&has),
+                "{name}: {has:?}, {all:?}, {required:?}"
+            );
+            shown.insert(name);
+        }
+    }
+    let described = document["components"]["messages"]
+        .as_object()
+        .unwrap()
+        .keys()
+        .cloned()
+        .collect();
+    assert_eq!(shown, described);
 }
 
 /// PROTOCOL.md shows a frame of every kind; each must be one, and none may be missing.

@@ -1,6 +1,7 @@
 //! Everything that is reached over HTTP: every route on one screen.
 
 mod admin;
+mod asyncapi;
 mod auth;
 mod errors;
 mod frames;
@@ -10,6 +11,7 @@ mod page;
 mod rest;
 mod ws;
 
+pub use asyncapi::document as asyncapi_document;
 pub use auth::{SAMPLE_SECRET, Tokens};
 pub use errors::ApiError;
 pub use line::{Counter, Line};
@@ -89,6 +91,7 @@ pub fn routes(config: &mut web::ServiceConfig) {
         .route("/v1/dialogs/{user}/read", web::put().to(rest::mark_read))
         .route("/v1/users/{user}/presence", web::get().to(rest::presence))
         .route("/v1/dev/token", web::post().to(rest::dev_token))
+        .route("/v1/asyncapi.json", web::get().to(asyncapi::asyncapi))
         .route("/docs", web::get().to(page::to_docs))
         .service(SwaggerUi::new("/docs/{_:.*}").url("/v1/openapi.json", rest::ApiDoc::openapi()))
         .default_service(web::to(unknown));

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 
 /// A frame from client to server.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum ClientFrame {
     /// Store a message in the dialog with `to`, and deliver it.
@@ -132,6 +133,7 @@ pub struct InboxEntry {
 
 /// The limits a client should know, told in `welcome`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Limits {
     /// Characters (Unicode scalar values) of a message.
     pub text_chars: u32,
@@ -158,6 +160,7 @@ pub struct Limits {
 
 /// A frame from server to client.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum ServerFrame {
     /// The first frame of a session.
