@@ -2,10 +2,11 @@
 
 use crate::{Access, ClientError};
 use chat_wire::{
-    ErrorBody, HistoryPage, InboxPage, Message, ReadMark, ReadRequest, SendRequest, Sent,
+    ErrorBody, ErrorCode, HistoryPage, InboxPage, Message, ReadMark, ReadRequest, SendRequest, Sent,
 };
 use reqwest::RequestBuilder;
 use serde::de::DeserializeOwned;
+use std::time::Duration;
 
 /// One user's requests over REST.
 #[derive(Clone)]
@@ -28,6 +29,25 @@ pub(crate) async fn answer<T: DeserializeOwned>(request: RequestBuilder) -> Resu
         Err(_) => Err(ClientError::Connection(format!(
             "the server answered {status}"
         ))),
+    }
+}
+
+/// As [`answer`], for reads: who reads too fast waits for as long as the server says.
+async fn answer_in_time<T: DeserializeOwned>(
+    mut request: RequestBuilder,
+) -> Result<T, ClientError> {
+    loop {
+        let again = request.try_clone();
+        match (answer(request).await, again) {
+            (Err(ClientError::Refused(body)), Some(again))
+                if body.code == ErrorCode::RateLimited =>
+            {
+                let wait = body.retry_after_ms.unwrap_or(1000);
+                tokio::time::sleep(Duration::from_millis(wait)).await;
+                request = again;
+            }
+            (answer, _) => return answer,
+        }
     }
 }
 
@@ -78,7 +98,7 @@ impl Api {
         query: &[(&str, u64)],
     ) -> Result<HistoryPage, ClientError> {
         let url = self.access.url(&format!("/v1/dialogs/{with}/messages"));
-        answer(self.with_token(self.access.http().get(url)).query(query)).await
+        answer_in_time(self.with_token(self.access.http().get(url)).query(query)).await
     }
 
     /// The whole dialog with `with`, read upwards from the first message.
@@ -130,7 +150,7 @@ impl Api {
         let request = self
             .with_token(self.access.http().get(self.access.url("/v1/dialogs")))
             .query(&[("limit", limit)]);
-        answer(match cursor {
+        answer_in_time(match cursor {
             Some(cursor) => request.query(&[("cursor", cursor)]),
             None => request,
         })
@@ -143,7 +163,7 @@ impl Api {
     /// [`ClientError`].
     pub async fn mark_read(&self, with: u64, seq: u64) -> Result<ReadMark, ClientError> {
         let url = self.access.url(&format!("/v1/dialogs/{with}/read"));
-        answer(
+        answer_in_time(
             self.with_token(self.access.http().put(url))
                 .json(&ReadRequest { seq }),
         )

@@ -111,6 +111,7 @@ impl Client {
             resume_dialogs: 1,
             watched: BTreeSet::new(),
             attempt: 0,
+            wait: Duration::ZERO,
         };
         tokio::spawn(actor.run(commands_in));
         (Self { commands }, events)
@@ -279,6 +280,8 @@ struct Actor {
     watched: BTreeSet<u64>,
     /// Counts attempts that failed, so that each goes to another instance.
     attempt: usize,
+    /// The server asked for so long a pause.
+    wait: Duration,
 }
 
 /// A send.
@@ -356,7 +359,7 @@ impl Actor {
             if lasted > HELD {
                 pause = BACKOFF.0;
             }
-            let jittered = pause.mul_f64(rand::rng().random());
+            let jittered = std::mem::take(&mut self.wait) + pause.mul_f64(rand::rng().random());
             sleep(jittered).await;
             pause = (pause * 2).min(BACKOFF.1);
         }
@@ -387,6 +390,7 @@ impl Actor {
             Ok(Incoming::Frame(frame)) => {
                 if let ServerFrame::Error(body) = *frame {
                     return if body.retryable {
+                        self.wait = Duration::from_millis(body.retry_after_ms.unwrap_or(0));
                         Ended::Lost(None, body.message)
                     } else {
                         Ended::ForGood(ClientError::Refused(Box::new(body)))

@@ -33,6 +33,8 @@ pub mod writer;
 
 pub mod dispatch;
 
+pub mod rate;
+
 pub mod messages;
 
 pub mod heads;

@@ -6,6 +6,7 @@ use crate::dialog::{BadKey, BadText, BadUser, DialogId, Key, Seq, Text, UserId};
 use crate::dispatch::{Dispatch, NotTaken};
 use crate::metrics::Metrics;
 use crate::ownership::{SlotState, SlotView};
+use crate::rate::Rates;
 use crate::ring::Slot;
 use crate::store::{
     Holding, InboxCursor, InboxPart, InboxRow, Marked, NewMessage, Page, Place, Range, Shard,
@@ -14,10 +15,7 @@ use crate::store::{
 use crate::writer::{Answer, OnCommit};
 use chat_wire::{HistoryPage, InboxEntry, InboxPage, Message};
 use futures_util::future::{BoxFuture, FutureExt, Shared, join_all};
-use governor::clock::{Clock, DefaultClock};
-use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use std::collections::{BTreeSet, HashMap};
-use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::runtime::Handle;
@@ -34,8 +32,7 @@ struct Inner {
     dispatch: Dispatch,
     limits: config::Limits,
     send_limit: Duration,
-    rate: DefaultKeyedRateLimiter<UserId>,
-    clock: DefaultClock,
+    rates: Rates<UserId>,
     pages: PagesUnderWay,
     metrics: Arc<Metrics>,
 }
@@ -113,24 +110,21 @@ impl Messages {
             runtime,
             metrics.clone(),
         );
-        let at_least_one = |n: u32| NonZeroU32::new(n).unwrap_or(NonZeroU32::MIN);
-        let quota = Quota::per_second(at_least_one(settings.limits.sends_per_second))
-            .allow_burst(at_least_one(settings.limits.sends_burst));
         let inner = Inner {
             cluster,
             dispatch,
             limits: settings.limits.clone(),
             send_limit: Duration::from_millis(settings.store.send_ms),
-            rate: RateLimiter::keyed(quota),
-            clock: DefaultClock::default(),
+            rates: Rates::new(
+                settings.limits.sends_per_second,
+                settings.limits.sends_burst,
+            ),
             pages: PagesUnderWay::default(),
             metrics,
         };
-        let messages = Self {
+        Self {
             inner: Arc::new(inner),
-        };
-        runtime.spawn(forget_the_idle(Arc::downgrade(&messages.inner)));
-        messages
+        }
     }
 
     /// The shards below.
@@ -159,10 +153,10 @@ impl Messages {
         let to = UserId::new(to)?;
         let key = Key::new(key)?;
         let text = Text::new(text, self.inner.limits.text_chars as usize)?;
-        if let Err(until) = self.inner.rate.check_key(&me) {
+        if let Err(retry_after) = self.inner.rates.take(&me) {
             return Err(NotDone::RateLimited {
                 limit: self.inner.limits.sends_per_second,
-                retry_after: until.wait_time_from(self.inner.clock.now()),
+                retry_after,
             });
         }
         let dialog = DialogId::between(me, to);
@@ -394,16 +388,6 @@ impl Messages {
                 }
             }
         }
-    }
-}
-
-/// Users who have been quiet for a while need no place in the rate limiter.
-async fn forget_the_idle(inner: std::sync::Weak<Inner>) {
-    loop {
-        tokio::time::sleep(Duration::from_secs(60)).await;
-        let Some(inner) = inner.upgrade() else { return };
-        inner.rate.retain_recent();
-        inner.rate.shrink_to_fit();
     }
 }
 

@@ -35,6 +35,13 @@ impl Refusal {
         }
     }
 
+    /// Says when to try again.
+    #[must_use]
+    pub fn retry_after(mut self, after: Duration) -> Self {
+        self.retry_after = Some(after);
+        self
+    }
+
     /// The body of an answer.
     #[must_use]
     pub fn body(self, key: Option<String>, id: Option<String>) -> ErrorBody {

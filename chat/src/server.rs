@@ -11,6 +11,7 @@ use crate::http::{self, App, Counter, Line, Tokens};
 use crate::messages::Messages;
 use crate::metrics::Metrics;
 use crate::presence::Presence;
+use crate::rate::Rates;
 use crate::reconcile::Reconcile;
 use crate::registry::Registry;
 use crate::session::Context as SessionContext;
@@ -155,6 +156,14 @@ impl Server {
             connections: Counter::new(
                 settings.limits.connections_per_ip,
                 settings.limits.connections,
+            ),
+            connects: Rates::new(
+                settings.limits.connects_per_second,
+                settings.limits.connects_burst,
+            ),
+            requests: Rates::new(
+                settings.limits.requests_per_second,
+                settings.limits.requests_burst,
             ),
             trust_forwarded_for: settings.trust_forwarded_for,
             draining: AtomicBool::new(false),

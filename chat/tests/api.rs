@@ -423,6 +423,14 @@ async fn limits_say_which_one_it_was_and_when_to_try_again() {
         &[("authorization", format!("Bearer {token}"))],
     )
     .await;
+    let why = third.error().await;
+    assert_eq!((why.code, why.retryable), (ErrorCode::Overloaded, true));
+    assert_eq!(why.retry_after_ms, Some(5000));
+    assert!(
+        why.message.contains("at most 2 sessions"),
+        "{}",
+        why.message
+    );
     assert_eq!(
         third.until_closed().await.1,
         Some(Close::TooManyConnections.code())
@@ -434,6 +442,53 @@ async fn limits_say_which_one_it_was_and_when_to_try_again() {
         socket.until_closed().await.1,
         Some(Close::TooManyFrames.code())
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_over_rest_and_an_address_that_connects_are_limited_and_told_when_to_come_again() {
+    let (_databases, instance) = instance(&[
+        ("LIMITS__REQUESTS_PER_SECOND", "5"),
+        ("LIMITS__REQUESTS_BURST", "3"),
+        ("LIMITS__CONNECTS_PER_SECOND", "1"),
+        ("LIMITS__CONNECTS_BURST", "2"),
+    ])
+    .await;
+    let token = instance.access().token(7).await.unwrap();
+    let http = reqwest::Client::new();
+    let ask = async || {
+        let url = format!("{}/v1/dialogs", instance.url);
+        http.get(url).bearer_auth(&token).send().await.unwrap()
+    };
+    for _ in 0..3 {
+        assert_eq!(ask().await.status(), 200);
+    }
+    let refused = ask().await;
+    assert_eq!(refused.status(), 429);
+    assert_eq!(refused.headers()["retry-after"], "1");
+    let body: chat_wire::ErrorBody = refused.json().await.unwrap();
+    assert_eq!(body.code, ErrorCode::RateLimited);
+    assert!((1..=200).contains(&body.retry_after_ms.unwrap()));
+    // Our own client waits for as long as it is told, and another user has a measure of their own.
+    assert!(instance.api(7).await.inbox(10, None).await.is_ok());
+    assert!(instance.api(8).await.inbox(10, None).await.is_ok());
+    let (_one, _two) = (
+        Socket::of(&instance, 7).await,
+        Socket::of(&instance, 8).await,
+    );
+    let headers = [("authorization", format!("Bearer {token}"))];
+    let mut third = Socket::open(&instance.url, &headers).await;
+    let why = third.error().await;
+    assert_eq!((why.code, why.retryable), (ErrorCode::RateLimited, true));
+    assert!((1..=1000).contains(&why.retry_after_ms.unwrap()));
+    assert_eq!(
+        third.until_closed().await.1,
+        Some(Close::TooManyConnections.code())
+    );
+    let (_client, mut events) = chat_client::Client::start(instance.access(), 9);
+    until("a client of ours comes in by waiting", async || {
+        matches!(events.recv().await, Some(chat_client::Event::Connected)).then_some(())
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -487,7 +542,14 @@ async fn a_token_is_renewed_in_time_or_closes_the_session() {
         )
         .await
     };
+    let began = std::time::Instant::now();
     let (mut renewed, mut forgotten) = (open(mint(7, 3)).await, open(mint(7, 3)).await);
+    let mut of_another = open(mint(7, 3)).await;
+    of_another.next().await;
+    of_another
+        .send(json!({"type": "auth", "token": mint(8, 60)}))
+        .await;
+    assert_eq!(of_another.error().await.code, ErrorCode::Forbidden);
     renewed.next().await;
     renewed
         .send(json!({"type": "auth", "token": mint(8, 60)}))
@@ -503,6 +565,14 @@ async fn a_token_is_renewed_in_time_or_closes_the_session() {
     let (before, code) = forgotten.until_closed().await;
     assert_eq!(code, Some(Close::Unauthenticated.code()));
     assert!(before.last().unwrap().contains("expired"), "{before:?}");
+    let (_, code) = of_another.until_closed().await;
+    assert_eq!(
+        code,
+        Some(Close::Unauthenticated.code()),
+        "another's token keeps nothing open"
+    );
+    let lasted = began.elapsed().as_secs();
+    assert!((2..3 + 5).contains(&lasted), "{lasted} s");
     renewed.send(json!({"type": "ping", "id": "x"})).await;
     assert_eq!(
         renewed.next().await,

@@ -20,6 +20,7 @@ export class Connection {
     this.next = 1;
     this.pause = PAUSE.first;
     this.since = null;
+    this.wait = 0;
     this.stopped = false;
     this.open();
   }
@@ -44,7 +45,8 @@ export class Connection {
     }
     this.handlers.state('offline, trying again…', true);
     // Any time within the pause: a crowd that lost the same server comes back spread over it.
-    setTimeout(() => this.stopped || this.open(), this.pause * Math.random());
+    setTimeout(() => this.stopped || this.open(), this.wait + this.pause * Math.random());
+    this.wait = 0; // asked for by the server
     this.pause = Math.min(this.pause * 2, PAUSE.longest);
   }
 
@@ -60,7 +62,10 @@ export class Connection {
       case 'pong': this.alive(); break;
       case 'history':
       case 'inbox': this.settle(`id ${frame.id}`, frame); break;
-      case 'error': this.failed(frame); break;
+      case 'error':
+        if (!frame.key && !frame.id) this.wait = frame.retry_after_ms ?? 0;
+        this.failed(frame);
+        break;
     }
   }
 

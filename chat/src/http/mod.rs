@@ -18,6 +18,8 @@ pub use line::{Counter, Line};
 
 use crate::change::Change;
 use crate::config::Secret;
+use crate::dialog::UserId;
+use crate::rate::Rates;
 use crate::reconcile::Reconcile;
 use crate::refusal::Refusal;
 use crate::session::Context;
@@ -41,6 +43,10 @@ pub struct App {
     pub allowed_origins: Vec<String>,
     /// Counts WebSockets.
     pub connections: Counter,
+    /// How fast an address may open them.
+    pub connects: Rates<IpAddr>,
+    /// How fast a user may ask over REST.
+    pub requests: Rates<UserId>,
     /// Whether the last entry of `X-Forwarded-For` is the client's address.
     pub trust_forwarded_for: bool,
     /// Set while the instance is going away.

@@ -52,10 +52,20 @@ fn identity(request: &HttpRequest, app: &App) -> Result<Identity, ApiError> {
     let token = auth::token(request)
         .ok_or_else(missing)
         .map_err(|refusal| counted(app, refusal))?;
-    app.context
+    let identity = app
+        .context
         .authenticate
         .authenticate(token)
-        .map_err(|refusal| counted(app, refusal))
+        .map_err(|refusal| counted(app, refusal))?;
+    app.requests.take(&identity.user).map_err(|wait| {
+        let limit = app.context.limits.requests_per_second;
+        let message = format!("too many requests: at most {limit} a second");
+        counted(
+            app,
+            Refusal::new(ErrorCode::RateLimited, message).retry_after(wait),
+        )
+    })?;
+    Ok(identity)
 }
 
 fn counted(app: &App, refusal: impl Into<Refusal>) -> ApiError {

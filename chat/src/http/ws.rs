@@ -77,6 +77,17 @@ fn admit(request: &HttpRequest, app: &App) -> Result<(Identity, Connections), (R
             Close::ForbiddenOrigin,
         ));
     }
+    // Before the token: who guesses tokens is slowed down, too.
+    let address = app.address_of(request);
+    if let Some(wait) = address.and_then(|address| app.connects.take(&address).err()) {
+        let limit = app.context.limits.connects_per_second;
+        let message =
+            format!("too many new connections from this address: at most {limit} a second");
+        return Err((
+            Refusal::new(ErrorCode::RateLimited, message).retry_after(wait),
+            Close::TooManyConnections,
+        ));
+    }
     let missing = || {
         Refusal::new(
             ErrorCode::Unauthenticated,
@@ -87,20 +98,18 @@ fn admit(request: &HttpRequest, app: &App) -> Result<(Identity, Connections), (R
         .ok_or_else(missing)
         .and_then(|token| app.context.authenticate.authenticate(token))
         .map_err(|refusal| (refusal, Close::Unauthenticated))?;
-    let place = app
-        .connections
-        .take(app.address_of(request))
-        .ok_or_else(|| {
-            (
-                Refusal::new(
-                    ErrorCode::Overloaded,
-                    "too many connections from this address",
-                ),
-                Close::TooManyConnections,
-            )
-        })?;
+    let place = app.connections.take(address).ok_or_else(|| {
+        let refusal = Refusal::new(
+            ErrorCode::Overloaded,
+            "too many connections from this address",
+        );
+        (refusal.retry_after(PLACE_RETRY), Close::TooManyConnections)
+    })?;
     Ok((identity, place))
 }
+
+/// Before it is worth asking again for a place among the connections, or among the sessions of a user.
+const PLACE_RETRY: Duration = Duration::from_secs(5);
 
 /// Programs send no `Origin`. A page must be our own or be listed.
 fn origin_allowed(request: &HttpRequest, allowed: &[String]) -> bool {
@@ -135,6 +144,12 @@ async fn run(
     let mut session = match Session::begin(context.clone(), identity, outbox.clone()) {
         Ok(session) => session,
         Err(crate::registry::TooMany) => {
+            let limit = context.limits.sessions_per_user;
+            let message = format!("at most {limit} sessions of a user on an instance");
+            let refusal = Refusal::new(ErrorCode::Overloaded, message).retry_after(PLACE_RETRY);
+            let frame = encode(&session::error(&context.metrics, refusal, None, None));
+            let mut socket = socket;
+            let _ = timeout(CLOSE_LIMIT, socket.text(frame)).await;
             return close(app, &mut frames, socket, line, Close::TooManyConnections).await;
         }
     };
