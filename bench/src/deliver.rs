@@ -787,16 +787,18 @@ async fn marks(service: &mut Service, options: &Options, people: People) -> anyh
                 if length == 0 {
                     continue;
                 }
-                let seq = 1 + chance.below(length + 3);
+                // What goes through a socket is on its way for a while: beyond the end might not be beyond it any more.
+                let asks = chance.below(2) == 0;
+                let seq = 1 + chance.below(if asks { length + 3 } else { length });
                 let known = read.entry((me, dialog.clone())).or_default();
                 *known = (*known).max(seq.min(length));
-                if chance.below(2) == 0 {
+                if asks {
                     let mark = Api::new(service.access((n % 2) as u16), me)
                         .await?
                         .mark_read(other, seq)
                         .await?;
                     ensure!(
-                        mark.seq == *known,
+                        mark.seq >= seq.min(length) && mark.seq <= *known,
                         "{dialog}: read up to {}, and it should be {known}",
                         mark.seq
                     );
