@@ -42,8 +42,8 @@ pub async fn run(access: Access, user: u64, with: u64) -> anyhow::Result<()> {
         with,
         last: None,
         theirs_typing: None,
-        seen: 0,
         mine: 0,
+        seen: 0,
     };
     let (mut open, mut under_way, mut told) = (true, 0usize, Instant::now());
     loop {
@@ -97,10 +97,10 @@ struct View {
     last: Option<u64>,
     /// Until when the other is shown as typing.
     theirs_typing: Option<Instant>,
-    /// Up to where the other has read.
-    seen: u64,
     /// Our last message.
     mine: u64,
+    /// Our last message that was said to be read.
+    seen: u64,
 }
 
 impl View {
@@ -145,9 +145,8 @@ impl View {
                     .say(&format!("— {from} writes to you in another dialog —"))?;
             }
             Event::Read(mark) if mark.dialog == self.dialog() && mark.user == self.with => {
-                let news = mark.seq > self.seen;
-                self.seen = self.seen.max(mark.seq);
-                if news && self.with != self.user && self.mine > 0 && self.seen >= self.mine {
+                if self.with != self.user && self.mine > self.seen && mark.seq >= self.mine {
+                    self.seen = self.mine;
                     self.screen.say(&format!("— {} has read it —", self.with))?;
                 }
             }

@@ -150,8 +150,10 @@ impl CatchUp {
         self.feed.found(dialog, missing, seq, frame).await
     }
 
+    /// Whether it is known beforehand that more is missed than is replayed. Between generations it is not: what was not lost is
+    /// read, and counted on the way.
     fn too_far(&self, from: Seq, to: Seq) -> bool {
-        from.generation() != to.generation() || to.get() - from.get() > self.replay
+        from.generation() == to.generation() && to.get() - from.get() > self.replay
     }
 
     /// Nobody asked, but more was missed than is replayed.

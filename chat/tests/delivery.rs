@@ -536,3 +536,41 @@ async fn clients_of_an_instance_that_is_killed_go_on_at_the_other_and_have_the_l
         assert_eq!(device.logs.lock().unwrap()["7_42"], log);
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_sent_after_a_shard_was_declared_down_comes_without_being_asked_for() {
+    let databases = Databases::new(Kind::Sqlite, 3).await;
+    let file = databases.shards_file();
+    let instance = Instance::start(&file, &[]).await;
+    let (mut seven, mut forty_two) = (
+        Socket::of(&instance, 7).await,
+        Socket::of(&instance, 42).await,
+    );
+    seven.send_text("1", 42, "before").await;
+    assert_eq!(seven.sent().await.1, 1);
+    assert_eq!(forty_two.message().await.seq, 1);
+    let (_, place) = instance
+        .get(&format!("{}/admin/where/7/42", instance.admin))
+        .await;
+    let line = format!("name = {}", place["owner"]);
+    let text = std::fs::read_to_string(&file).unwrap();
+    assert!(text.contains(&line), "{line}");
+    std::fs::write(
+        &file,
+        text.replace(&line, &format!("{line}\nstate = \"down\"")),
+    )
+    .unwrap();
+    until("the slot has another owner", async || {
+        let (_, now) = instance
+            .get(&format!("{}/admin/where/7/42", instance.admin))
+            .await;
+        (now["owner"] != place["owner"] && now["owner"].is_string()).then_some(())
+    })
+    .await;
+    for (n, key) in ["2", "3"].iter().enumerate() {
+        let seq = (1 << 40) + 1 + n as u64;
+        seven.send_text(key, 42, "since").await;
+        assert_eq!(seven.sent().await.1, seq);
+        assert_eq!(forty_two.message().await.seq, seq);
+    }
+}
