@@ -453,11 +453,8 @@ async fn presence_is_seen_from_every_instance_and_does_not_flap() {
     two.kill();
     let killed = Instant::now();
     assert_eq!(here.next().await, presence(42, false));
-    assert!(
-        killed.elapsed() < Duration::from_secs(12),
-        "{:?}",
-        killed.elapsed()
-    );
+    println!("away {:?} after its instance was killed", killed.elapsed());
+    assert!(killed.elapsed() < Duration::from_secs(10));
     // Who is not watched any more is not told of.
     here.send(json!({"type": "unwatch", "users": [42]})).await;
     let mut back = Socket::of(&one, 42).await;
