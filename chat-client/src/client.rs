@@ -70,7 +70,13 @@ enum Command {
         answer: oneshot::Sender<Result<ServerFrame, ClientError>>,
     },
     /// Sent if there is a connection.
-    Tell(ClientFrame),
+    Typing {
+        with: u64,
+    },
+    Mark {
+        with: u64,
+        seq: u64,
+    },
     Watch {
         users: Vec<u64>,
         watch: bool,
@@ -106,6 +112,8 @@ impl Client {
             queue: BTreeSet::new(),
             pace: Pace::new(1),
             first: Vec::new(),
+            marks: BTreeMap::new(),
+            marks_due: Instant::now(),
             streams: Streams::default(),
             since: None,
             resume_dialogs: 1,
@@ -188,8 +196,7 @@ impl Client {
     /// [`ClientError::Closed`].
     pub async fn mark_read(&self, with: u64, seq: u64) -> Result<(), ClientError> {
         // The server answers a mark with the mark, which comes as an event; nobody waits for it here.
-        self.command(Command::Tell(ClientFrame::Read { with, seq }))
-            .await
+        self.command(Command::Mark { with, seq }).await
     }
 
     /// Tells `with` that we are typing, if there is a connection.
@@ -197,8 +204,7 @@ impl Client {
     /// # Errors
     /// [`ClientError::Closed`].
     pub async fn typing(&self, with: u64) -> Result<(), ClientError> {
-        self.command(Command::Tell(ClientFrame::Typing { with }))
-            .await
+        self.command(Command::Typing { with }).await
     }
 
     /// From now on [`Event::Presence`] tells how these users are.
@@ -272,6 +278,9 @@ struct Actor {
     pace: Pace,
     /// What is sent before all that; gone with the connection.
     first: Vec<Utf8Bytes>,
+    /// Read marks to be sent, the farthest of each dialog, and when: who reads a hundred messages at once says so once.
+    marks: BTreeMap<u64, u64>,
+    marks_due: Instant,
     streams: Streams,
     /// The server's clock when it was last heard to be level with us.
     since: Option<String>,
@@ -316,6 +325,9 @@ const HELD: Duration = Duration::from_secs(5);
 
 /// How long an attempt may take.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+
+/// Between two rounds of read marks.
+const MARKS_EVERY: Duration = Duration::from_millis(200);
 
 /// Commands that are sent together.
 const TOGETHER: usize = 64;
@@ -429,6 +441,7 @@ impl Actor {
                     Incoming::Closed(code, reason) => return Ended::of(code, reason),
                 },
                 () = sleep_until(next), if !self.queue.is_empty() => {}
+                () = sleep_until(self.marks_due), if !self.marks.is_empty() => {}
                 () = sleep_until(renew.unwrap_or(next)), if renew.is_some() => {
                     // If there is none now, the connection will be closed in time, and begun anew with what there is then.
                     let token = self.access.token(self.user).await.ok();
@@ -497,6 +510,11 @@ impl Actor {
     /// What may be sent now, in order; what was answered meanwhile is passed over.
     fn due(&mut self, now: Instant) -> Vec<Utf8Bytes> {
         let mut due = std::mem::take(&mut self.first);
+        if !self.marks.is_empty() && self.marks_due <= now {
+            let marks = std::mem::take(&mut self.marks).into_iter();
+            due.extend(marks.map(|(with, seq)| encode(&ClientFrame::Read { with, seq })));
+            self.marks_due = now + MARKS_EVERY;
+        }
         while due.len() < TOGETHER && !self.queue.is_empty() && self.pace.allows(now) {
             let Some(number) = self.queue.pop_first() else {
                 break;
@@ -543,7 +561,11 @@ impl Actor {
                 self.asked.insert(self.next, Asked { frame, by });
                 self.queue.insert(self.next);
             }
-            Command::Tell(frame) => self.first.push(encode(&frame)),
+            Command::Typing { with } => self.first.push(encode(&ClientFrame::Typing { with })),
+            Command::Mark { with, seq } => {
+                let farthest = self.marks.entry(with).or_default();
+                *farthest = seq.max(*farthest);
+            }
             Command::Watch { users, watch } => {
                 if watch {
                     self.watched.extend(&users);

@@ -16,6 +16,7 @@ use arc_swap::ArcSwap;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
@@ -104,6 +105,10 @@ pub enum Founding {
     Refused,
 }
 
+/// How often it is looked before what is found at the start is taken for wrong, and the pause after the first look.
+const LOOKS: u32 = 4;
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
 impl Cluster {
     /// Takes the shards of a file into service: founds them if they are new, otherwise checks who they are. A shard that
     /// does not answer is taken into service down, unless this is the founding, which needs them all.
@@ -123,14 +128,17 @@ impl Cluster {
             stores.insert(name.clone(), open(name, &shard.url)?);
         }
         let mut found = look_at_all(&stores, founding, runtime).await;
-        let agreed = match agree(topology, &found) {
-            Ok(agreed) => agreed,
-            // Another instance may have been founding while we looked from shard to shard.
-            Err(_) => {
-                found = look_at_all(&stores, founding, runtime).await;
-                agree(topology, &found)?
+        let mut agreed = agree(topology, &found);
+        for look in 1..LOOKS {
+            if agreed.is_ok() {
+                break;
             }
-        };
+            // Another instance may be founding while we look from shard to shard.
+            tokio::time::sleep(LOOK_AGAIN * look).await;
+            found = look_at_all(&stores, founding, runtime).await;
+            agreed = agree(topology, &found);
+        }
+        let agreed = agreed?;
         let (doc, document, cluster_id) = match agreed {
             Agreed::InForce {
                 doc,

@@ -571,3 +571,33 @@ async fn what_is_sent_after_a_shard_was_declared_down_comes_without_being_asked_
         assert_eq!(forty_two.message().await.seq, seq);
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_reads_much_at_once_says_so_once() {
+    let databases = Databases::new(Kind::Sqlite, 1).await;
+    let settings = [("LIMITS__SENDS_BURST", "1000")];
+    let instance = Instance::start(&databases.shards_file(), &settings).await;
+    let (mut seven, (client, device)) = (Socket::of(&instance, 7).await, Device::of(&instance, 42));
+    device.connected().await;
+    let api = instance.api(7).await;
+    for n in 1..=300u64 {
+        api.send(42, &n.to_string(), "x").await.unwrap();
+        client.mark_read(7, n).await.unwrap();
+    }
+    let mut marks = 0;
+    loop {
+        match seven.next().await {
+            ServerFrame::Message(_) => {}
+            ServerFrame::Read(mark) => {
+                marks += 1;
+                if mark.seq == 300 {
+                    break;
+                }
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    // More than fifty frames in a second would have closed the session; each of these was one.
+    assert!(marks < 100, "{marks}");
+    device.has("7_42", &upto(300)).await;
+}

@@ -2,6 +2,7 @@
 
 const GENERATION = 2 ** 40; // seqs begin again above a multiple of this; see PROTOCOL.md
 const PAUSE = { first: 1000, longest: 8000 };
+const MARKS_EVERY = 200;
 const PING = { every: 20_000, patience: 10_000 };
 
 export const dialogOf = (a, b) => `${Math.min(a, b)}_${Math.max(a, b)}`;
@@ -17,6 +18,7 @@ export class Connection {
     this.streams = new Map(); // by dialog: {last, state}, state is live, resuming or reading
     this.resumes = new Map(); // by id: the dialogs of a resume without an answer
     this.watched = new Set();
+    this.marks = new Map(); // by peer: up to where was read, to be told soon
     this.next = 1;
     this.pause = PAUSE.first;
     this.since = null;
@@ -224,7 +226,16 @@ export class Connection {
   send(to, key, text) { return this.ask(`key ${key}`, { type: 'send', key, to, text }, { from: this.me, to, text, key }); }
   history(query) { const id = String(this.next++); return this.ask(`id ${id}`, { type: 'history', id, ...query }); }
   inbox(cursor) { const id = String(this.next++); return this.ask(`id ${id}`, { type: 'inbox', id, limit: 30, ...(cursor && { cursor }) }); }
-  read(peer, seq) { this.transmit({ type: 'read', with: peer, seq }); }
+  /** Who reads a hundred messages at once says so once. */
+  read(peer, seq) {
+    if (!this.marks.size) {
+      setTimeout(() => {
+        for (const [peer, seq] of this.marks) this.transmit({ type: 'read', with: peer, seq });
+        this.marks.clear();
+      }, MARKS_EVERY);
+    }
+    this.marks.set(peer, Math.max(seq, this.marks.get(peer) ?? 0));
+  }
   typing(peer) { this.transmit({ type: 'typing', with: peer }); }
   watch(user) { this.watched.add(user); this.transmit({ type: 'watch', users: [user] }); }
   unwatch(user) { this.watched.delete(user); this.transmit({ type: 'unwatch', users: [user] }); }
