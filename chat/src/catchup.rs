@@ -3,13 +3,13 @@
 use crate::chance;
 use crate::delivery::encode;
 use crate::dialog::{DialogId, Seq, Timestamp, UserId};
-use crate::feed::{CLOCKS_APART, Feed, now};
+use crate::feed::{CLOCKS_APART, Feed};
 use crate::heads::Heads;
 use crate::messages::{Messages, NotDone};
 use crate::metrics::Metrics;
 use crate::news::News;
 use crate::sight::{From, Missing};
-use crate::store::{DialogHead, Range};
+use crate::store::{DialogHead, Range, now};
 use chat_wire::{Message, ReadMark, ServerFrame};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -87,7 +87,7 @@ impl CatchUp {
         let with = dialog.counterpart(self.me).get();
         let mut replayed = 0;
         if self.too_far(after, missing.head) {
-            self.look_yourself(dialog, missing.head);
+            self.look_yourself(dialog, missing, missing.head);
             return Ok(());
         }
         loop {
@@ -107,7 +107,7 @@ impl CatchUp {
                 return Ok(());
             }
             if replayed >= self.replay {
-                self.look_yourself(dialog, missing.head.max(after));
+                self.look_yourself(dialog, missing, missing.head.max(after));
                 return Ok(());
             }
         }
@@ -130,7 +130,7 @@ impl CatchUp {
             .filter(|message| message.at < since)
             .count();
         if older == 0 && page.more {
-            self.look_yourself(dialog, missing.head);
+            self.look_yourself(dialog, missing, missing.head);
             return Ok(());
         }
         let end = Seq::new(page.last);
@@ -157,9 +157,11 @@ impl CatchUp {
     }
 
     /// Nobody asked, but more was missed than is replayed.
-    fn look_yourself(&self, dialog: DialogId, head: Seq) {
+    fn look_yourself(&self, dialog: DialogId, missing: Missing, head: Seq) {
+        if !self.feed.give_up(dialog, missing.epoch, head) {
+            return;
+        }
         self.metrics.resyncs.inc();
-        self.feed.give_up(dialog, head);
         self.feed.outbox().push(encode(&ServerFrame::Resumed {
             id: None,
             positions: BTreeMap::new(),
@@ -181,13 +183,14 @@ impl CatchUp {
         if let Some(since) = since {
             self.feed.away_since(since);
         }
-        for (dialog, seq) in &positions {
-            self.feed.position(*dialog, *seq);
-        }
+        let epochs: Vec<u32> = positions
+            .iter()
+            .map(|(dialog, seq)| self.feed.position(*dialog, *seq))
+            .collect();
         let dialogs: Vec<DialogId> = positions.iter().map(|(dialog, _)| *dialog).collect();
         let mut heads = self.heads.of_dialogs(&dialogs).await;
         let (mut level, mut resync, mut reads) = (Vec::new(), Vec::new(), Vec::new());
-        for (dialog, seq) in &positions {
+        for ((dialog, seq), epoch) in positions.iter().zip(epochs) {
             let Some(head) = heads.of.get(dialog) else {
                 // Its shard is away: it is asked until it answers.
                 self.feed.take(&News::Head {
@@ -207,7 +210,7 @@ impl CatchUp {
             }
             if head.last_seq < *seq || (head.last_seq > *seq && self.too_far(*seq, head.last_seq)) {
                 self.metrics.resyncs.inc();
-                self.feed.give_up(*dialog, head.last_seq);
+                self.feed.give_up(*dialog, epoch, head.last_seq);
                 resync.push(*dialog);
             } else {
                 self.feed.take(&News::Head {

@@ -5,9 +5,9 @@
 
 use crate::bus::{Bus, BusState, Topic};
 use crate::dialog::{DialogId, Seq, UserId};
-use crate::feed::Feed;
 use crate::news::News;
-use crate::registry::{Answered, Joined, Registry, TooMany};
+use crate::registry::{Origin, Registry, Sent};
+use crate::ring::Slot;
 use crate::writer::Committed;
 use bytestring::ByteString;
 use chat_wire::{Message, ReadMark, ServerFrame};
@@ -29,26 +29,13 @@ impl Delivery {
     /// Delivers to the sessions of `registry` and to what listens on `bus`.
     #[must_use]
     pub fn start(registry: Registry, bus: Arc<dyn Bus>, runtime: &Handle) -> Self {
-        let hints = Arc::new(Hints::default());
+        let hints = Arc::new(Hints::new(bus.state() != BusState::Alone));
         runtime.spawn(hint(Arc::downgrade(&hints), bus.clone()));
         Self {
             registry,
             bus,
             hints,
         }
-    }
-
-    /// Makes a session hear what is for `user`, after its welcome.
-    ///
-    /// # Errors
-    /// [`TooMany`].
-    pub fn join(
-        &self,
-        user: UserId,
-        feed: Arc<Feed>,
-        welcome: impl FnOnce(u64) -> ByteString,
-    ) -> Result<Joined, TooMany> {
-        self.registry.join(user, feed, welcome)
     }
 
     /// The sessions here.
@@ -68,55 +55,50 @@ impl Delivery {
     pub fn message(&self, committed: &Committed<'_>) {
         let (message, place) = (committed.message, committed.place);
         let dialog = message.dialog;
+        let (name, at) = (dialog.to_string(), place.at.to_string());
+        let key = message.key.as_str();
+        let origin = committed.origin.map(|session| Origin {
+            session,
+            sent: Some(Sent {
+                frame: encode(&ServerFrame::Sent {
+                    key: key.to_owned(),
+                    dialog: name.clone(),
+                    seq: place.seq.get(),
+                    at: at.clone(),
+                }),
+                again: committed.repeat,
+            }),
+        });
         let frame = encode(&ServerFrame::Message(Message {
-            dialog: dialog.to_string(),
+            dialog: name,
             seq: place.seq.get(),
             from: message.author.get(),
             to: dialog.counterpart(message.author).get(),
             text: message.text.as_str().to_owned(),
-            at: place.at.to_string(),
-            key: Some(message.key.as_str().to_owned()),
+            at,
+            key: Some(key.to_owned()),
         }));
-        let answered = committed.origin.map(|session| Answered {
-            session,
-            dialog,
-            seq: place.seq,
-            frame: encode(&ServerFrame::Sent {
-                key: message.key.as_str().to_owned(),
-                dialog: dialog.to_string(),
-                seq: place.seq.get(),
-                at: place.at.to_string(),
-            }),
-            again: committed.repeat,
-        });
         let news = News::Message {
             dialog,
             seq: place.seq,
             frame,
         };
-        for user in dialog.members() {
-            self.registry.deliver(user, &news, answered.as_ref());
-        }
-        self.publish(dialog, &news);
-        if self.bus.state() != BusState::Alone {
-            self.hints
-                .note(dialog, |burst| burst.head = burst.head.max(place.seq));
-        }
+        self.tell(dialog, &news, origin.as_ref());
+        self.hints
+            .note(dialog, |burst| burst.head = burst.head.max(place.seq));
     }
 
     /// Tells everyone in the dialog how far somebody has read.
     pub fn read_mark(&self, dialog: DialogId, user: UserId, seq: Seq, origin: Option<u64>) {
-        let news = read_news(dialog, user, seq);
-        for member in dialog.members() {
-            self.registry.deliver_but(member, &news, origin);
-        }
-        self.publish(dialog, &news);
-        if self.bus.state() != BusState::Alone {
-            self.hints.note(dialog, |burst| {
-                burst.reads.retain(|(who, _)| *who != user);
-                burst.reads.push((user, seq));
-            });
-        }
+        let origin = origin.map(|session| Origin {
+            session,
+            sent: None,
+        });
+        self.tell(dialog, &read_news(dialog, user, seq), origin.as_ref());
+        self.hints.note(dialog, |burst| {
+            burst.reads.retain(|(who, _)| *who != user);
+            burst.reads.push((user, seq));
+        });
     }
 
     /// Tells the other users of the dialog that `user` is typing.
@@ -127,10 +109,9 @@ impl Delivery {
                 user: user.get(),
             }),
         };
-        for other in dialog.members().filter(|member| *member != user) {
-            self.registry.deliver(other, &news, None);
-            self.bus.publish(Topic::User(other), news.encode());
-        }
+        let others = || dialog.members().filter(|member| *member != user);
+        others().for_each(|other| self.registry.deliver(other, &news, None));
+        publish(&*self.bus, others(), &news);
     }
 
     /// Tells the sessions of this instance how far a dialog has come.
@@ -141,17 +122,24 @@ impl Delivery {
         }
     }
 
-    fn publish(&self, dialog: DialogId, news: &News) {
-        let payload = news.encode();
+    fn tell(&self, dialog: DialogId, news: &News, origin: Option<&Origin>) {
         for user in dialog.members() {
-            self.bus.publish(Topic::User(user), payload.clone());
+            self.registry.deliver(user, news, origin);
         }
+        publish(&*self.bus, dialog.members(), news);
+    }
+}
+
+/// Tells the other instances, if there may be any.
+fn publish(bus: &dyn Bus, users: impl Iterator<Item = UserId>, news: &News) {
+    if bus.state() != BusState::Alone {
+        let payload = news.encode();
+        users.for_each(|user| bus.publish(Topic::User(user), payload.clone()));
     }
 }
 
 /// A read mark, as it is told.
-#[must_use]
-pub fn read_news(dialog: DialogId, user: UserId, seq: Seq) -> News {
+fn read_news(dialog: DialogId, user: UserId, seq: Seq) -> News {
     let frame = encode(&ServerFrame::Read(ReadMark {
         dialog: dialog.to_string(),
         user: user.get(),
@@ -176,6 +164,8 @@ pub fn encode(frame: &ServerFrame) -> ByteString {
 
 /// What was told lately, by dialog; cut into parts so that no single lock sees every message.
 struct Hints {
+    /// Whether there is anybody to be hinted at anything.
+    wanted: bool,
     parts: Vec<Mutex<HashMap<DialogId, Burst>>>,
 }
 
@@ -202,17 +192,19 @@ const PARTS: usize = 64;
 /// Dialogs of a part. What is beyond, after a long time without a bus, is found when its return is told.
 const DIALOGS: usize = 4096;
 
-impl Default for Hints {
-    fn default() -> Self {
+impl Hints {
+    fn new(wanted: bool) -> Self {
         Self {
+            wanted,
             parts: (0..PARTS).map(|_| Mutex::default()).collect(),
         }
     }
-}
 
-impl Hints {
     fn note(&self, dialog: DialogId, told: impl FnOnce(&mut Burst)) {
-        let mut part = lock(&self.parts[crate::ring::Slot::of(dialog).index() % PARTS]);
+        if !self.wanted {
+            return;
+        }
+        let mut part = lock(&self.parts[Slot::of(dialog).index() % PARTS]);
         if part.len() >= DIALOGS && !part.contains_key(&dialog) {
             return;
         }
@@ -228,19 +220,20 @@ impl Hints {
     }
 
     /// What is due; forgets what was hinted at often enough.
-    fn due(&self, part: &Mutex<HashMap<DialogId, Burst>>) -> Vec<News> {
+    fn due(&self, part: &Mutex<HashMap<DialogId, Burst>>) -> Vec<(DialogId, News)> {
         let mut due = Vec::new();
         lock(part).retain(|dialog, burst| {
             if burst.last.elapsed() >= HINT_AFTER[burst.hinted] {
                 burst.hinted += 1;
                 if burst.head > Seq::ZERO {
-                    due.push(News::Head {
+                    let head = News::Head {
                         dialog: *dialog,
                         seq: burst.head,
-                    });
+                    };
+                    due.push((*dialog, head));
                 }
                 let reads = burst.reads.iter();
-                due.extend(reads.map(|(user, seq)| read_news(*dialog, *user, *seq)));
+                due.extend(reads.map(|(user, seq)| (*dialog, read_news(*dialog, *user, *seq))));
             }
             burst.hinted < HINT_AFTER.len()
         });
@@ -254,26 +247,15 @@ fn lock(part: &Mutex<HashMap<DialogId, Burst>>) -> MutexGuard<'_, HashMap<Dialog
 
 /// Hints at what was told, while there are others to hear it; what falls due without a bus waits for it.
 async fn hint(hints: Weak<Hints>, bus: Arc<dyn Bus>) {
-    if bus.state() == BusState::Alone {
-        return;
-    }
     loop {
         tokio::time::sleep(LOOK_EVERY).await;
-        let Some(hints) = hints.upgrade() else { return };
+        let Some(hints) = hints.upgrade().filter(|hints| hints.wanted) else {
+            return;
+        };
         for part in &hints.parts {
-            if bus.state() != BusState::Connected {
-                continue;
-            }
-            for news in hints.due(part) {
-                let (News::Message { dialog, .. }
-                | News::Head { dialog, .. }
-                | News::Read { dialog, .. }) = &news
-                else {
-                    continue;
-                };
-                let payload = news.encode();
-                for user in dialog.members() {
-                    bus.publish(Topic::User(user), payload.clone());
+            if bus.state() == BusState::Connected {
+                for (dialog, news) in hints.due(part) {
+                    publish(&*bus, dialog.members(), &news);
                 }
             }
             tokio::task::yield_now().await;

@@ -134,10 +134,16 @@ impl Seq {
         self.0
     }
 
+    /// Below every message of a generation.
+    #[must_use]
+    pub fn beginning(generation: u32) -> Self {
+        Self(u64::from(generation) << GENERATION_SHIFT)
+    }
+
     /// The seq of the next message of a slot that is in `generation`.
     #[must_use]
     pub fn next(self, generation: u32) -> Self {
-        Self(self.0.max(u64::from(generation) << GENERATION_SHIFT) + 1)
+        Self(self.max(Self::beginning(generation)).0 + 1)
     }
 
     /// The generation it was given in: 0 until a shard is declared down.
@@ -274,6 +280,15 @@ impl Timestamp {
     #[must_use]
     pub fn micros(self) -> i64 {
         self.0
+    }
+
+    /// Microseconds of an hour.
+    pub const HOUR: i64 = 3_600_000_000;
+
+    /// Hours since 1970.
+    #[must_use]
+    pub fn hour(self) -> i64 {
+        self.0.max(0) / Self::HOUR
     }
 }
 

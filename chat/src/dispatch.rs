@@ -1,22 +1,21 @@
 //! Takes each send to the writer of the shard that owns its slot, and after the slot when it moves.
 //!
-//! Sends of a slot keep their order on the way: while some are under way to one shard, none is sent to another. What a shard
-//! gives back because it does not own the slot any more is parked, and so is what comes after it, until the new owner is known;
-//! then all of it goes there in the order in which it came.
+//! Sends of a slot keep their order on the way ([`crate::slot_queue`]). What a shard gives back because it does not own the
+//! slot any more is parked, and so is what comes after it, until the new owner is known; then all of it goes there.
 
 use crate::cluster::Cluster;
 use crate::config;
-use crate::gate::Gates;
+use crate::dialog::{DialogId, Seq};
 use crate::metrics::Metrics;
 use crate::ring::Slot;
+use crate::slot_queue::{Answer, Job, Reply, SlotQueues, Then};
 use crate::store::{NewMessage, Shard};
-use crate::writer::{Answer, GiveBack, Job, OnCommit, Writer};
+use crate::writer::{OnCommit, OnLanded, Shared, Writer};
 use arc_swap::ArcSwap;
-use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::collections::HashMap;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::runtime::Handle;
-use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 /// A handle; a clone is one more reference.
@@ -27,9 +26,7 @@ pub struct Dispatch {
 
 struct Inner {
     cluster: Cluster,
-    gates: Gates,
-    /// By slot, what waits for its new owner, by ticket. Touched only while a slot changes hands.
-    parked: Vec<Mutex<Parked>>,
+    queues: SlotQueues,
     /// By the number of the shard.
     writers: ArcSwap<HashMap<u16, Writer>>,
     settings: config::Store,
@@ -37,8 +34,6 @@ struct Inner {
     runtime: Handle,
     metrics: Arc<Metrics>,
 }
-
-type Parked = BTreeMap<u64, (Instant, Job)>;
 
 /// A send that cannot be taken now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,8 +64,7 @@ impl Dispatch {
     ) -> Self {
         let inner = Inner {
             cluster,
-            gates: Gates::default(),
-            parked: Slot::all().map(|_| Mutex::default()).collect(),
+            queues: SlotQueues::default(),
             writers: ArcSwap::default(),
             settings: settings.clone(),
             on_commit,
@@ -82,7 +76,8 @@ impl Dispatch {
         }
     }
 
-    /// Puts a message into the queue of its shard, behind those of its slot that came before.
+    /// Puts a message into the queue of its slot, behind those that came before. `answer` is called once, if it is taken; it must
+    /// not wait.
     ///
     /// # Errors
     /// [`NotTaken`].
@@ -91,31 +86,30 @@ impl Dispatch {
         message: NewMessage,
         origin: Option<u64>,
         deadline: Instant,
-    ) -> Result<oneshot::Receiver<Answer>, NotTaken> {
+        answer: impl FnOnce(Answer) + Send + 'static,
+    ) -> Result<(), NotTaken> {
         let slot = message.slot;
         let shard = self.inner.cluster.route(slot).ok_or(NotTaken::NoRoute)?;
         if shard.is_down() {
             return Err(NotTaken::ShardDown);
         }
-        let gate = self.inner.gates.of(slot);
-        let (answer, receiver) = oneshot::channel();
-        let ticket = gate.ticket();
-        let job = |hold| Job {
-            message,
-            ticket,
-            origin,
-            deadline,
-            answer,
-            hold,
-        };
-        if gate.enter(shard.number()) {
-            let hold = self.inner.gates.hold(slot);
-            let submitted = self.inner.writer(&shard).submit(job(Some(hold)));
-            submitted.map_err(|_| NotTaken::Full)?;
-        } else {
-            self.inner.park(job(None));
+        let writer = self.inner.writer(&shard);
+        let place = writer.place().ok_or(NotTaken::Full)?;
+        let reply = Reply::new(origin, deadline, place, Box::new(answer));
+        let then = self.inner.queues.of(slot).push(Job { message, reply });
+        if then == Then::TellWriter {
+            writer.ready(slot);
         }
-        Ok(receiver)
+        Ok(())
+    }
+
+    /// Another instance has stored a message.
+    pub fn heard(&self, dialog: DialogId, seq: Seq) {
+        let shard = self.inner.cluster.known_owner(Slot::of(dialog));
+        let writers = self.inner.writers.load();
+        if let Some(writer) = shard.and_then(|shard| writers.get(&shard.number())) {
+            writer.sequencer().heard(dialog, seq);
+        }
     }
 }
 
@@ -125,25 +119,30 @@ impl Inner {
             return writer.clone();
         }
         let inner = Arc::downgrade(self);
-        let give_back: GiveBack = Arc::new(move |job| {
+        let on_landed: OnLanded = Arc::new(move |slot, then| {
             if let Some(inner) = Weak::upgrade(&inner) {
-                inner.park(job);
+                inner.go_on(slot, then);
             }
         });
+        let shared = Shared {
+            queues: self.queues.clone(),
+            on_commit: self.on_commit.clone(),
+            on_landed,
+        };
+        let metrics = self.metrics.writer(shard.name());
         let writer = Writer::start(
-            shard,
+            shard.clone(),
             &self.settings,
-            self.metrics.writer(shard.name()),
-            &self.on_commit,
-            give_back,
+            metrics,
+            shared,
             &self.runtime,
         );
-        // Two may have started one at the same moment: the first that is entered is used by all, and keeps the order.
+        // Two may have started one at the same moment: the first that is entered is used by all.
         let mut entered = writer;
         self.writers.rcu(|writers| {
             let mut writers = HashMap::clone(writers);
             let view = self.cluster.view();
-            // Those of shards that are gone end when their queues are empty.
+            // Those of shards that are gone end when nothing is ready for them.
             writers.retain(|number, _| view.shards.iter().any(|shard| shard.number() == *number));
             entered = writers
                 .entry(shard.number())
@@ -154,78 +153,56 @@ impl Inner {
         entered
     }
 
-    fn parked(&self, slot: Slot) -> MutexGuard<'_, Parked> {
-        self.parked[slot.index()]
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Keeps a send until the owner of its slot is known.
-    fn park(self: &Arc<Self>, mut job: Job) {
-        let slot = job.message.slot;
-        let gate = self.gates.of(slot);
-        let first = {
-            let mut parked = self.parked(slot);
-            let first = gate.close();
-            // After the gate is closed: nobody may slip past this one.
-            let hold = job.hold.take();
-            parked.insert(job.ticket, (Instant::now(), job));
-            drop(hold);
-            first
-        };
-        if first {
-            self.metrics.slots_parked.inc();
-            self.runtime.spawn(see_on(Arc::downgrade(self), slot));
+    /// Does what a slot needs.
+    fn go_on(self: &Arc<Self>, slot: Slot, then: Then) {
+        match then {
+            Then::Nothing => {}
+            Then::TellWriter => match self.cluster.route(slot) {
+                Some(shard) => self.writer(&shard).ready(slot),
+                None => self.fail(slot),
+            },
+            Then::FindOwner => {
+                self.metrics.slots_parked.inc();
+                self.runtime.spawn(see_on(Arc::downgrade(self), slot));
+            }
         }
     }
 
-    /// Sends what is parked to the owner, if that is known and nothing is under way to another shard. `true` when done.
+    /// Nobody is known who could take what is queued.
+    fn fail(&self, slot: Slot) {
+        let mut jobs = Vec::new();
+        self.queues.of(slot).give_up(|_| true, &mut jobs);
+    }
+
+    /// Lets a parked slot go to its owner, if that is known.
     fn unpark(self: &Arc<Self>, slot: Slot) -> bool {
-        let gate = self.gates.of(slot);
-        let mut parked = self.parked(slot);
-        if gate.under_way() > 0 {
-            return false;
-        }
         // Not on a guess, nor to a shard that is handing over: what is refused there would come back and wait anew.
         let owner = self.cluster.known_writable(slot);
         let Some(shard) = owner.filter(|shard| !shard.is_down()) else {
             return false;
         };
-        let writer = self.writer(&shard);
-        gate.admit(shard.number(), parked.len());
-        for (_, (_, mut job)) in std::mem::take(&mut *parked) {
-            job.hold = Some(self.gates.hold(slot));
-            // A full queue answers by dropping: whoever waits is told that it is not through.
-            let _ = writer.submit(job);
+        let then = self.queues.of(slot).unpark();
+        if then == Then::TellWriter {
+            self.writer(&shard).ready(slot);
         }
-        // Not before all of them are in the queue: a later send must not slip in between.
-        gate.open();
         true
     }
 
     /// Gives up what has been parked for too long; `true` if nothing is left.
     fn give_up_late(&self, slot: Slot) -> bool {
-        let gate = self.gates.of(slot);
-        let mut parked = self.parked(slot);
         let now = Instant::now();
-        let late: Vec<u64> = parked
-            .iter()
-            .filter(|(_, (since, job))| {
-                now >= job.deadline || now.duration_since(*since) >= PARK_LIMIT
-            })
-            .map(|(ticket, _)| *ticket)
-            .collect();
-        for ticket in late {
-            if let Some((_, job)) = parked.remove(&ticket) {
-                // Whoever asked may have gone.
-                let _ = job.answer.send(Answer::Unavailable);
-            }
+        let is_late = |reply: &Reply| {
+            let parked = reply
+                .parked
+                .is_some_and(|since| now.duration_since(since) >= PARK_LIMIT);
+            parked || now >= reply.deadline
+        };
+        let mut late = Vec::new();
+        let idle = self.queues.of(slot).give_up(is_late, &mut late);
+        for job in late {
+            job.reply.answer(Answer::Unavailable);
         }
-        if parked.is_empty() && gate.under_way() == 0 {
-            gate.open();
-            return true;
-        }
-        false
+        idle
     }
 }
 

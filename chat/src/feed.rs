@@ -4,9 +4,9 @@ use crate::dialog::{DialogId, Seq, Timestamp, UserId};
 use crate::news::News;
 use crate::outbox::Outbox;
 use crate::sight::{Bounds, Missing, Sight};
+use crate::store::now;
 use bytestring::ByteString;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::sync::Notify;
 
 /// See the module. Whoever has something for the session calls it, and waits for nothing.
@@ -19,17 +19,11 @@ pub struct Feed {
     level: Notify,
 }
 
-/// The clock of this machine.
-#[must_use]
-pub fn now() -> Timestamp {
-    let since = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    Timestamp::from_micros(i64::try_from(since.as_micros()).unwrap_or(i64::MAX))
-}
-
 /// How far the clocks of shards and instances may be apart, in microseconds.
 pub const CLOCKS_APART: i64 = 1_000_000;
+
+/// How long a message may be on its way, hints and all, in microseconds.
+const ON_ITS_WAY: i64 = 5_000_000;
 
 impl Feed {
     /// A feed of a session that begins now. `lossless`: see [`Sight::new`].
@@ -59,7 +53,8 @@ impl Feed {
         let mut sight = self.sight();
         let done = work(&mut sight, &mut |frame| self.outbox.push(frame));
         if sight.is_crowded() {
-            sight.forget_some(now());
+            let since = now().micros() - ON_ITS_WAY - CLOCKS_APART;
+            sight.forget_some(Timestamp::from_micros(since));
         }
         done
     }
@@ -107,8 +102,8 @@ impl Feed {
     }
 
     /// See [`Sight::position`].
-    pub fn position(&self, dialog: DialogId, seq: Seq) {
-        self.with(|sight, send| sight.position(dialog, seq, send));
+    pub fn position(&self, dialog: DialogId, seq: Seq) -> u32 {
+        self.with(|sight, send| sight.position(dialog, seq, send))
     }
 
     /// See [`Sight::away_since`]. `since` is by the clock of an instance.
@@ -166,9 +161,10 @@ impl Feed {
     }
 
     /// See [`Sight::give_up`].
-    pub fn give_up(&self, dialog: DialogId, head: Seq) {
-        self.with(|sight, send| sight.give_up(dialog, head, send));
+    pub fn give_up(&self, dialog: DialogId, epoch: u32, head: Seq) -> bool {
+        let given_up = self.with(|sight, send| sight.give_up(dialog, epoch, head, send));
         self.level.notify_waiters();
+        given_up
     }
 
     /// See [`Sight::failed`].

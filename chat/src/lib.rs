@@ -27,7 +27,9 @@ pub mod metrics;
 pub mod cluster;
 
 // … and what is done with them.
-pub mod gate;
+pub mod slot_queue;
+
+pub mod in_flight;
 
 pub mod writer;
 

@@ -8,17 +8,19 @@ use crate::metrics::Metrics;
 use crate::ownership::{SlotState, SlotView};
 use crate::rate::Rates;
 use crate::ring::Slot;
+use crate::slot_queue::Answer;
 use crate::store::{
     Holding, InboxCursor, InboxPart, InboxRow, Marked, NewMessage, Page, Place, Range, Shard,
     ShardDown, SlotSet, StoredMessage,
 };
-use crate::writer::{Answer, OnCommit};
+use crate::writer::OnCommit;
 use chat_wire::{HistoryPage, InboxEntry, InboxPage, Message};
 use futures_util::future::{BoxFuture, FutureExt, Shared, join_all};
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::runtime::Handle;
+use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 /// A handle; a clone is one more reference.
@@ -71,6 +73,17 @@ impl From<NotTaken> for NotDone {
             NotTaken::Full => NotDone::Overloaded,
         }
     }
+}
+
+/// A send, as it comes from the outside.
+#[derive(Clone, Debug)]
+pub struct Outgoing {
+    /// To which user.
+    pub to: u64,
+    /// See [`Key`].
+    pub key: String,
+    /// See [`Text`].
+    pub text: String,
 }
 
 /// A send that was stored.
@@ -134,25 +147,21 @@ impl Messages {
     }
 
     /// Stores a message of `me` to `to`. What is wrong with it is said at once; otherwise it has taken its place in the
-    /// queue when this returns, and the future waits for the commit.
+    /// queue when this returns, and `answer` is called once, when it is settled. It must not wait.
     ///
     /// # Errors
     /// [`NotDone`]. After a retryable one the same key may be sent again.
-    ///
-    /// # Cancel safety
-    /// Dropping the future withdraws nothing: the message is stored and delivered all the same.
     pub fn send(
         &self,
         me: UserId,
-        to: u64,
-        key: String,
-        text: String,
+        message: Outgoing,
         origin: Option<u64>,
-    ) -> Result<impl Future<Output = Result<Sent, NotDone>> + Send + 'static + use<>, NotDone> {
+        answer: impl FnOnce(Result<Sent, NotDone>) + Send + 'static,
+    ) -> Result<(), NotDone> {
         let arrived = Instant::now();
-        let to = UserId::new(to)?;
-        let key = Key::new(key)?;
-        let text = Text::new(text, self.inner.limits.text_chars as usize)?;
+        let to = UserId::new(message.to)?;
+        let key = Key::new(message.key)?;
+        let text = Text::new(message.text, self.inner.limits.text_chars as usize)?;
         if let Err(retry_after) = self.inner.rates.take(&me) {
             return Err(NotDone::RateLimited {
                 limit: self.inner.limits.sends_per_second,
@@ -162,12 +171,10 @@ impl Messages {
         let dialog = DialogId::between(me, to);
         let deadline = arrived + self.inner.send_limit;
         let message = NewMessage::new(dialog, me, key, text);
-        let answer = self.inner.dispatch.submit(message, origin, deadline)?;
         let metrics = self.inner.metrics.clone();
-        Ok(async move {
-            let answer = answer.await.unwrap_or(Answer::Unavailable);
+        let settled = move |settled| {
             metrics.send_seconds.observe(arrived.elapsed());
-            match answer {
+            answer(match settled {
                 Answer::Stored { place, repeat } => Ok(Sent {
                     dialog,
                     place,
@@ -176,8 +183,35 @@ impl Messages {
                 Answer::KeyReused => Err(NotDone::KeyReused),
                 Answer::ShardDown => Err(NotDone::ShardDown),
                 Answer::Unavailable => Err(NotDone::Unavailable),
-            }
-        })
+            });
+        };
+        Ok(self
+            .inner
+            .dispatch
+            .submit(message, origin, deadline, settled)?)
+    }
+
+    /// As [`Messages::send`], for callers that wait: the future ends when the send is settled.
+    ///
+    /// # Errors
+    /// [`NotDone`].
+    ///
+    /// # Cancel safety
+    /// Dropping the future withdraws nothing: the message is stored and delivered all the same.
+    pub fn sending(
+        &self,
+        me: UserId,
+        message: Outgoing,
+    ) -> Result<impl Future<Output = Result<Sent, NotDone>> + Send + 'static + use<>, NotDone> {
+        let (settled, settling) = oneshot::channel();
+        // The caller may have gone.
+        self.send(me, message, None, |sent| drop(settled.send(sent)))?;
+        Ok(async move { settling.await.unwrap_or(Err(NotDone::Unavailable)) })
+    }
+
+    /// Another instance has stored a message.
+    pub fn heard(&self, dialog: DialogId, seq: Seq) {
+        self.inner.dispatch.heard(dialog, seq);
     }
 
     /// A page of the dialog of `me` with `with`, ascending, whole and without a hole.
@@ -631,6 +665,7 @@ mod tests {
             at: Timestamp::from_micros(0),
         };
         let slot = Some(SlotView {
+            term: 1,
             state: SlotState::Owner,
             generation: 0,
             complete: true,
@@ -692,6 +727,7 @@ mod tests {
         ] {
             let mut page = page(&seqs, *seqs.last().unwrap());
             page.slot = Some(SlotView {
+                term: 1,
                 state: SlotState::Owner,
                 generation: 1,
                 complete: false,
@@ -720,6 +756,7 @@ mod tests {
             (false, before, Some(of(0, 3)), true, true),
         ] {
             let slot = SlotView {
+                term: 1,
                 state: SlotState::Owner,
                 generation: 1,
                 complete,

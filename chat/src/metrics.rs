@@ -1,5 +1,6 @@
 //! What is measured, under the names that Prometheus reads. Every gauge and counter is made here and handed to its owner.
 
+use crate::store::Unlike;
 use chat_wire::{Close, ErrorCode};
 use prometheus_client::encoding::{EncodeLabelSet, EncodeMetric, MetricEncoder, NoLabelSet};
 use prometheus_client::metrics::counter::Counter;
@@ -16,6 +17,13 @@ use std::time::Duration;
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ShardLabel {
     shard: String,
+}
+
+/// The labels of batches that were not as they were remembered.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct UnlikeLabel {
+    shard: String,
+    unlike: &'static str,
 }
 
 /// The label of errors.
@@ -123,6 +131,8 @@ pub struct Metrics {
     batch_rows: Family<ShardLabel, Histogram>,
     batch_seconds: Family<ShardLabel, Histogram>,
     queue_rows: Family<ShardLabel, Gauge>,
+    in_flight: Family<ShardLabel, Gauge>,
+    drafts_unlike: Family<UnlikeLabel, Counter>,
     slots: Family<ShardLabel, Gauge>,
     circuit_open: Family<ShardLabel, Gauge>,
     circuit_opened: Family<ShardLabel, Counter>,
@@ -173,8 +183,28 @@ pub struct WriterMetrics {
     pub repeats: Counter,
     /// Messages a transaction.
     pub batch_rows: Histogram,
-    /// Sends waiting.
+    /// Sends that are not settled yet.
     pub queue_rows: Gauge,
+    /// Transactions that may be in flight.
+    pub in_flight: Gauge,
+    /// Batches that had to be worked out anew, because something was not as it was remembered.
+    drafts_unlike: Family<UnlikeLabel, Counter>,
+    shard: String,
+}
+
+impl WriterMetrics {
+    /// Counts a batch that has to be worked out anew.
+    pub fn drafts_unlike(&self, unlike: Unlike) {
+        let label = UnlikeLabel {
+            shard: self.shard.clone(),
+            unlike: match unlike {
+                Unlike::Term => "term",
+                Unlike::Head => "head",
+                Unlike::Key => "key",
+            },
+        };
+        self.drafts_unlike.get_or_create(&label).inc();
+    }
 }
 
 impl Metrics {
@@ -200,6 +230,8 @@ impl Metrics {
                 Histogram::new(exponential_buckets(0.0005, 2.0, 16))
             }),
             queue_rows: Family::default(),
+            in_flight: Family::default(),
+            drafts_unlike: Family::default(),
             slots: Family::default(),
             circuit_open: Family::default(),
             circuit_opened: Family::default(),
@@ -282,8 +314,18 @@ impl Metrics {
         );
         r.register(
             "queue_rows",
-            "Sends that wait for a transaction",
+            "Sends that are not settled yet",
             metrics.queue_rows.clone(),
+        );
+        r.register(
+            "transactions_in_flight_limit",
+            "Transactions of a shard that this instance may have in flight, as it has found to be best",
+            metrics.in_flight.clone(),
+        );
+        r.register(
+            "batches_redone",
+            "Batches that were not as remembered (term, head, key) and took another round trip",
+            metrics.drafts_unlike.clone(),
         );
         r.register(
             "slots",
@@ -438,6 +480,9 @@ impl Metrics {
             repeats: self.repeats.get_or_create_owned(&label),
             batch_rows: self.batch_rows.get_or_create_owned(&label),
             queue_rows: self.queue_rows.get_or_create_owned(&label),
+            in_flight: self.in_flight.get_or_create_owned(&label),
+            drafts_unlike: self.drafts_unlike.clone(),
+            shard: name.to_owned(),
         }
     }
 

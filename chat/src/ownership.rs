@@ -81,12 +81,47 @@ impl fmt::Display for SlotState {
 pub struct SlotView {
     /// What the shard is to the slot.
     pub state: SlotState,
+    /// See [`SlotRow::term`].
+    pub term: u64,
     /// Seqs of new messages are above `generation << 40`.
     pub generation: u32,
     /// Whether all messages are here that were ever acknowledged; see [`History`].
     pub complete: bool,
     /// Where a sealed slot goes.
     pub peer: Option<String>,
+}
+
+/// The term under which a shard owns a slot, with the generation that seqs have under it. A term never has two generations: a
+/// claim, which begins one, raises the term.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Term {
+    /// [`SlotRow::term`].
+    pub number: u64,
+    /// [`SlotRow::generation`].
+    pub generation: u32,
+}
+
+impl SlotView {
+    /// The view of an owner whose term is known.
+    #[must_use]
+    pub fn owner(term: Term) -> Self {
+        Self {
+            state: SlotState::Owner,
+            term: term.number,
+            generation: term.generation,
+            complete: true,
+            peer: None,
+        }
+    }
+
+    /// The term under which the shard takes writes, if it does.
+    #[must_use]
+    pub fn writable(&self) -> Option<Term> {
+        self.state.takes_writes().then_some(Term {
+            number: self.term,
+            generation: self.generation,
+        })
+    }
 }
 
 /// A shard's row for a slot: all that changes of ownership are decided by.
@@ -206,6 +241,7 @@ impl SlotRow {
     pub fn view(&self) -> SlotView {
         SlotView {
             state: self.state,
+            term: self.term,
             generation: self.generation,
             complete: self.history.is_complete(),
             peer: self.peer.clone(),

@@ -31,6 +31,8 @@ struct Inner {
     sessions_per_user: usize,
     /// Told when a user comes or goes, as the other instances are.
     told: OnceLock<Arc<dyn Fn(UserId, bool) + Send + Sync>>,
+    /// Told of messages that other instances have stored.
+    heard: OnceLock<Arc<dyn Fn(DialogId, Seq) + Send + Sync>>,
 }
 
 /// A user with at least one session here.
@@ -43,15 +45,18 @@ struct Present {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TooMany;
 
-/// The answer to a send, for the session it came from: what `message` is for the others.
+/// The session that news comes from: it is not told what it said itself.
 #[derive(Clone, Debug)]
-pub struct Answered {
-    /// Which session.
+pub struct Origin {
+    /// Which.
     pub session: u64,
-    /// Where the message lies.
-    pub dialog: DialogId,
-    /// See `dialog`.
-    pub seq: Seq,
+    /// What it gets in the place of a message that it sent.
+    pub sent: Option<Sent>,
+}
+
+/// The answer to a send.
+#[derive(Clone, Debug)]
+pub struct Sent {
     /// The frame `sent`.
     pub frame: ByteString,
     /// It was stored before.
@@ -70,6 +75,7 @@ impl Registry {
                 next_session: AtomicU64::new(1),
                 sessions_per_user,
                 told: OnceLock::new(),
+                heard: OnceLock::new(),
             }),
         }
     }
@@ -78,6 +84,11 @@ impl Registry {
     /// asks for it is told.
     pub fn on_coming_and_going(&self, told: Arc<dyn Fn(UserId, bool) + Send + Sync>) {
         let _ = self.inner.told.set(told);
+    }
+
+    /// From now on `heard` is told of messages for people here that other instances have stored. The first who asks for it is told.
+    pub fn on_heard(&self, heard: Arc<dyn Fn(DialogId, Seq) + Send + Sync>) {
+        let _ = self.inner.heard.set(heard);
     }
 
     fn part(&self, user: UserId) -> MutexGuard<'_, HashMap<UserId, Present>> {
@@ -110,6 +121,11 @@ impl Registry {
             let registry = self.clone();
             let sink: Sink = Arc::new(move |payload| {
                 if let Some(news) = News::decode(&payload) {
+                    if let (News::Message { dialog, seq, .. }, Some(heard)) =
+                        (&news, registry.inner.heard.get())
+                    {
+                        heard(*dialog, *seq);
+                    }
                     registry.deliver(user, &news, None);
                 }
             });
@@ -145,30 +161,16 @@ impl Registry {
         }
     }
 
-    /// Gives news to every session of `user` here; the one that `answered` names gets that instead.
-    pub fn deliver(&self, user: UserId, news: &News, answered: Option<&Answered>) {
+    /// Gives news to every session of `user` here, but not to the one that it comes from.
+    pub fn deliver(&self, user: UserId, news: &News, origin: Option<&Origin>) {
         if let Some(present) = self.part(user).get(&user) {
             for (session, feed) in &present.sessions {
-                match answered.filter(|answered| answered.session == *session) {
-                    Some(Answered {
-                        dialog,
-                        seq,
-                        frame,
-                        again,
-                        ..
-                    }) => feed.sent(*dialog, *seq, frame.clone(), *again),
-                    None => feed.take(news),
-                }
-            }
-        }
-    }
-
-    /// Gives news to every session of `user` here but one.
-    pub fn deliver_but(&self, user: UserId, news: &News, origin: Option<u64>) {
-        if let Some(present) = self.part(user).get(&user) {
-            for (session, feed) in &present.sessions {
-                if Some(*session) != origin {
+                let Some(origin) = origin.filter(|origin| origin.session == *session) else {
                     feed.take(news);
+                    continue;
+                };
+                if let (News::Message { dialog, seq, .. }, Some(sent)) = (news, &origin.sent) {
+                    feed.sent(*dialog, *seq, sent.frame.clone(), sent.again);
                 }
             }
         }
@@ -322,19 +324,23 @@ mod tests {
             seq,
             frame: "message".into(),
         };
-        let answered = Answered {
+        let origin = Origin {
             session: joined[1].session(),
-            dialog,
-            seq,
-            frame: "sent".into(),
-            again: false,
+            sent: Some(Sent {
+                frame: "sent".into(),
+                again: false,
+            }),
         };
-        registry.deliver(user(7), &news, Some(&answered));
+        registry.deliver(user(7), &news, Some(&origin));
         registry.deliver(user(8), &news, None);
         let typing = News::Passing {
             frame: "typing".into(),
         };
-        registry.deliver_but(user(7), &typing, Some(joined[2].session()));
+        let origin = Origin {
+            session: joined[2].session(),
+            sent: None,
+        };
+        registry.deliver(user(7), &typing, Some(&origin));
         for (feed, expected) in feeds.iter().zip([
             &["welcome 1", "message", "typing"][..],
             &["welcome 2", "sent", "typing"],

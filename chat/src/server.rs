@@ -114,12 +114,14 @@ impl Server {
         };
         let registry = Registry::new(settings.limits.sessions_per_user, bus.clone());
         let delivery = Delivery::start(registry.clone(), bus.clone(), &runtime);
-        let presence = Presence::start(registry, bus.clone(), &runtime);
+        let presence = Presence::start(registry.clone(), bus.clone(), &runtime);
         let on_commit: OnCommit = {
             let delivery = delivery.clone();
             Arc::new(move |committed: Committed<'_>| delivery.message(&committed))
         };
         let messages = Messages::start(cluster, &settings, on_commit, &runtime, metrics.clone());
+        let hears = messages.clone();
+        registry.on_heard(Arc::new(move |dialog, seq| hears.heard(dialog, seq)));
         let heads = Heads::new(messages.cluster().clone(), &runtime);
         let reconcile = Reconcile::start(
             messages.cluster(),

@@ -5,24 +5,25 @@ use crate::catchup::CatchUp;
 use crate::config::Limits;
 use crate::delivery::{Delivery, encode};
 use crate::dialog::{DialogId, Seq, Timestamp, UserId};
-use crate::feed::{self, Feed};
+use crate::feed::Feed;
 use crate::heads::Heads;
-use crate::messages::{Messages, NotDone};
+use crate::messages::{Messages, NotDone, Outgoing};
 use crate::metrics::Metrics;
 use crate::outbox::Outbox;
 use crate::presence::{Presence, Watch};
 use crate::refusal::Refusal;
 use crate::registry::{Joined, TooMany};
 use crate::sight::Bounds;
-use crate::store::Range;
+use crate::store::{self, Range};
 use chat_wire::{ClientFrame, Close, ErrorCode, ReadMark, ServerFrame};
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use serde::Deserialize;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 
 /// What a token said, as far as a session cares.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,7 +72,9 @@ pub struct Session {
     feed: Arc<Feed>,
     catch_up: CatchUp,
     watch: Watch,
-    /// Requests whose answers are not in the outbox yet.
+    /// Sends that are not settled.
+    unsettled: Arc<Unsettled>,
+    /// Other requests whose answers are not in the outbox yet.
     pending: FuturesUnordered<BoxFuture<'static, ()>>,
     /// Dialogs that are being read because something of them was missed; each at most once.
     catching_up: FuturesUnordered<BoxFuture<'static, ()>>,
@@ -127,11 +130,12 @@ impl Session {
                     resume_messages: limits.resume_messages,
                     watched_users: limits.watched_users,
                 },
-                now: feed::now().to_string(),
+                now: store::now().to_string(),
             })
         };
         let joined = context
             .delivery
+            .registry()
             .join(identity.user, feed.clone(), welcome)?;
         let frames = FrameRate::new(limits.frames_per_second);
         let reads = Arc::new(Semaphore::new(context.limits.reads_in_flight));
@@ -153,6 +157,7 @@ impl Session {
             joined,
             feed,
             catch_up,
+            unsettled: Arc::default(),
             pending: FuturesUnordered::new(),
             catching_up: FuturesUnordered::new(),
             typed: HashMap::new(),
@@ -218,6 +223,7 @@ impl Session {
     /// Waits until every request that is under way is answered.
     pub async fn drain(&mut self) {
         while self.pending.next().await.is_some() {}
+        self.unsettled.none().await;
         self.feed.release();
     }
 
@@ -250,10 +256,10 @@ impl Session {
                 | ClientFrame::Unwatch { .. }
         );
         let (key, id) = names(&frame);
-        if asks_for_work && self.pending.len() >= self.context.limits.requests_in_flight {
+        let under_way = self.pending.len() + self.unsettled.count();
+        if asks_for_work && under_way >= self.context.limits.requests_in_flight {
             let message = format!(
-                "{} requests of this session are under way; wait for their answers",
-                self.pending.len()
+                "{under_way} requests of this session are under way; wait for their answers"
             );
             self.refuse(Refusal::new(ErrorCode::Overloaded, message), key, id);
             return;
@@ -262,13 +268,9 @@ impl Session {
         let messages = self.context.messages.clone();
         match frame {
             ClientFrame::Send { key, to, text } => {
-                match messages.send(me, to, key.clone(), text, Some(self.joined.session())) {
-                    Err(e) => self.refuse(e.into(), Some(key), None),
-                    // `sent` has its place among the messages of the dialog: delivery sees to it.
-                    Ok(sent) => self.answer(Some(key), None, (), async move {
-                        sent.await?;
-                        Ok(None)
-                    }),
+                let name = Some(key.clone());
+                if let Err(e) = self.send(Outgoing { to, key, text }) {
+                    self.refuse(e.into(), name, None);
                 }
             }
             ClientFrame::History {
@@ -365,6 +367,23 @@ impl Session {
             },
             ClientFrame::Ping { id } => self.outbox.push(encode(&ServerFrame::Pong { id })),
         }
+    }
+
+    /// Sends a message. `sent` has its place among the messages of the dialog, and delivery sees to it; a failure is told here.
+    fn send(&self, message: Outgoing) -> Result<(), NotDone> {
+        let unsettled = Unsettled::one_more(&self.unsettled);
+        let (outbox, metrics) = (self.outbox.clone(), self.context.metrics.clone());
+        let key = message.key.clone();
+        let settled = move |sent| {
+            if let Err(e) = sent {
+                outbox.push(encode(&error(&metrics, NotDone::into(e), Some(key), None)));
+            }
+            drop(unsettled);
+        };
+        let origin = Some(self.joined.session());
+        self.context
+            .messages
+            .send(self.identity.user, message, origin, settled)
     }
 
     /// Positions of a `resume`, in the order of their dialogs.
@@ -530,6 +549,47 @@ fn describe(e: &serde_json::Error) -> String {
         | serde_json::error::Category::Eof
         | serde_json::error::Category::Io => {
             format!("not JSON: {e}")
+        }
+    }
+}
+
+/// Counts the sends of a session that are not settled.
+#[derive(Default)]
+struct Unsettled {
+    count: AtomicUsize,
+    /// Wakes who waits for all to be.
+    settled: Notify,
+}
+
+/// One send that is not settled, until it is dropped.
+struct OneUnsettled(Arc<Unsettled>);
+
+impl Unsettled {
+    fn one_more(of: &Arc<Self>) -> OneUnsettled {
+        of.count.fetch_add(1, Ordering::AcqRel);
+        OneUnsettled(of.clone())
+    }
+
+    fn count(&self) -> usize {
+        self.count.load(Ordering::Acquire)
+    }
+
+    /// Waits until all are settled.
+    async fn none(&self) {
+        loop {
+            let settled = self.settled.notified();
+            if self.count() == 0 {
+                return;
+            }
+            settled.await;
+        }
+    }
+}
+
+impl Drop for OneUnsettled {
+    fn drop(&mut self) {
+        if self.0.count.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.0.settled.notify_waiters();
         }
     }
 }

@@ -109,18 +109,9 @@ impl Sight {
         own: bool,
         mut send: impl FnMut(ByteString),
     ) -> bool {
-        self.turn += 1;
         let begins = self.lossless || seq == Seq::ZERO.next(0);
-        let stream = self.streams.entry(dialog).or_insert_with(|| Stream {
-            last: begins.then(|| Seq::new(seq.get() - 1)),
-            head: Seq::ZERO,
-            held: BTreeMap::new(),
-            reading: Reading::Level,
-            epoch: 0,
-            reads: Vec::new(),
-            used: 0,
-        });
-        stream.used = self.turn;
+        let before = begins.then(|| Seq::new(seq.get() - 1));
+        let stream = stream(&mut self.streams, &mut self.turn, dialog, before);
         match stream.last {
             Some(last) if seq <= last => {
                 // An answer is owed, even if the message itself was sent before.
@@ -172,10 +163,7 @@ impl Sight {
 
     /// It is known from elsewhere that `head` is stored. Returns whether something became due.
     pub fn head(&mut self, dialog: DialogId, head: Seq) -> bool {
-        self.turn += 1;
-        let turn = self.turn;
-        let stream = self.stream(dialog, None);
-        stream.used = turn;
+        let stream = stream(&mut self.streams, &mut self.turn, dialog, None);
         if stream.last.is_some_and(|last| head <= last) {
             return false;
         }
@@ -183,17 +171,14 @@ impl Sight {
         self.want(dialog)
     }
 
-    /// The client says that it has everything up to `seq`, and wants what follows.
-    pub fn position(&mut self, dialog: DialogId, seq: Seq, send: impl FnMut(ByteString)) {
-        self.turn += 1;
-        let turn = self.turn;
-        let stream = self.stream(dialog, None);
+    /// The client says that it has everything up to `seq`, and wants what follows. Returns the epoch that begins with it.
+    pub fn position(&mut self, dialog: DialogId, seq: Seq, send: impl FnMut(ByteString)) -> u32 {
+        let stream = stream(&mut self.streams, &mut self.turn, dialog, None);
         stream.last = Some(seq);
         stream.head = seq;
-        stream.used = turn;
         stream.epoch += 1;
-        let freed = stream.send_own(send) + stream.drop_held();
-        self.held_bytes -= freed;
+        self.held_bytes -= stream.send_own(send) + stream.drop_held();
+        stream.epoch
     }
 
     /// The client was here before, until `since`: what was stored from then on is owed in dialogs that nothing was sent of yet.
@@ -203,9 +188,7 @@ impl Sight {
 
     /// The client was shown that the dialog has come up to `seq`: from there on it is kept level, if it was not in sight.
     pub fn shown(&mut self, dialog: DialogId, seq: Seq) {
-        self.turn += 1;
-        let turn = self.turn;
-        self.stream(dialog, Some(seq)).used = turn;
+        stream(&mut self.streams, &mut self.turn, dialog, Some(seq));
     }
 
     /// Whether a read mark is news to the session.
@@ -305,13 +288,23 @@ impl Sight {
         self.held_bytes -= freed;
     }
 
-    /// The client is told to look for itself: from `head` on the dialog is kept level again.
-    pub fn give_up(&mut self, dialog: DialogId, head: Seq, mut send: impl FnMut(ByteString)) {
-        let stream = self.stream(dialog, None);
+    /// The client is told to look for itself: from `head` on the dialog is kept level again. `false` if the client has another
+    /// position meanwhile.
+    pub fn give_up(
+        &mut self,
+        dialog: DialogId,
+        epoch: u32,
+        head: Seq,
+        mut send: impl FnMut(ByteString),
+    ) -> bool {
+        let Some(stream) = self.of_epoch(dialog, epoch) else {
+            return false;
+        };
         stream.last = Some(head);
         stream.head = stream.head.max(head);
         let freed = stream.send_held(&mut send);
         self.held_bytes -= freed;
+        true
     }
 
     /// A reading failed, and will be tried again: answers do not wait for it.
@@ -341,9 +334,8 @@ impl Sight {
         self.streams.len() > self.bounds.dialogs
     }
 
-    /// Forgets the longest silent quarter of the dialogs. What was stored before `now` is not owed in them when they are heard of
-    /// again.
-    pub fn forget_some(&mut self, now: Timestamp) {
+    /// Forgets the longest silent quarter of the dialogs. When they are heard of again, what was stored from `since` on is owed.
+    pub fn forget_some(&mut self, since: Timestamp) {
         let mut idle: Vec<(u64, DialogId)> = self
             .streams
             .iter()
@@ -354,24 +346,12 @@ impl Sight {
         for (_, dialog) in idle.iter().take(self.bounds.dialogs / 4 + 1) {
             self.streams.remove(dialog);
         }
-        self.since = now;
+        self.since = since;
     }
 
     fn of_epoch(&mut self, dialog: DialogId, epoch: u32) -> Option<&mut Stream> {
         let stream = self.streams.get_mut(&dialog);
         stream.filter(|stream| stream.epoch == epoch)
-    }
-
-    fn stream(&mut self, dialog: DialogId, last: Option<Seq>) -> &mut Stream {
-        self.streams.entry(dialog).or_insert_with(|| Stream {
-            last,
-            head: last.unwrap_or(Seq::ZERO),
-            held: BTreeMap::new(),
-            reading: Reading::Level,
-            epoch: 0,
-            reads: Vec::new(),
-            used: 0,
-        })
     }
 
     /// Makes a dialog due if it is behind and nobody looks after it.
@@ -387,6 +367,27 @@ impl Sight {
         }
         false
     }
+}
+
+/// The stream of a dialog, which is used now; a new one has everything up to `last`.
+fn stream<'a>(
+    streams: &'a mut HashMap<DialogId, Stream>,
+    turn: &mut u64,
+    dialog: DialogId,
+    last: Option<Seq>,
+) -> &'a mut Stream {
+    *turn += 1;
+    let stream = streams.entry(dialog).or_insert_with(|| Stream {
+        last,
+        head: last.unwrap_or(Seq::ZERO),
+        held: BTreeMap::new(),
+        reading: Reading::Level,
+        epoch: 0,
+        reads: Vec::new(),
+        used: 0,
+    });
+    stream.used = *turn;
+    stream
 }
 
 impl Stream {
@@ -545,6 +546,7 @@ mod tests {
         let missing = sight.missing(due).unwrap();
         sight.position(dialog(), seq(50), got.taker());
         assert!(!sight.found(due, missing.epoch, seq(101), frame(101), got.taker()));
+        assert!(!sight.give_up(due, missing.epoch, seq(110), got.taker()));
         sight.head(dialog(), seq(110));
         assert_eq!(sight.missing(due).unwrap().from, From::After(seq(50)));
         assert_eq!(got.0, [0; 0]);

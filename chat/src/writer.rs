@@ -1,62 +1,35 @@
 //! Batches the sends for one shard into transactions.
 //!
-//! A writer has a few lanes, and a slot always takes the same one. While a lane's transaction is in flight its next batch
-//! gathers, so batches size themselves: an idle lane adds no delay, a busy one spreads the cost of a commit over many.
+//! A writer is one task. While its transactions are in flight the sends of other slots gather, so batches size themselves: an
+//! idle writer adds no delay, a busy one spreads the cost of a commit over many. How many are in flight is measured
+//! ([`InFlight`]).
 
 use crate::chance;
 use crate::config;
-use crate::gate::Hold;
+use crate::in_flight::InFlight;
 use crate::metrics::WriterMetrics;
-use crate::store::{NewMessage, Place, Shard, ShardDown, StoreError, Written};
+use crate::ring::Slot;
+use crate::slot_queue::{Answer, Job, Place, Reply, SlotQueues, Then};
+use crate::store::{
+    self, Appended, NewMessage, Sequencer, Shard, ShardDown, StoreError, Unlike, Written,
+};
+use futures_util::future::{BoxFuture, FutureExt};
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use prometheus_client::metrics::gauge::Gauge;
+use std::collections::{BTreeMap, VecDeque};
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::runtime::Handle;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tokio::time::Instant;
-
-/// A send on its way.
-pub struct Job {
-    /// What to store.
-    pub message: NewMessage,
-    /// Its place among the sends of its slot.
-    pub ticket: u64,
-    /// The session it came from, which gets `sent` and not `message`; `None` for REST.
-    pub origin: Option<u64>,
-    /// After this, whoever waits is told that it is not through.
-    pub deadline: Instant,
-    /// Where the answer goes.
-    pub answer: oneshot::Sender<Answer>,
-    /// Dropped with the job, when it is answered or given back.
-    pub hold: Option<Hold>,
-}
-
-/// Takes back a job whose slot the shard does not own. Called in the order of the queue; it must not wait.
-pub type GiveBack = Arc<dyn Fn(Job) + Send + Sync>;
-
-/// What became of a send.
-#[derive(Debug)]
-pub enum Answer {
-    /// It is stored; `repeat` if it was before.
-    Stored {
-        /// Where.
-        place: Place,
-        /// Whether an earlier send with this key had stored it.
-        repeat: bool,
-    },
-    /// The key stands for another text.
-    KeyReused,
-    /// The shard does not answer.
-    ShardDown,
-    /// Not through in time, or refused by the database; the reason is in the log.
-    Unavailable,
-}
 
 /// A message that is committed, as delivery is told of it.
 pub struct Committed<'a> {
     /// The message.
     pub message: &'a NewMessage,
     /// Where it lies.
-    pub place: Place,
+    pub place: store::Place,
     /// The session it came from.
     pub origin: Option<u64>,
     /// An earlier send with this key had stored it.
@@ -66,77 +39,226 @@ pub struct Committed<'a> {
 /// Called after COMMIT and before the answer, on the database runtime: it must not wait.
 pub type OnCommit = Arc<dyn Fn(Committed<'_>) + Send + Sync>;
 
+/// Called when a slot that was in flight needs something. It must not wait.
+pub type OnLanded = Arc<dyn Fn(Slot, Then) + Send + Sync>;
+
+/// What the writers of all shards share.
+#[derive(Clone)]
+pub struct Shared {
+    /// The sends, by slot.
+    pub queues: SlotQueues,
+    /// Tells people.
+    pub on_commit: OnCommit,
+    /// Takes slots on.
+    pub on_landed: OnLanded,
+}
+
 /// The writer of one shard. A clone is one more reference.
 #[derive(Clone)]
 pub struct Writer {
-    inner: Arc<Inner>,
-}
-
-struct Inner {
-    lanes: Vec<mpsc::Sender<Job>>,
-    metrics: WriterMetrics,
+    ready: mpsc::UnboundedSender<Slot>,
+    /// Sends that are not settled yet, and how many may be.
+    waiting: Gauge,
+    most_waiting: usize,
+    sequencer: Arc<Sequencer>,
 }
 
 impl Writer {
-    /// Starts the lanes on the database runtime. They end when the last clone is gone and the queues are empty.
+    /// Starts it on the database runtime. It ends when the last clone is gone and nothing is ready or in flight.
     #[must_use]
     pub fn start(
-        shard: &Shard,
+        shard: Shard,
         settings: &config::Store,
         metrics: WriterMetrics,
-        on_commit: &OnCommit,
-        give_back: GiveBack,
+        shared: Shared,
         runtime: &Handle,
     ) -> Self {
-        let lanes = settings.lanes.max(1);
-        let lane = |_| {
-            let (sender, queue) = mpsc::channel((settings.queue_rows / lanes).max(1));
-            let lane = Lane {
-                shard: shard.clone(),
-                queue,
-                batch_rows: settings.batch_rows.max(1),
-                metrics: metrics.clone(),
-                on_commit: on_commit.clone(),
-                give_back: give_back.clone(),
-            };
-            runtime.spawn(lane.run());
-            sender
+        // A slot is in it once at most: that bounds it.
+        let (ready, is_ready) = mpsc::unbounded_channel();
+        let (sequencer, waiting) = (Arc::new(Sequencer::default()), metrics.queue_rows.clone());
+        let line = Line {
+            shard,
+            sequencer: sequencer.clone(),
+            metrics,
         };
-        let inner = Inner {
-            lanes: (0..lanes).map(lane).collect(),
-            metrics: metrics.clone(),
+        let work = Work {
+            line: Arc::new(line),
+            is_ready,
+            ready: VecDeque::new(),
+            batch_rows: settings.batch_rows.max(1),
+            in_flight: InFlight::new(settings.lanes, Instant::now()),
+            under_way: FuturesUnordered::new(),
+            shared,
         };
+        runtime.spawn(work.run());
         Self {
-            inner: Arc::new(inner),
+            ready,
+            waiting,
+            most_waiting: settings.queue_rows,
+            sequencer,
         }
     }
 
-    /// Puts a send into its lane's queue, behind those that came before.
-    ///
-    /// # Errors
-    /// The job itself, if the queue is full.
-    pub fn submit(&self, job: Job) -> Result<(), Box<Job>> {
-        let lanes = &self.inner.lanes;
-        let lane = &lanes[job.message.slot.index() % lanes.len()];
-        match lane.try_send(job) {
-            Ok(()) => {
-                self.inner.metrics.queue_rows.inc();
-                Ok(())
-            }
-            Err(mpsc::error::TrySendError::Full(job) | mpsc::error::TrySendError::Closed(job)) => {
-                Err(Box::new(job))
-            }
-        }
+    /// A place for a send among those that wait for this shard; `None` if too many do.
+    #[must_use]
+    pub fn place(&self) -> Option<Place> {
+        Place::take(&self.waiting, self.most_waiting)
+    }
+
+    /// A slot has sends for this shard.
+    pub fn ready(&self, slot: Slot) {
+        // It has ended only if the runtime has: then nobody waits any more.
+        let _ = self.ready.send(slot);
+    }
+
+    /// What is remembered of the shard.
+    #[must_use]
+    pub fn sequencer(&self) -> &Sequencer {
+        &self.sequencer
     }
 }
 
-struct Lane {
-    shard: Shard,
-    queue: mpsc::Receiver<Job>,
+struct Work {
+    line: Arc<Line>,
+    is_ready: mpsc::UnboundedReceiver<Slot>,
+    ready: VecDeque<Slot>,
     batch_rows: usize,
+    in_flight: InFlight,
+    under_way: FuturesUnordered<BoxFuture<'static, Landed>>,
+    shared: Shared,
+}
+
+/// A batch whose sends are settled, but for those that the shard does not own.
+struct Landed {
+    slots: Vec<Slot>,
+    rows: usize,
+    settled: Vec<Settled>,
+    /// Others had to wait when it began.
+    waited_for: bool,
+}
+
+type Settled = (Job, Outcome);
+
+enum Outcome {
+    Written(Written),
+    Answer(Answer),
+}
+
+impl Work {
+    async fn run(mut self) {
+        loop {
+            while !self.ready.is_empty() && self.under_way.len() < self.in_flight.limit() {
+                self.begin();
+            }
+            tokio::select! {
+                biased;
+                Some(landed) = self.under_way.next() => self.land(landed),
+                slot = self.is_ready.recv() => match slot {
+                    Some(slot) => {
+                        self.ready.push_back(slot);
+                        while let Ok(slot) = self.is_ready.try_recv() {
+                            self.ready.push_back(slot);
+                        }
+                    }
+                    None if self.under_way.is_empty() => return,
+                    None => {
+                        if let Some(landed) = self.under_way.next().await {
+                            self.land(landed);
+                        }
+                    }
+                },
+            }
+        }
+    }
+
+    /// Puts the sends of ready slots under way, as many as a transaction takes.
+    fn begin(&mut self) {
+        let (mut slots, mut jobs) = (Vec::new(), Vec::new());
+        while jobs.len() < self.batch_rows {
+            let Some(slot) = self.ready.pop_front() else {
+                break;
+            };
+            slots.push(slot);
+            let room = self.batch_rows - jobs.len();
+            self.shared.queues.of(slot).take_off(room, &mut jobs);
+        }
+        let waited_for =
+            !self.ready.is_empty() && self.under_way.len() + 1 >= self.in_flight.limit();
+        self.line.metrics.batch_rows.observe(jobs.len() as f64);
+        let line = self.line.clone();
+        self.under_way.push(Box::pin(async move {
+            let rows = jobs.len();
+            // Whatever happens in there: the slots go on, and jobs that are dropped answer that they are not through.
+            let settled = AssertUnwindSafe(line.carry_out(jobs)).catch_unwind().await;
+            let settled = settled.unwrap_or_default();
+            Landed {
+                slots,
+                rows,
+                settled,
+                waited_for,
+            }
+        }));
+    }
+
+    /// Tells everybody what became of a batch, and lets its slots go on.
+    fn land(&mut self, landed: Landed) {
+        let now = Instant::now();
+        let waiting = landed.waited_for || !self.ready.is_empty();
+        self.in_flight.ended(landed.rows, waiting, now);
+        self.line
+            .metrics
+            .in_flight
+            .set(self.in_flight.limit() as i64);
+        let mut refused = BTreeMap::<Slot, Vec<Job>>::new();
+        for (job, outcome) in landed.settled {
+            match outcome {
+                Outcome::Written(Written::NotOwner(_)) => {
+                    refused.entry(job.message.slot).or_default().push(job);
+                }
+                Outcome::Written(written) => self.settle(job, written),
+                Outcome::Answer(answer) => job.reply.answer(answer),
+            }
+        }
+        for slot in landed.slots {
+            let refused = refused.remove(&slot).unwrap_or_default();
+            let then = self.shared.queues.of(slot).landed(refused, now);
+            if then != Then::Nothing {
+                (self.shared.on_landed)(slot, then);
+            }
+        }
+    }
+
+    fn settle(&self, job: Job, written: Written) {
+        let metrics = &self.line.metrics;
+        let (place, repeat) = match written {
+            Written::Stored(place) => (place, false),
+            Written::Repeat(place) => (place, true),
+            Written::KeyReused | Written::NotOwner(_) => {
+                return job.reply.answer(Answer::KeyReused);
+            }
+        };
+        if repeat {
+            metrics.repeats.inc();
+        } else {
+            metrics.stored.inc();
+        }
+        // A repeat is told again too: the instance that stored it may have died before it told anybody. Receivers that have
+        // it know it by its seq.
+        (self.shared.on_commit)(Committed {
+            message: &job.message,
+            place,
+            origin: job.reply.origin,
+            repeat,
+        });
+        job.reply.answer(Answer::Stored { place, repeat });
+    }
+}
+
+/// The way of batches into a shard.
+struct Line {
+    shard: Shard,
+    sequencer: Arc<Sequencer>,
     metrics: WriterMetrics,
-    on_commit: OnCommit,
-    give_back: GiveBack,
 }
 
 /// Between two tries of a transaction that met a conflict.
@@ -145,50 +267,73 @@ const CONFLICT_PAUSE: Duration = Duration::from_millis(5);
 /// Between two tries of a transaction whose connection was lost.
 const LOST_PAUSE: Duration = Duration::from_millis(50);
 
-impl Lane {
-    async fn run(mut self) {
-        let mut jobs = Vec::with_capacity(self.batch_rows);
-        while self.queue.recv_many(&mut jobs, self.batch_rows).await > 0 {
-            self.metrics.queue_rows.dec_by(jobs.len() as i64);
-            let now = Instant::now();
-            let (batch, late): (Vec<_>, Vec<_>) =
-                jobs.drain(..).partition(|job| job.deadline > now);
-            late.into_iter()
-                .for_each(|job| answer(job.answer, Answer::Unavailable));
-            if !batch.is_empty() {
-                self.metrics.batch_rows.observe(batch.len() as f64);
-                self.carry_out(batch).await;
+impl Line {
+    /// Stores a batch and says what became of each of its sends, whatever happens.
+    async fn carry_out(&self, jobs: Vec<Job>) -> Vec<Settled> {
+        let now = Instant::now();
+        let (late, jobs): (Vec<_>, Vec<_>) =
+            jobs.into_iter().partition(|job| job.reply.deadline <= now);
+        let late = late.into_iter();
+        let mut settled: Vec<Settled> = late
+            .map(|job| (job, Outcome::Answer(Answer::Unavailable)))
+            .collect();
+        if !jobs.is_empty() {
+            let (batch, replies) = jobs.into_iter().map(|job| (job.message, job.reply)).unzip();
+            self.store_all(batch, replies, &mut settled).await;
+        }
+        settled
+    }
+
+    async fn store_all(
+        &self,
+        batch: Vec<NewMessage>,
+        replies: Vec<Reply>,
+        settled: &mut Vec<Settled>,
+    ) {
+        let deadline = replies.iter().map(|reply| reply.deadline).min();
+        let batch = Arc::new(batch);
+        let stored = self.store(&batch, deadline).await;
+        let batch = Arc::unwrap_or_clone(batch);
+        let jobs = batch
+            .into_iter()
+            .zip(replies)
+            .map(|(message, reply)| Job { message, reply });
+        match stored {
+            Ok(written) => {
+                settled.extend(jobs.zip(written.into_iter().map(Outcome::Written)));
+            }
+            // One message that the database will not have must not take the others with it.
+            Err(ShardDown::Failed(_, StoreError::Refused(_))) if jobs.len() > 1 => {
+                for job in jobs {
+                    let (deadline, alone) =
+                        (job.reply.deadline, Arc::new(vec![job.message.clone()]));
+                    let outcome = match self.store(&alone, Some(deadline)).await {
+                        Ok(mut written) => written
+                            .pop()
+                            .map_or(Outcome::Answer(Answer::Unavailable), Outcome::Written),
+                        Err(e) => Outcome::Answer(self.failed(1, &e)),
+                    };
+                    settled.push((job, outcome));
+                }
+            }
+            Err(e) => {
+                let answer = || match &e {
+                    ShardDown::Down(_) => Answer::ShardDown,
+                    ShardDown::Failed(..) => Answer::Unavailable,
+                };
+                self.failed(jobs.len(), &e);
+                settled.extend(jobs.map(|job| (job, Outcome::Answer(answer()))));
             }
         }
     }
 
-    /// Stores a batch and answers everyone in it, whatever happens.
-    async fn carry_out(&self, jobs: Vec<Job>) {
-        let (messages, waiting) = split(jobs);
-        match self
-            .store(
-                &messages,
-                waiting.iter().map(|waiting| waiting.deadline).min(),
-            )
-            .await
-        {
-            Ok(written) => self.settle(messages, waiting, &written),
-            Err(ShardDown::Down(_)) => waiting
-                .into_iter()
-                .for_each(|waiting| answer(waiting.answer, Answer::ShardDown)),
-            // One message that the database will not have must not take the others with it.
-            Err(ShardDown::Failed(_, StoreError::Refused(_))) if waiting.len() > 1 => {
-                let messages = Arc::unwrap_or_clone(messages);
-                for (message, waiting) in messages.into_iter().zip(waiting) {
-                    let message = Arc::new(vec![message]);
-                    match self.store(&message, Some(waiting.deadline)).await {
-                        Ok(written) => self.settle(message, vec![waiting], &written),
-                        Err(ShardDown::Down(_)) => answer(waiting.answer, Answer::ShardDown),
-                        Err(e) => self.give_up(vec![waiting], &e),
-                    }
-                }
+    fn failed(&self, sends: usize, e: &ShardDown) -> Answer {
+        match e {
+            ShardDown::Down(_) => Answer::ShardDown,
+            ShardDown::Failed(..) => {
+                tracing::warn!(shard = self.shard.name(), sends, reason = %e, "sends not stored in time");
+                Answer::Unavailable
             }
-            Err(e) => self.give_up(waiting, &e),
         }
     }
 
@@ -196,12 +341,12 @@ impl Lane {
     /// commit whose answer was lost is found and not repeated.
     async fn store(
         &self,
-        messages: &Arc<Vec<NewMessage>>,
+        batch: &Arc<Vec<NewMessage>>,
         deadline: Option<Instant>,
     ) -> Result<Vec<Written>, ShardDown> {
         let mut suspect = false;
         loop {
-            let failed = match self.shard.write(messages.clone(), suspect).await {
+            let failed = match self.attempt(batch, suspect).await {
                 Err(ShardDown::Failed(shard, e)) => (shard, e),
                 settled => return settled,
             };
@@ -209,6 +354,7 @@ impl Lane {
                 StoreError::Conflict(_) => CONFLICT_PAUSE,
                 StoreError::Lost(_) => {
                     suspect = true;
+                    self.sequencer.clear();
                     LOST_PAUSE
                 }
                 StoreError::Unreachable(_)
@@ -227,99 +373,35 @@ impl Lane {
         }
     }
 
-    fn settle(&self, messages: Arc<Vec<NewMessage>>, waiting: Vec<Waiting>, written: &[Written]) {
-        let messages = Arc::unwrap_or_clone(messages);
-        for ((message, waiting), written) in messages.into_iter().zip(waiting).zip(written) {
-            let (place, repeat) = match *written {
-                Written::Stored(place) => (place, false),
-                Written::Repeat(place) => (place, true),
-                Written::KeyReused => {
-                    answer(waiting.answer, Answer::KeyReused);
-                    continue;
-                }
-                Written::NotOwner(_) => {
-                    (self.give_back)(waiting.job(message));
-                    continue;
-                }
+    /// In one round trip, by what is remembered; if that is not as it was, by what the shard's locks show.
+    async fn attempt(
+        &self,
+        batch: &Arc<Vec<NewMessage>>,
+        mut suspect: bool,
+    ) -> Result<Vec<Written>, ShardDown> {
+        while !suspect {
+            let Some(draft) = self.sequencer.draft(batch) else {
+                break;
             };
-            if repeat {
-                self.metrics.repeats.inc()
-            } else {
-                self.metrics.stored.inc()
-            };
-            // A repeat is told again too: the instance that stored it may have died before it told anybody. Who has it
-            // already knows it by its seq.
-            (self.on_commit)(Committed {
-                message: &message,
-                place,
-                origin: waiting.origin,
-                repeat,
-            });
-            answer(waiting.answer, Answer::Stored { place, repeat });
+            let expects = !draft.expected.is_empty();
+            match self.shard.append(batch.clone(), draft).await? {
+                Appended::Stored { written, now } => {
+                    self.sequencer.stored(batch, &written, now);
+                    return Ok(written);
+                }
+                Appended::Unlike(unlike) => {
+                    self.metrics.drafts_unlike(unlike);
+                    match unlike {
+                        Unlike::Term => self.sequencer.forget_terms(batch),
+                        // Once more, with seqs that the shard gives.
+                        Unlike::Head if expects => self.sequencer.forget_heads(batch),
+                        Unlike::Head | Unlike::Key => suspect = true,
+                    }
+                }
+            }
         }
+        let receipt = self.shard.write(batch.clone(), suspect).await?;
+        self.sequencer.learn(batch, &receipt);
+        Ok(receipt.written)
     }
-
-    fn give_up(&self, waiting: Vec<Waiting>, e: &ShardDown) {
-        tracing::warn!(shard = self.shard.name(), sends = waiting.len(), reason = %e, "sends not stored in time");
-        waiting
-            .into_iter()
-            .for_each(|waiting| answer(waiting.answer, Answer::Unavailable));
-    }
-}
-
-/// A job without its message.
-struct Waiting {
-    ticket: u64,
-    origin: Option<u64>,
-    deadline: Instant,
-    answer: oneshot::Sender<Answer>,
-    hold: Option<Hold>,
-}
-
-impl Waiting {
-    fn job(self, message: NewMessage) -> Job {
-        let Self {
-            ticket,
-            origin,
-            deadline,
-            answer,
-            hold,
-        } = self;
-        Job {
-            message,
-            ticket,
-            origin,
-            deadline,
-            answer,
-            hold,
-        }
-    }
-}
-
-fn split(jobs: Vec<Job>) -> (Arc<Vec<NewMessage>>, Vec<Waiting>) {
-    let part = |job: Job| {
-        let Job {
-            message,
-            ticket,
-            origin,
-            deadline,
-            answer,
-            hold,
-        } = job;
-        let waiting = Waiting {
-            ticket,
-            origin,
-            deadline,
-            answer,
-            hold,
-        };
-        (message, waiting)
-    };
-    let (messages, waiting) = jobs.into_iter().map(part).unzip();
-    (Arc::new(messages), waiting)
-}
-
-/// Whoever asked may have gone; what is stored stays stored.
-fn answer(to: oneshot::Sender<Answer>, answer: Answer) {
-    let _ = to.send(answer);
 }

@@ -161,6 +161,12 @@ enum Switch {
     ClaimWithoutGeneration,
     ClaimWhileMoving,
     ReturnUnfenced,
+    /// A draft is stored whatever the term of the slot.
+    TermOfDrafts,
+    /// A draft is stored whatever the dialog's last seq.
+    HeadOfDrafts,
+    /// A text goes on after an error.
+    StopAtError,
 }
 
 impl Bounds {
@@ -298,21 +304,55 @@ fn writes(bounds: &Bounds, state: &State, next: &mut Vec<(String, State)>) {
         for key in 0..bounds.keys {
             // A repeat is found by its key and stores nothing.
             if shard.log.messages.iter().any(|message| message.key == key) {
+                if bounds.off(Switch::StopAtError) {
+                    // The unique key refuses it when the last seq is raised already, and COMMIT follows.
+                    let mut after = state.clone();
+                    after.shards[i].log.last.1 += 1;
+                    next.push((format!("{} stores half of {key} again", NAMES[i]), after));
+                }
                 continue;
             }
-            let base = shard.log.last.max((shard.row.generation, 0));
-            let seq = (base.0, base.1 + 1);
-            let mut after = state.clone();
-            after.shards[i].log.last = seq;
-            after.shards[i].log.messages.insert(Message {
-                seq,
-                key,
-                duplicate: false,
-            });
-            after.acknowledged |= 1 << key;
-            next.push((format!("{} stores {key} as {seq:?}", NAMES[i]), after));
+            for seq in drafts(bounds, shard) {
+                let mut after = state.clone();
+                after.shards[i].log.last = seq;
+                if shard.log.messages.iter().any(|message| message.seq == seq) {
+                    // The primary key refuses it.
+                    continue;
+                }
+                after.shards[i].log.messages.insert(Message {
+                    seq,
+                    key,
+                    duplicate: false,
+                });
+                after.acknowledged |= 1 << key;
+                next.push((format!("{} stores {key} as {seq:?}", NAMES[i]), after));
+            }
         }
     }
+}
+
+/// The seqs that writers may have drafted for the next message of an owner. They may remember anything, of any time: what the
+/// transaction compares makes all but one of them fail. A last seq that is not compared may be any; a term that is not
+/// compared may be one of an earlier generation.
+fn drafts(bounds: &Bounds, shard: &Shard) -> BTreeSet<(u32, u8)> {
+    let (last, generation) = (shard.log.last, shard.row.generation);
+    let generations = if bounds.off(Switch::TermOfDrafts) {
+        0..=generation
+    } else {
+        generation..=generation
+    };
+    let mut heads = vec![last];
+    if bounds.off(Switch::HeadOfDrafts) {
+        heads.extend((0..=last.1 + 1).map(|n| (last.0, n)));
+    }
+    let mut seqs = BTreeSet::new();
+    for generation in generations {
+        for head in &heads {
+            let base = (*head).max((generation, 0));
+            seqs.insert((base.0, base.1 + 1));
+        }
+    }
+    seqs
 }
 
 fn documents(bounds: &Bounds, state: &State, next: &mut Vec<(String, State)>) {
@@ -977,6 +1017,19 @@ fn every_guard_is_missed_when_it_is_turned_off() {
         Bounds {
             coordinators: 1,
             ..down(Switch::ReturnUnfenced)
+        },
+        Bounds {
+            keys: 2,
+            coordinators: 1,
+            ..down(Switch::TermOfDrafts)
+        },
+        Bounds {
+            keys: 2,
+            ..moves(Switch::HeadOfDrafts)
+        },
+        Bounds {
+            keys: 2,
+            ..moves(Switch::StopAtError)
         },
     ] {
         let explored = explore(&bounds);

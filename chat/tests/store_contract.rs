@@ -6,12 +6,12 @@ mod support;
 
 use chat::config::Settings;
 use chat::dialog::{DialogId, Key, Seq, Text, UserId};
-use chat::ownership::{SlotState, Step};
+use chat::ownership::{SlotState, Step, Term};
 use chat::ring::{SLOTS, Slot};
 use chat::store::{
-    Acceptance, Database, DocRef, Head, Heads, HeadsOf, Identity, InboxCursor, Marked, Meta,
-    MysqlStore, NewMessage, Part, Phase, Purged, Range, SlotSet, SlotSize, SqliteStore, StoreError,
-    Written,
+    Acceptance, Appended, Database, DocRef, Draft, Head, Heads, HeadsOf, Identity, InboxCursor,
+    Marked, Meta, MysqlStore, NewMessage, Part, Phase, Purged, Range, SlotSet, SlotSize,
+    SqliteStore, StoreError, Unlike, Written,
 };
 use chat::topology::{Document, Topology};
 use mysql_async::prelude::Queryable;
@@ -86,7 +86,11 @@ async fn founded(kind: Kind) -> (Databases, Arc<dyn Database>) {
 }
 
 async fn write(store: &Arc<dyn Database>, batch: &[NewMessage]) -> Vec<Written> {
-    store.write(&identity(), batch, false).await.unwrap()
+    store
+        .write(&identity(), batch, false)
+        .await
+        .unwrap()
+        .written
 }
 
 fn seqs(written: &[Written]) -> Vec<(u64, bool)> {
@@ -219,6 +223,7 @@ async fn a_key_is_stored_once(kind: Kind) {
                 .write(&identity(), std::slice::from_ref(&first), true)
                 .await
                 .unwrap()
+                .written
         ),
         [(1, true)]
     );
@@ -250,6 +255,118 @@ async fn a_key_is_stored_once(kind: Kind) {
         seqs(&write(&store, &close).await),
         [(4, false), (5, false), (6, false)]
     );
+}
+
+/// A draft of a batch by a term and last seqs.
+fn draft(batch: &[NewMessage], term: Term, expected: &[(&str, u64)]) -> Draft {
+    let terms = batch.iter().map(|message| (message.slot, term)).collect();
+    let expected = expected
+        .iter()
+        .map(|(name, seq)| (dialog(name), Seq::new(*seq)));
+    Draft::new(batch, terms, expected.collect())
+}
+
+/// What the whole database holds of these dialogs, and how far they are said to have come.
+async fn standing(store: &Arc<dyn Database>, names: &[&str]) -> Vec<(u64, Vec<u64>)> {
+    let mut standing = Vec::new();
+    for name in names {
+        let ours = identity();
+        let page = store.page(&ours, dialog(name), Range::Newest, 100);
+        let page = page.await.unwrap();
+        let seqs = page.messages.iter().map(|message| message.seq.get());
+        standing.push((page.last_seq.get(), seqs.collect()));
+    }
+    standing
+}
+
+async fn a_draft_is_stored_as_it_is_or_not_at_all(kind: Kind) {
+    let (_databases, store) = founded(kind).await;
+    let append = async |batch: &[NewMessage], draft| {
+        let appended = store.append(&identity(), batch, draft).await.unwrap();
+        match appended {
+            Appended::Stored { written, .. } => Ok(seqs(&written)),
+            Appended::Unlike(unlike) => Err(unlike),
+        }
+    };
+    let first = [
+        message("7_42", 7, "a", "one"),
+        message("7_9", 9, "a", "two"),
+    ];
+    let receipt = store.write(&identity(), &first, false).await.unwrap();
+    assert_eq!(receipt.terms.len(), 2);
+    let term = receipt.terms[0].1;
+
+    // Remembered, not remembered, and new, several of each, in one.
+    let batch = [
+        message("7_42", 42, "b", "x"),
+        message("7_9", 7, "b", "x"),
+        message("5_7", 7, "b", "x"),
+        message("7_42", 7, "c", "'; DROP TABLE messages; --"),
+        message("5_7", 5, "c", "x"),
+        message("7_9", 9, "c", "x"),
+        message("7_9", 9, "d", "x"),
+        message("7_42", 42, "b", "x"),
+    ];
+    let stored = append(&batch, draft(&batch, term, &[("7_42", 1)])).await;
+    let expected = [2, 2, 1, 3, 2, 3, 4].map(|seq| (seq, false));
+    assert_eq!(stored, Ok([&expected[..], &[(2, true)]].concat()));
+    let whole = standing(&store, &["7_42", "7_9", "5_7"]).await;
+    assert_eq!(
+        whole,
+        [(3, vec![1, 2, 3]), (4, vec![1, 2, 3, 4]), (2, vec![1, 2])]
+    );
+    let inbox = store.inbox(&identity(), user(5), None, 10).await.unwrap();
+    assert_eq!(inbox.rows.len(), 1, "its members are known");
+    assert_eq!(inbox.rows[0].unread, 1);
+
+    // All remembered, with different steps.
+    let more = [
+        message("7_42", 7, "e", "x"),
+        message("5_7", 7, "e", "x"),
+        message("5_7", 7, "f", "x"),
+    ];
+    let known = [("7_42", 3), ("5_7", 2)];
+    let stored = append(&more, draft(&more, term, &known)).await;
+    assert_eq!(stored, Ok([4, 3, 4].map(|seq| (seq, false)).to_vec()));
+
+    // Whatever is not as it was taken to be: nothing of the batch is there.
+    let before = standing(&store, &["7_42", "7_9", "5_7"]).await;
+    let next = [message("7_42", 7, "g", "x"), message("5_7", 7, "g", "x")];
+    let other = Term {
+        number: term.number + 1,
+        ..term
+    };
+    let repeat = [message("7_42", 7, "g", "x"), message("5_7", 7, "e", "x")];
+    let known = [("7_42", 4), ("5_7", 4)];
+    for (batch, draft, unlike) in [
+        (&next, draft(&next, other, &known), Unlike::Term),
+        (
+            &next,
+            draft(&next, term, &[("7_42", 4), ("5_7", 3)]),
+            Unlike::Head,
+        ),
+        (
+            &next,
+            draft(&next, term, &[("7_42", 4), ("5_7", 5)]),
+            Unlike::Head,
+        ),
+        (&next, draft(&next, term, &[("7_42", 2)]), Unlike::Head),
+        (&repeat, draft(&repeat, term, &known), Unlike::Key),
+        (&repeat, draft(&repeat, term, &[]), Unlike::Key),
+    ] {
+        assert_eq!(append(batch, draft).await, Err(unlike));
+        assert_eq!(standing(&store, &["7_42", "7_9", "5_7"]).await, before);
+    }
+    let wrong = Identity {
+        cluster_id: "c2".into(),
+        ..identity()
+    };
+    let appended = store
+        .append(&wrong, &next, draft(&next, term, &known))
+        .await;
+    assert_eq!(appended, Ok(Appended::Unlike(Unlike::Term)));
+    let stored = append(&next, draft(&next, term, &known)).await;
+    assert_eq!(stored, Ok([5, 5].map(|seq| (seq, false)).to_vec()));
 }
 
 async fn instances_that_write_at_once_share_one_dense_order(kind: Kind) {
@@ -286,7 +403,7 @@ async fn instances_that_write_at_once_share_one_dense_order(kind: Kind) {
                                     batch
                                         .iter()
                                         .map(|m| (m.dialog, m.key.clone()))
-                                        .zip(seqs(&written)),
+                                        .zip(seqs(&written.written)),
                                 );
                                 break;
                             }
@@ -847,7 +964,7 @@ async fn a_slot_moves_step_by_step_and_takes_no_other_step(kind: Kind) {
         message("7_42", 42, "k6", "x"),
     ];
     let written = b.write(&two, &there, true).await.unwrap();
-    assert_eq!(seqs(&written), [(5, true), (6, false)]);
+    assert_eq!(seqs(&written.written), [(5, true), (6, false)]);
     let mark = b
         .mark_read(&two, dialog("7_42"), user(42), Seq::new(1))
         .await
@@ -949,7 +1066,14 @@ async fn what_a_lost_shard_held_comes_in_once_and_in_its_place(kind: Kind) {
     assert!(!view.complete);
     let since = [lost[3].clone(), message("7_42", 42, "own", "of its own")];
     let first = 1 << 40;
-    let written = b.write(&two, &since, false).await.unwrap();
+    let term = |number, generation| Term { number, generation };
+    let stale = draft(&since, term(2, 0), &[("7_42", 2)]);
+    let appended = b.append(&two, &since, stale).await;
+    assert_eq!(appended, Ok(Appended::Unlike(Unlike::Term)));
+    let appended = b.append(&two, &since, draft(&since, term(3, 1), &[])).await;
+    let Ok(Appended::Stored { written, .. }) = appended else {
+        panic!("{appended:?}");
+    };
     assert_eq!(seqs(&written), [(first + 1, false), (first + 2, false)]);
 
     let whole = Part {
@@ -1192,6 +1316,7 @@ on_every_store! {
     founding_happens_once_and_migrating_again_changes_nothing
     a_batch_is_stored_in_order_and_read_back_both_ways
     a_key_is_stored_once
+    a_draft_is_stored_as_it_is_or_not_at_all
     instances_that_write_at_once_share_one_dense_order
     what_is_not_owned_is_refused_and_nothing_of_it_is_written
     a_database_that_is_somebody_else_is_noticed_by_every_call

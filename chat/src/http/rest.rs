@@ -2,7 +2,7 @@
 
 use super::{ApiError, App, auth};
 use crate::dialog::UserId;
-use crate::messages::NotDone;
+use crate::messages::{NotDone, Outgoing};
 use crate::refusal::Refusal;
 use crate::session::{Identity, range};
 use actix_web::{HttpRequest, HttpResponse, web};
@@ -104,7 +104,7 @@ pub async fn send(
     let sending = app
         .context
         .messages
-        .send(me.user, to, key, text, None)
+        .sending(me.user, Outgoing { to, key, text })
         .map_err(|e| counted(&app, e))?;
     let sent = sending.await.map_err(|e| counted(&app, e))?;
     let body = Sent {

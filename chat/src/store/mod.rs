@@ -3,12 +3,14 @@
 //! - [`Store`]: what the service asks of a database. No method decides anything; the rules are pure and stand in
 //!   [`crate::ownership`] and [`BatchPlan`].
 //! - [`MysqlStore`] and [`SqliteStore`]: the two.
+//! - [`Sequencer`]: what is remembered of a shard's dialogs, so that seqs can be given before it is asked.
 //! - [`Shard`]: a store with its name, its time limits and its circuit, as everything above uses it.
 
 mod control;
 mod migrate;
 mod mysql;
 mod plan;
+mod sequencer;
 mod shard;
 mod sqlite;
 
@@ -17,17 +19,19 @@ pub use control::{
     Turn, absent, as_duplicate, fits,
 };
 pub use mysql::MysqlStore;
-pub use plan::{BatchPlan, Known, Row};
+pub use plan::{BatchPlan, Draft, Known, Row};
+pub use sequencer::Sequencer;
 pub use shard::{Shard, ShardDown, ShardMetrics, ShardState, Timing};
 pub use sqlite::SqliteStore;
 
 use crate::dialog::{DialogId, Key, Seq, Text, TextHash, Timestamp, UserId};
-use crate::ownership::{COMPLETE, History, SlotState, SlotView};
+use crate::ownership::{COMPLETE, History, SlotState, SlotView, Term};
 use crate::ring::{SLOTS, Slot};
 use async_trait::async_trait;
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
-use std::time::Duration;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// A message on its way into a shard.
 #[derive(Clone, Debug)]
@@ -81,6 +85,58 @@ pub struct Place {
     pub seq: Seq,
     /// By the shard's clock.
     pub at: Timestamp,
+}
+
+/// What a write did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Receipt {
+    /// What became of each message, in order.
+    pub written: Vec<Written>,
+    /// The terms of the slots that take writes here.
+    pub terms: Vec<(Slot, Term)>,
+    /// The shard's clock.
+    pub now: Timestamp,
+}
+
+impl Receipt {
+    /// Of a batch in these slots.
+    #[must_use]
+    pub fn new(written: Vec<Written>, slots: &HashMap<Slot, SlotView>, now: Timestamp) -> Self {
+        let terms = slots
+            .iter()
+            .filter_map(|(slot, view)| Some((*slot, view.writable()?)))
+            .collect();
+        Self {
+            written,
+            terms,
+            now,
+        }
+    }
+}
+
+/// What became of a draft.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Appended {
+    /// All of it is committed.
+    Stored {
+        /// What became of each message, in order.
+        written: Vec<Written>,
+        /// The shard's clock.
+        now: Timestamp,
+    },
+    /// Nothing was written: something is not as the draft takes it to be.
+    Unlike(Unlike),
+}
+
+/// What is not as a draft takes it to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unlike {
+    /// The shard does not own a slot under the term, or is another shard.
+    Term,
+    /// A dialog has another last seq, or had no message yet in this hour.
+    Head,
+    /// A key is stored already.
+    Key,
 }
 
 /// A message as a shard holds it.
@@ -286,6 +342,25 @@ impl Holding {
     }
 }
 
+/// The slots that a shard answered for when they were last read, and the revision that they were read under: they are 4,096
+/// rows, and change only when a slot changes hands.
+#[derive(Default)]
+struct HeldSlots(Mutex<Option<(u64, Holding)>>);
+
+impl HeldSlots {
+    /// What they are under a revision, if they were read under it.
+    fn of(&self, revision: u64) -> Option<Holding> {
+        let held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let held = held.as_ref().filter(|(of, _)| *of == revision);
+        held.map(|(_, holding)| holding.clone())
+    }
+
+    fn keep(&self, revision: u64, holding: &Holding) {
+        let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *held = Some((revision, holding.clone()));
+    }
+}
+
 /// How a read mark ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Marked {
@@ -469,6 +544,15 @@ pub enum StoreError {
     OtherDocument(DocRef),
 }
 
+/// The clock of this machine: that of every shard in a file, and what a session's beginning is measured by.
+#[must_use]
+pub fn now() -> Timestamp {
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    Timestamp::from_micros(i64::try_from(since.as_micros()).unwrap_or(i64::MAX))
+}
+
 fn corrupt(column: &str) -> StoreError {
     StoreError::Refused(format!("{column} holds what this version never writes"))
 }
@@ -502,14 +586,23 @@ pub trait Store: Send + Sync + 'static {
     /// The slots this shard owns, and those it has sealed.
     async fn slots(&self, identity: &Identity) -> Result<Holding, StoreError>;
 
-    /// Stores a batch in one transaction and says what became of each message, in order. `suspect` says that some of them
+    /// Stores a batch in one transaction as it was drafted, or nothing of it: the transaction compares the identity, the term of
+    /// every slot, the last seq of every dialog that is expected to have one and the hour of its last message, and the keys.
+    async fn append(
+        &self,
+        identity: &Identity,
+        batch: &[NewMessage],
+        draft: Draft,
+    ) -> Result<Appended, StoreError>;
+
+    /// Stores a batch in one transaction, and nothing of what is in slots of others. `suspect` says that some messages
     /// may be stored already, so that their keys are looked up first; otherwise they are looked up on a duplicate key.
     async fn write(
         &self,
         identity: &Identity,
         batch: &[NewMessage],
         suspect: bool,
-    ) -> Result<Vec<Written>, StoreError>;
+    ) -> Result<Receipt, StoreError>;
 
     /// Reads at most `limit` messages of a dialog in one snapshot.
     async fn page(

@@ -3,7 +3,7 @@
 
 use super::{NewMessage, Place, Written};
 use crate::dialog::{DialogId, Key, Seq, TextHash, Timestamp, UserId};
-use crate::ownership::SlotView;
+use crate::ownership::{SlotView, Term};
 use crate::ring::Slot;
 use std::collections::{BTreeMap, HashMap};
 
@@ -26,7 +26,7 @@ pub struct Row {
 }
 
 /// What a batch becomes.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct BatchPlan {
     /// What to insert, in key order: (slot, dialog, seq).
     pub rows: Vec<Row>,
@@ -97,12 +97,106 @@ impl BatchPlan {
             });
             plan.outcomes.push(Written::Stored(place));
         }
-        // Keys that lie side by side are inserted one after the other, and every transaction takes them in the same order.
-        plan.rows
-            .sort_by_key(|row| (batch[row.index].slot, batch[row.index].dialog, row.seq));
+        plan.sort_rows(batch);
         plan
     }
+
+    /// The plan with these outcomes.
+    #[must_use]
+    pub fn of(batch: &[NewMessage], outcomes: Vec<Written>) -> Self {
+        let mut plan = Self::default();
+        for (index, (message, outcome)) in batch.iter().zip(&outcomes).enumerate() {
+            if let Written::Stored(Place { seq, .. }) = *outcome {
+                plan.rows.push(Row { index, seq });
+                plan.heads.insert((message.slot, message.dialog), seq);
+            }
+        }
+        plan.outcomes = outcomes;
+        plan.sort_rows(batch);
+        plan
+    }
+
+    /// Keys that lie side by side are inserted one after the other, and every transaction takes them in the same order.
+    fn sort_rows(&mut self, batch: &[NewMessage]) {
+        self.rows
+            .sort_by_key(|row| (batch[row.index].slot, batch[row.index].dialog, row.seq));
+    }
 }
+
+/// A batch whose seqs are worked out before the shard is asked. The shard stores it in one round trip, and only if everything
+/// that it was worked out from is so.
+#[derive(Debug)]
+pub struct Draft {
+    /// The term under which each slot of the batch must be owned.
+    pub terms: BTreeMap<Slot, Term>,
+    /// The last seqs that dialogs must have. Of other dialogs the shard gives the seqs: theirs are numbered here from the
+    /// beginning of the generation, and shifted by [`Draft::settle`].
+    pub expected: HashMap<DialogId, Seq>,
+    /// What to store.
+    pub plan: BatchPlan,
+}
+
+impl Draft {
+    /// Works out a batch from the `terms` of all its slots and the `expected` last seqs of some of its dialogs.
+    #[must_use]
+    pub fn new(
+        batch: &[NewMessage],
+        terms: BTreeMap<Slot, Term>,
+        expected: HashMap<DialogId, Seq>,
+    ) -> Self {
+        let views = terms
+            .iter()
+            .map(|(slot, term)| (*slot, SlotView::owner(*term)))
+            .collect();
+        let plan = BatchPlan::new(batch, &views, &expected, &HashMap::new(), UNKNOWN);
+        Self {
+            terms,
+            expected,
+            plan,
+        }
+    }
+
+    /// How many messages a dialog gets whose last seq is not expected.
+    #[must_use]
+    pub fn count(&self, slot: Slot, last: Seq) -> u64 {
+        let generation = self.terms.get(&slot).map_or(0, |term| term.generation);
+        last.get() - Seq::beginning(generation).get()
+    }
+
+    /// What became of the batch, once it is stored: `now` by the shard's clock, and the `last` seqs that the shard gave to
+    /// dialogs whose were not expected.
+    #[must_use]
+    pub fn settle(
+        self,
+        batch: &[NewMessage],
+        now: Timestamp,
+        last: &HashMap<DialogId, Seq>,
+    ) -> Vec<Written> {
+        let shifts: HashMap<DialogId, u64> = self
+            .plan
+            .heads
+            .iter()
+            .filter_map(|((_, dialog), planned)| {
+                Some((*dialog, last.get(dialog)?.get() - planned.get()))
+            })
+            .collect();
+        let placed = |dialog: DialogId, place: Place| Place {
+            seq: Seq::new(place.seq.get() + shifts.get(&dialog).copied().unwrap_or(0)),
+            at: now,
+        };
+        let settled = batch.iter().zip(self.plan.outcomes);
+        settled
+            .map(|(message, outcome)| match outcome {
+                Written::Stored(place) => Written::Stored(placed(message.dialog, place)),
+                Written::Repeat(place) => Written::Repeat(placed(message.dialog, place)),
+                other @ (Written::KeyReused | Written::NotOwner(_)) => other,
+            })
+            .collect()
+    }
+}
+
+/// The time of a batch that is not stored yet.
+const UNKNOWN: Timestamp = Timestamp::from_micros(0);
 
 #[cfg(test)]
 mod tests {
@@ -122,12 +216,10 @@ mod tests {
     }
 
     fn owner(generation: u32) -> SlotView {
-        SlotView {
-            state: SlotState::Owner,
+        SlotView::owner(Term {
+            number: 1,
             generation,
-            complete: true,
-            peer: None,
-        }
+        })
     }
 
     fn views(batch: &[NewMessage], view: SlotView) -> HashMap<Slot, SlotView> {

@@ -5,8 +5,8 @@
 //! only given up when a fresh connection gets no answer either, or at the limit.
 
 use super::{
-    Counts, Database, Heads, HeadsOf, Holding, Identity, InboxCursor, InboxPart, Marked,
-    NewMessage, Page, Range, SlotSize, StoreError, Written,
+    Appended, Counts, Database, Draft, Heads, HeadsOf, Holding, Identity, InboxCursor, InboxPart,
+    Marked, NewMessage, Page, Range, Receipt, SlotSize, StoreError,
 };
 use crate::config;
 use crate::dialog::{DialogId, Seq, UserId};
@@ -263,11 +263,17 @@ impl Shard {
         T: Send + 'static,
         F: Future<Output = Result<T, StoreError>> + Send + 'static,
     {
-        let work = self.clone().watched(limit, call(self.inner.clone()));
+        let (shard, work) = (self.clone(), call(self.inner.clone()));
+        let work = async move { shard.watched(limit, work).await };
         let result = self.inner.runtime.spawn(work).await;
         let result =
             result.unwrap_or_else(|e| Err(StoreError::Refused(format!("the call failed: {e}"))));
-        result.map_err(|e| match e {
+        result.map_err(|e| self.judge(e))
+    }
+
+    /// Opens the circuit for what speaks against the shard.
+    fn judge(&self, e: StoreError) -> ShardDown {
+        match e {
             StoreError::Unreachable(_) | StoreError::WrongIdentity(_) => {
                 self.open(&e.to_string());
                 ShardDown::Down(self.name().to_owned())
@@ -276,11 +282,11 @@ impl Shard {
             | StoreError::Lost(_)
             | StoreError::Refused(_)
             | StoreError::OtherDocument(_) => ShardDown::Failed(self.name().to_owned(), e),
-        })
+        }
     }
 
     async fn watched<T>(
-        self,
+        &self,
         limit: Duration,
         call: impl Future<Output = Result<T, StoreError>>,
     ) -> Result<T, StoreError> {
@@ -306,21 +312,42 @@ impl Shard {
         }
     }
 
-    /// [`super::Store::write`].
+    /// [`super::Store::append`]. Called on the database runtime, and carried out in the caller's task.
+    pub async fn append(
+        &self,
+        batch: Arc<Vec<NewMessage>>,
+        draft: Draft,
+    ) -> Result<Appended, ShardDown> {
+        let inner = &self.inner;
+        self.batch(inner.store.append(&inner.identity, &batch, draft))
+            .await
+    }
+
+    /// [`super::Store::write`]. Called on the database runtime, and carried out in the caller's task.
     pub async fn write(
         &self,
         batch: Arc<Vec<NewMessage>>,
         suspect: bool,
-    ) -> Result<Vec<Written>, ShardDown> {
-        self.call(|inner| async move {
-            let begun = Instant::now();
-            let written = inner.store.write(&inner.identity, &batch, suspect).await;
-            if let Some(histogram) = &inner.metrics.batch_seconds {
-                histogram.observe(begun.elapsed().as_secs_f64());
-            }
-            written
-        })
-        .await
+    ) -> Result<Receipt, ShardDown> {
+        let inner = &self.inner;
+        self.batch(inner.store.write(&inner.identity, &batch, suspect))
+            .await
+    }
+
+    /// Carries out a batch within the time limits and the circuit.
+    async fn batch<T>(
+        &self,
+        work: impl Future<Output = Result<T, StoreError>>,
+    ) -> Result<T, ShardDown> {
+        if self.is_down() {
+            return Err(ShardDown::Down(self.name().to_owned()));
+        }
+        let begun = Instant::now();
+        let done = self.watched(self.inner.timing.answer, work).await;
+        if let Some(histogram) = &self.inner.metrics.batch_seconds {
+            histogram.observe(begun.elapsed().as_secs_f64());
+        }
+        done.map_err(|e| self.judge(e))
     }
 
     /// [`super::Store::page`].

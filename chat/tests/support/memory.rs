@@ -6,10 +6,11 @@ use chat::dialog::{DialogId, Key, Seq, Timestamp, UserId};
 use chat::ownership::{Refused, SlotRow, SlotState, Step};
 use chat::ring::Slot;
 use chat::store::{
-    Acceptance, BatchPlan, Control, CopiedMessage, Counts, DialogHead, DocRef, Head, Heads,
-    HeadsOf, Holding, Identity, InboxCursor, InboxPart, InboxRow, Known, Marked, Membership, Meta,
-    NewMessage, Page, Part, Phase, Place, Purged, Range, SlotSet, SlotSize, Standing, Store,
-    StoreError, StoredMessage, Turn, UNREAD_CAP, Written, absent, as_duplicate, fits,
+    Acceptance, Appended, BatchPlan, Control, CopiedMessage, Counts, DialogHead, DocRef, Draft,
+    Head, Heads, HeadsOf, Holding, Identity, InboxCursor, InboxPart, InboxRow, Known, Marked,
+    Membership, Meta, NewMessage, Page, Part, Phase, Place, Purged, Range, Receipt, SlotSet,
+    SlotSize, Standing, Store, StoreError, StoredMessage, Turn, UNREAD_CAP, Unlike, absent,
+    as_duplicate, fits,
 };
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -58,6 +59,10 @@ pub enum Guard {
     FenceOnReturn,
     /// What is merged is looked up by key.
     KeysOfMerges,
+    /// A draft is stored only under the term of its slot that it was worked out with.
+    TermOfAppends,
+    /// A text ends at its first error, before COMMIT.
+    StopAtError,
 }
 
 /// A database server.
@@ -314,6 +319,43 @@ impl Data {
         self.messages.insert((slot, name, message.seq), message);
     }
 
+    /// Stores what a batch becomes.
+    fn store(&mut self, batch: &[NewMessage], plan: &BatchPlan, now: Timestamp) {
+        for row in &plan.rows {
+            let new = &batch[row.index];
+            let message = CopiedMessage {
+                dialog: new.dialog,
+                seq: row.seq,
+                author: new.author,
+                key: Some(new.key.clone()),
+                hash: new.hash,
+                kind: "text".into(),
+                text: new.text.as_str().to_owned(),
+                at: now,
+                duplicate_of: None,
+            };
+            self.insert(new.slot, message);
+        }
+        self.raise_to(plan, now);
+    }
+
+    fn raise_to(&mut self, plan: &BatchPlan, now: Timestamp) {
+        for ((slot, dialog), seq) in &plan.heads {
+            let member = |user| Membership {
+                user,
+                read_seq: Seq::ZERO,
+                joined_at: now,
+            };
+            let head = Head {
+                dialog: *dialog,
+                last_seq: *seq,
+                last_at: now,
+                members: dialog.members().map(member).collect(),
+            };
+            self.raise(*slot, &head);
+        }
+    }
+
     fn raise(&mut self, slot: Slot, head: &Head) {
         let name = head.dialog.to_string();
         let there = self
@@ -420,12 +462,71 @@ impl Store for MemoryStore {
         .await
     }
 
+    async fn append(
+        &self,
+        identity: &Identity,
+        batch: &[NewMessage],
+        draft: Draft,
+    ) -> Result<Appended, StoreError> {
+        self.transact(|data, now| {
+            let unlike = |what| Ok(Appended::Unlike(what));
+            if data.check(identity).is_err() {
+                return unlike(Unlike::Term);
+            }
+            for (slot, term) in &draft.terms {
+                let row = data.row(*slot);
+                let sealed = data.is_off(Guard::OwnerOfWrites) && row.state == SlotState::Sealed;
+                let owns = sealed || row.state.takes_writes();
+                if !owns || (row.term != term.number && !data.is_off(Guard::TermOfAppends)) {
+                    return unlike(Unlike::Term);
+                }
+            }
+            let mut last = BTreeMap::new();
+            for ((slot, dialog), planned) in &draft.plan.heads {
+                let there = data.dialogs.get(&(*slot, dialog.to_string()));
+                let (seq, at) = there
+                    .copied()
+                    .unwrap_or((Seq::ZERO, Timestamp::from_micros(0)));
+                match draft.expected.get(dialog) {
+                    Some(expected) if *expected != seq || at.hour() != now.hour() => {
+                        return unlike(Unlike::Head);
+                    }
+                    Some(_) => {}
+                    None => {
+                        let beginning = Seq::beginning(draft.terms[slot].generation);
+                        let count = draft.count(*slot, *planned);
+                        last.insert(*dialog, Seq::new(seq.max(beginning).get() + count));
+                    }
+                }
+            }
+            let written = draft.settle(batch, now, &last.into_iter().collect());
+            let plan = BatchPlan::of(batch, written.clone());
+            // What a database's unique keys refuse.
+            let taken = plan.rows.iter().any(|row| {
+                let new = &batch[row.index];
+                let place = (new.slot, new.dialog.to_string(), row.seq);
+                let known = data.key_of(new.slot, new).is_some();
+                data.messages.contains_key(&place) || (known && !data.is_off(Guard::KeysOfWrites))
+            });
+            if taken {
+                if data.is_off(Guard::StopAtError) {
+                    // The heads were raised before, and COMMIT follows.
+                    data.raise_to(&plan, now);
+                }
+                return unlike(Unlike::Key);
+            }
+            data.store(batch, &plan, now);
+            Ok(Appended::Stored { written, now })
+        })
+        .await
+    }
+
     async fn write(
         &self,
         identity: &Identity,
         batch: &[NewMessage],
         _suspect: bool,
-    ) -> Result<Vec<Written>, StoreError> {
+    ) -> Result<Receipt, StoreError> {
         self.transact(|data, now| {
             data.check(identity)?;
             let slots = batch
@@ -451,36 +552,8 @@ impl Store for MemoryStore {
             });
             let (heads, keys) = (heads.collect(), keys.collect());
             let plan = BatchPlan::new(batch, &slots, &heads, &keys, now);
-            for row in &plan.rows {
-                let new = &batch[row.index];
-                let message = CopiedMessage {
-                    dialog: new.dialog,
-                    seq: row.seq,
-                    author: new.author,
-                    key: Some(new.key.clone()),
-                    hash: new.hash,
-                    kind: "text".into(),
-                    text: new.text.as_str().to_owned(),
-                    at: now,
-                    duplicate_of: None,
-                };
-                data.insert(new.slot, message);
-            }
-            for ((slot, dialog), seq) in &plan.heads {
-                let member = |user| Membership {
-                    user,
-                    read_seq: Seq::ZERO,
-                    joined_at: now,
-                };
-                let head = Head {
-                    dialog: *dialog,
-                    last_seq: *seq,
-                    last_at: now,
-                    members: dialog.members().map(member).collect(),
-                };
-                data.raise(*slot, &head);
-            }
-            Ok(plan.outcomes)
+            data.store(batch, &plan, now);
+            Ok(Receipt::new(plan.outcomes, &slots, now))
         })
         .await
     }

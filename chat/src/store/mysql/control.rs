@@ -1,8 +1,9 @@
 //! [`Control`] on MySQL and MariaDB. Locks are taken in the order meta, slots, dialogs, messages.
 
 use super::{
-    BEGIN, MetaRow, MysqlStore, SELECT_META, SNAPSHOT, check_identity, classify, comma, heads_of,
-    lock_heads, meta_of, push_hex, result_sets, rows, select_identity, unreachable,
+    BEGIN, MetaRow, MysqlStore, SELECT_META, SNAPSHOT, check_identity, classify, comma, meta_of,
+    push_hex, result_sets, rows, select_identity, unreachable,
+    write::{heads_of, lock_heads},
 };
 use crate::dialog::{DialogId, Key, Seq, Timestamp, UserId};
 use crate::ownership::{Refused, SlotRow, SlotState, Step};
@@ -32,7 +33,7 @@ impl Control for MysqlStore {
     async fn accept(&self, identity: &Identity, new: &Meta) -> Result<Acceptance, StoreError> {
         self.on_write(async |conn| {
             let sql = format!("{BEGIN}{}; {SELECT_META} FOR UPDATE", select_identity());
-            let mut sets = result_sets(conn, sql).await?.into_iter().skip(2);
+            let mut sets = result_sets(conn, sql).await?.into_iter().skip(1);
             check_identity(identity, sets.next())?;
             let there = rows::<MetaRow>(sets.next())?.pop().map(meta_of).transpose()?;
             let there = there.ok_or_else(|| corrupt("meta"))?;
@@ -42,9 +43,10 @@ impl Control for MysqlStore {
                 return Ok(acceptance);
             };
             if fence {
-                conn.query_drop(
-                    "UPDATE slots SET state = 'fenced', peer = NULL, next_term = NULL WHERE state IN ('owner', 'sealed', 'incoming')",
-                )
+                conn.query_drop(format!(
+                    "UPDATE slots SET state = 'fenced', peer = NULL, next_term = NULL WHERE state IN ('owner', 'sealed', 'incoming'); \
+                     {NEXT_REVISION}"
+                ))
                 .await
                 .map_err(classify)?;
             }
@@ -79,7 +81,7 @@ impl Control for MysqlStore {
             select_identity()
         );
         self.on_read(async |conn| {
-            let mut sets = result_sets(conn, sql).await?.into_iter().skip(2);
+            let mut sets = result_sets(conn, sql).await?.into_iter().skip(1);
             check_identity(identity, sets.next())?;
             let there = doc_of(sets.next())?;
             if let Some(doc) = doc {
@@ -117,7 +119,7 @@ impl Control for MysqlStore {
             select_identity()
         );
         self.on_read(async |conn| {
-            let mut sets = result_sets(conn, sql).await?.into_iter().skip(3);
+            let mut sets = result_sets(conn, sql).await?.into_iter().skip(2);
             check_identity(identity, sets.next())?;
             let dialogs: Vec<(String, u64, i64)> = rows(sets.next())?;
             let members: Vec<(String, u64, u64, i64)> = rows(sets.next())?;
@@ -165,7 +167,7 @@ impl Control for MysqlStore {
             select_identity()
         );
         self.on_read(async |conn| {
-            let mut sets = result_sets(conn, sql).await?.into_iter().skip(3);
+            let mut sets = result_sets(conn, sql).await?.into_iter().skip(2);
             check_identity(identity, sets.next())?;
             rows::<RawMessage>(sets.next())?
                 .into_iter()
@@ -189,7 +191,7 @@ impl Control for MysqlStore {
                 "{BEGIN}{}; {SELECT_DOC} LOCK IN SHARE MODE; SELECT {SLOT_COLUMNS} FROM slots WHERE slot = {slot} LOCK IN SHARE MODE",
                 select_identity()
             );
-            let mut sets = result_sets(conn, sql).await?.into_iter().skip(2);
+            let mut sets = result_sets(conn, sql).await?.into_iter().skip(1);
             check_identity(identity, sets.next())?;
             fits(&doc_of(sets.next())?, doc, None)?;
             let row = slot_rows(sets.next())?.pop().ok_or_else(|| corrupt("slots"))?;
@@ -272,7 +274,7 @@ impl Control for MysqlStore {
             select_identity()
         );
         self.on_read(async |conn| {
-            let mut sets = result_sets(conn, sql).await?.into_iter().skip(3);
+            let mut sets = result_sets(conn, sql).await?.into_iter().skip(2);
             check_identity(identity, sets.next())?;
             Ok(rows::<u16>(sets.next())?
                 .into_iter()
@@ -294,7 +296,7 @@ impl Control for MysqlStore {
                 "{BEGIN}{}; SELECT state, released_at FROM slots WHERE slot = {slot} FOR UPDATE",
                 select_identity()
             );
-            let mut sets = result_sets(conn, sql).await?.into_iter().skip(2);
+            let mut sets = result_sets(conn, sql).await?.into_iter().skip(1);
             let now = check_identity(identity, sets.next())?;
             let (state, released_at): (String, i64) =
                 rows(sets.next())?.pop().ok_or_else(|| corrupt("slots"))?;
@@ -336,7 +338,7 @@ impl Control for MysqlStore {
             select_identity()
         );
         self.on_read(async |conn| {
-            let mut sets = result_sets(conn, sql).await?.into_iter().skip(3);
+            let mut sets = result_sets(conn, sql).await?.into_iter().skip(2);
             check_identity(identity, sets.next())?;
             let mut sizes = BTreeMap::<Slot, SlotSize>::new();
             for (slot, dialogs) in rows::<(u16, u64)>(sets.next())? {
@@ -406,6 +408,9 @@ fn doc_of(set: Option<Vec<Row>>) -> Result<DocRef, StoreError> {
     })
 }
 
+/// Follows every change of the table slots: what was read under an earlier revision is read again.
+const NEXT_REVISION: &str = "UPDATE slots_revision SET revision = revision + 1 WHERE id = 1";
+
 /// A step that a row permits, to be carried out.
 struct Taken {
     after: SlotRow,
@@ -427,7 +432,7 @@ async fn take(
          SELECT EXISTS (SELECT 1 FROM dialogs WHERE slot = {slot})",
         select_identity()
     );
-    let mut sets = result_sets(conn, sql).await?.into_iter().skip(2);
+    let mut sets = result_sets(conn, sql).await?.into_iter().skip(1);
     let now = check_identity(identity, sets.next())?;
     fits(&doc_of(sets.next())?, doc, Some(step))?;
     let row = slot_rows(sets.next())?
@@ -461,7 +466,7 @@ fn update_row(slot: Slot, step: &Step, row: &SlotRow, now: Timestamp) -> String 
     };
     format!(
         "UPDATE slots SET state = '{}', term = {}, generation = {}, peer = {}, next_term = {}, activated = {},
-            claimed_generation = {}, history = '{}'{released} WHERE slot = {slot}; ",
+            claimed_generation = {}, history = '{}'{released} WHERE slot = {slot}; {NEXT_REVISION}; ",
         row.state,
         row.term,
         row.generation,
@@ -532,8 +537,9 @@ fn raise_heads(slot: Slot, heads: &[Head]) -> String {
             let (user, read, joined) = (member.user, member.read_seq, member.joined_at.micros());
             let _ = write!(
                 members,
-                "{}({slot},'{dialog}',{user},{read},{joined})",
-                comma(&members)
+                "{}({slot},'{dialog}',{user},{read},{joined},{})",
+                comma(&members),
+                head.last_at.hour()
             );
         }
     }
@@ -544,8 +550,8 @@ fn raise_heads(slot: Slot, heads: &[Head]) -> String {
     if !members.is_empty() {
         let _ = write!(
             sql,
-            "INSERT INTO members (slot, dialog, user_id, read_seq, joined_at) VALUES {members}
-               ON DUPLICATE KEY UPDATE read_seq = GREATEST(read_seq, VALUES(read_seq)), joined_at = LEAST(joined_at, VALUES(joined_at)); "
+            "INSERT INTO members (slot, dialog, user_id, read_seq, joined_at, last_hour) VALUES {members}
+               ON DUPLICATE KEY UPDATE last_hour = GREATEST(last_hour, VALUES(last_hour)), read_seq = GREATEST(read_seq, VALUES(read_seq)), joined_at = LEAST(joined_at, VALUES(joined_at)); "
         );
     }
     sql

@@ -1,27 +1,24 @@
 //! A shard in MySQL (8.4, 9) or MariaDB (10.11, 11), in the SQL that both understand.
 //!
-//! A batch takes two round trips: one text that begins the transaction, checks who the database is, and takes the locks;
-//! one that inserts, updates and commits. Texts are sent whole rather than prepared, because prepared statements cannot be
-//! combined. What users wrote enters them as hexadecimal literals only, so that there is nothing to escape.
+//! Transactions are texts of several statements, so that they take few round trips; prepared statements cannot be combined.
+//! What users wrote enters them as hexadecimal literals only, so that there is nothing to escape.
 
 mod control;
+mod write;
 
 use super::{
-    Counts, HEADS_CAP, Heads, HeadsOf, Holding, Identity, InboxCursor, InboxPart, InboxRow, Known,
-    Marked, Meta, NewMessage, Page, Phase, Place, Range, SlotSet, Store, StoreError, StoredMessage,
-    UNREAD_CAP, Written,
-    control::{hash_of, key_of},
-    corrupt, migrate,
-    plan::BatchPlan,
+    Appended, Counts, Draft, HEADS_CAP, Heads, HeadsOf, HeldSlots, Holding, Identity, InboxCursor,
+    InboxPart, InboxRow, Marked, Meta, NewMessage, Page, Phase, Range, Receipt, SlotSet, Store,
+    StoreError, StoredMessage, UNREAD_CAP, corrupt, migrate,
 };
 use crate::config;
-use crate::dialog::{DialogId, Key, Seq, Timestamp, UserId};
+use crate::dialog::{DialogId, Seq, Timestamp, UserId};
 use crate::ownership::{COMPLETE, FIRST_TERM, SlotState, SlotView};
 use crate::ring::Slot;
 use async_trait::async_trait;
 use mysql_async::prelude::{FromRow, Queryable};
 use mysql_async::{Conn, Opts, OptsBuilder, Pool, PoolConstraints, PoolOpts, Row};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write as _;
 use std::time::Duration;
 use tokio::runtime::Handle;
@@ -35,6 +32,7 @@ pub struct MysqlStore {
     reads: Pool,
     runtime: Handle,
     connect_limit: Duration,
+    held: HeldSlots,
 }
 
 /// Every session: ranges of keys estimated by statistics rather than by a dive into the index for each key; the isolation
@@ -49,11 +47,11 @@ const SETUP: [&str; 2] = [
 /// Below `wait_timeout`, so that a connection is closed by us and not under us.
 const IDLE_LIMIT: Duration = Duration::from_secs(5);
 
-/// A transaction that an earlier user of the connection left open ends here; `START TRANSACTION` alone would commit it.
-const BEGIN: &str = "ROLLBACK; START TRANSACTION; ";
+/// A connection is put back only after its transaction has ended: there is none to roll back here.
+const BEGIN: &str = "START TRANSACTION; ";
 
 /// One consistent view for all statements that follow, whatever the session's isolation.
-const SNAPSHOT: &str = "ROLLBACK; SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; \
+const SNAPSHOT: &str = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; \
      START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY; ";
 
 /// Microseconds since 1970; exact, because the session's time zone is UTC.
@@ -82,7 +80,7 @@ impl MysqlStore {
             let constraints = PoolConstraints::new(0, most.max(1)).unwrap_or_default();
             let pool = PoolOpts::default()
                 .with_constraints(constraints)
-                // Every text of ours begins with ROLLBACK, and a connection that failed is not put back.
+                // A connection whose transaction failed is not put back.
                 .with_reset_connection(false)
                 .with_inactive_connection_ttl(IDLE_LIMIT)
                 .with_ttl_check_interval(Duration::from_secs(2));
@@ -97,6 +95,7 @@ impl MysqlStore {
             reads,
             runtime,
             connect_limit,
+            held: HeldSlots::default(),
         })
     }
 
@@ -120,14 +119,30 @@ impl MysqlStore {
         limit: Duration,
         work: impl AsyncFnOnce(&mut Conn) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
-        let mut conn = self.connection(pool, limit).await?;
-        let result = work(&mut conn).await;
-        if result.is_err() {
-            // Whatever its transaction holds is let go when the server sees the connection close.
-            self.runtime
-                .spawn(timeout(self.connect_limit, conn.disconnect()));
+        let mut lent = Lent {
+            conn: Some(self.connection(pool, limit).await?),
+            runtime: &self.runtime,
+            limit: self.connect_limit,
+        };
+        let Some(conn) = &mut lent.conn else {
+            return Err(StoreError::Lost("the connection is gone".into()));
+        };
+        let result = work(conn).await;
+        if result.is_ok() {
+            drop(lent.conn.take());
         }
         result
+    }
+
+    /// The slots that are answered for, in the snapshot that `conn` is in; read only if they have changed since they last were.
+    async fn holding(&self, conn: &mut Conn, revision: u64) -> Result<Holding, StoreError> {
+        if let Some(holding) = self.held.of(revision) {
+            return Ok(holding);
+        }
+        let words = conn.query(SELECT_OWNED).await.map_err(classify)?;
+        let holding = holding(words)?;
+        self.held.keep(revision, &holding);
+        Ok(holding)
     }
 
     async fn on_write<T>(
@@ -142,6 +157,22 @@ impl MysqlStore {
         work: impl AsyncFnOnce(&mut Conn) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
         self.on(&self.reads, self.connect_limit * 4, work).await
+    }
+}
+
+/// A connection that is in use. Unless it is taken out, when its transaction has ended, it is closed: whatever the transaction
+/// holds is let go when the server sees that.
+struct Lent<'a> {
+    conn: Option<Conn>,
+    runtime: &'a Handle,
+    limit: Duration,
+}
+
+impl Drop for Lent<'_> {
+    fn drop(&mut self) {
+        if let Some(conn) = self.conn.take() {
+            self.runtime.spawn(timeout(self.limit, conn.disconnect()));
+        }
     }
 }
 
@@ -277,17 +308,25 @@ impl Store for MysqlStore {
     }
 
     async fn slots(&self, identity: &Identity) -> Result<Holding, StoreError> {
-        let sql = format!(
-            "{SNAPSHOT}{}; {}; COMMIT",
-            select_identity(),
-            select_owned("")
-        );
+        let sql = format!("{SNAPSHOT}{}", select_snapshot());
         self.on_read(async |conn| {
-            let mut sets = result_sets(conn, sql).await?.into_iter().skip(3);
-            check_identity(identity, sets.next())?;
-            holding(rows(sets.next())?)
+            let mut sets = result_sets(conn, sql).await?.into_iter().skip(2);
+            let (_, revision) = check_snapshot(identity, sets.next())?;
+            let holding = self.holding(conn, revision).await?;
+            conn.query_drop("COMMIT").await.map_err(classify)?;
+            Ok(holding)
         })
         .await
+    }
+
+    async fn append(
+        &self,
+        identity: &Identity,
+        batch: &[NewMessage],
+        draft: Draft,
+    ) -> Result<Appended, StoreError> {
+        self.on_write(async |conn| write::append(conn, identity, batch, draft).await)
+            .await
     }
 
     async fn write(
@@ -295,36 +334,9 @@ impl Store for MysqlStore {
         identity: &Identity,
         batch: &[NewMessage],
         suspect: bool,
-    ) -> Result<Vec<Written>, StoreError> {
-        self.on_write(async |conn| {
-            let locked = lock(conn, identity, batch).await?;
-            let mut keys = if suspect {
-                known_keys(conn, batch).await?
-            } else {
-                HashMap::new()
-            };
-            loop {
-                let plan = BatchPlan::new(batch, &locked.slots, &locked.heads, &keys, locked.now);
-                if plan.rows.is_empty() {
-                    conn.query_drop("ROLLBACK").await.map_err(classify)?;
-                    return Ok(plan.outcomes);
-                }
-                match conn
-                    .query_drop(insert(batch, &plan, &locked.heads, locked.now))
-                    .await
-                {
-                    Ok(()) => return Ok(plan.outcomes),
-                    // The insert is undone, the transaction and its locks are not: now is the time to look the keys up.
-                    Err(mysql_async::Error::Server(e))
-                        if e.code == DUPLICATE_KEY && keys.is_empty() =>
-                    {
-                        keys = known_keys(conn, batch).await?;
-                    }
-                    Err(e) => return Err(classify(e)),
-                }
-            }
-        })
-        .await
+    ) -> Result<Receipt, StoreError> {
+        self.on_write(async |conn| write::write(conn, identity, batch, suspect).await)
+            .await
     }
 
     async fn page(
@@ -341,11 +353,11 @@ impl Store for MysqlStore {
         };
         // One statement is one snapshot: the messages, the head and the slot's row belong together.
         let sql = format!(
-            "SELECT s.state, s.generation, s.history, s.peer, d.last_seq, m.seq, m.author, m.client_key, m.text, m.created_at
+            "SELECT s.state, s.term, s.generation, s.history, s.peer, d.last_seq, m.seq, m.author, m.client_key, m.text, m.created_at
                FROM meta i
                JOIN slots s ON s.slot = ?
                LEFT JOIN dialogs d ON d.slot = s.slot AND d.dialog = ?
-               LEFT JOIN (SELECT seq, author, client_key, text, created_at FROM messages
+               LEFT JOIN (SELECT seq, author, client_key, text, created_at FROM messages FORCE INDEX (PRIMARY)
                            WHERE slot = ? AND dialog = ? AND {condition} ORDER BY seq {order} LIMIT ?) m ON TRUE
               WHERE i.id = 1 AND i.cluster_id = ? AND i.shard_name = ?"
         );
@@ -362,6 +374,7 @@ impl Store for MysqlStore {
         );
         type PageRow = (
             String,
+            u64,
             u32,
             String,
             Option<String>,
@@ -380,8 +393,8 @@ impl Store for MysqlStore {
             last_seq: Seq::ZERO,
             messages: Vec::with_capacity(rows.len()),
         };
-        for (state, generation, history, peer, last_seq, seq, author, key, text, at) in rows {
-            page.slot = Some(view_of(&state, generation, &history, peer)?);
+        for (state, term, generation, history, peer, last_seq, seq, author, key, text, at) in rows {
+            page.slot = Some(view_of(&state, term, generation, &history, peer)?);
             page.last_seq = Seq::new(last_seq.unwrap_or(0));
             if let (Some(seq), Some(author), Some(text), Some(at)) = (seq, author, text, at) {
                 page.messages.push(stored(seq, author, key, text, at)?);
@@ -398,31 +411,35 @@ impl Store for MysqlStore {
         below: Option<InboxCursor>,
         limit: u32,
     ) -> Result<InboxPart, StoreError> {
-        let below = below.map_or(String::new(), |cursor| {
-            format!(
-                "AND (d.last_at, d.dialog) < ({}, '{}')",
-                cursor.last_at.micros(),
-                cursor.dialog
+        let (until, below) = below.map_or((String::new(), String::new()), |cursor| {
+            let (at, dialog) = (cursor.last_at.micros(), cursor.dialog);
+            (
+                format!("AND u.last_hour <= {}", cursor.last_at.hour()),
+                format!("AND (d.last_at, d.dialog) < ({at}, '{dialog}')"),
             )
         });
+        // Hours are read whole, the newest first, until they hold a page; that of the cursor may hold what is above it.
+        let earlier = until.replace("<=", "<");
         let sql = format!(
-            "{SNAPSHOT}{}; {};
+            "{SNAPSHOT}{};
              SELECT t.slot, t.dialog, t.last_at, t.read_seq, m.seq, m.author, m.client_key, m.text, m.created_at
                FROM (SELECT d.slot, d.dialog, d.last_seq, d.last_at, u.read_seq
-                       FROM members u
+                       FROM members u FORCE INDEX (by_recency)
                        JOIN slots s ON s.slot = u.slot AND s.state IN ('owner', 'sealed')
-                       JOIN dialogs d ON d.slot = u.slot AND d.dialog = u.dialog
-                      WHERE u.user_id = {user} AND d.last_seq > 0 {below}
+                       JOIN dialogs d FORCE INDEX (PRIMARY) ON d.slot = u.slot AND d.dialog = u.dialog
+                      WHERE u.user_id = {user} AND d.last_seq > 0 {until} {below} AND u.last_hour >= COALESCE(
+                            (SELECT u.last_hour FROM members u FORCE INDEX (by_recency)
+                               JOIN slots s ON s.slot = u.slot AND s.state IN ('owner', 'sealed')
+                              WHERE u.user_id = {user} {earlier} ORDER BY u.last_hour DESC LIMIT 1 OFFSET {}), 0)
                       ORDER BY d.last_at DESC, d.dialog DESC LIMIT {limit}) t
-               JOIN messages m ON m.slot = t.slot AND m.dialog = t.dialog AND m.seq = t.last_seq
+               JOIN messages m FORCE INDEX (PRIMARY) ON m.slot = t.slot AND m.dialog = t.dialog AND m.seq = t.last_seq
               ORDER BY t.last_at DESC, t.dialog DESC",
-            select_identity(),
-            select_owned("")
+            select_snapshot(),
+            limit.saturating_sub(1),
         );
         self.on_read(async |conn| {
-            let mut sets = result_sets(conn, sql).await?.into_iter().skip(3);
-            check_identity(identity, sets.next())?;
-            let slots = holding(rows(sets.next())?)?;
+            let mut sets = result_sets(conn, sql).await?.into_iter().skip(2);
+            let (_, revision) = check_snapshot(identity, sets.next())?;
             type InboxRaw = (
                 u16,
                 String,
@@ -435,6 +452,7 @@ impl Store for MysqlStore {
                 i64,
             );
             let raw: Vec<InboxRaw> = rows(sets.next())?;
+            let slots = self.holding(conn, revision).await?;
             let unread = unread_counts(
                 conn,
                 user,
@@ -459,22 +477,17 @@ impl Store for MysqlStore {
     }
 
     async fn dialog_heads(&self, identity: &Identity, of: &HeadsOf) -> Result<Heads, StoreError> {
-        let (of_slots, wanted) = match of {
+        let wanted = match of {
             HeadsOf::Dialogs(dialogs) if dialogs.is_empty() => {
                 return Err(StoreError::Refused("heads of no dialog".into()));
             }
             HeadsOf::Dialogs(dialogs) => {
-                let (mut slots, mut keys) = (String::new(), String::new());
+                let mut keys = String::new();
                 for dialog in dialogs {
-                    let (slot, comma) = (Slot::of(*dialog), comma(&keys));
-                    let _ = write!(slots, "{comma}{slot}");
-                    let _ = write!(keys, "{comma}({slot},'{dialog}')");
+                    let _ = write!(keys, "{}({},'{dialog}')", comma(&keys), Slot::of(*dialog));
                 }
-                (
-                    format!("AND slot IN ({slots})"),
-                    format!(
-                        "SELECT slot, dialog, last_seq, last_at FROM dialogs WHERE (slot, dialog) IN ({keys})"
-                    ),
+                format!(
+                    "SELECT slot, dialog, last_seq, last_at FROM dialogs WHERE (slot, dialog) IN ({keys})"
                 )
             }
             HeadsOf::Users { users, within } => {
@@ -484,28 +497,31 @@ impl Store for MysqlStore {
                     let _ = write!(list, "{comma}{user}");
                 }
                 let within = i64::try_from(within.as_micros()).unwrap_or(i64::MAX / 2);
-                let wanted = format!(
-                    "SELECT DISTINCT d.slot, d.dialog, d.last_seq, d.last_at FROM members u \
-                       JOIN dialogs d ON d.slot = u.slot AND d.dialog = u.dialog \
-                      WHERE u.user_id IN ({list}) AND d.last_at >= {NOW} - {within} \
-                      ORDER BY d.last_at DESC LIMIT {HEADS_CAP}"
-                );
-                (String::new(), wanted)
+                format!(
+                    "SELECT DISTINCT d.slot, d.dialog, d.last_seq, d.last_at FROM members u FORCE INDEX (by_recency) \
+                       JOIN dialogs d FORCE INDEX (PRIMARY) ON d.slot = u.slot AND d.dialog = u.dialog \
+                      WHERE u.user_id IN ({list}) AND u.last_hour >= GREATEST({NOW} - {within}, 0) DIV {} AND d.last_at >= {NOW} - {within} \
+                      ORDER BY d.last_at DESC LIMIT {HEADS_CAP}",
+                    Timestamp::HOUR
+                )
             }
         };
         let sql = format!(
-            "{SNAPSHOT}{}; {};
+            "{SNAPSHOT}{};
              SELECT k.dialog, k.last_seq, k.last_at, m.user_id, m.read_seq FROM ({wanted}) k
                JOIN slots s ON s.slot = k.slot AND s.state IN ('owner', 'sealed')
-               JOIN members m ON m.slot = k.slot AND m.dialog = k.dialog
-              WHERE k.last_seq > 0 ORDER BY k.dialog, m.user_id; COMMIT",
-            select_identity(),
-            select_owned(&of_slots),
+               JOIN members m FORCE INDEX (PRIMARY) ON m.slot = k.slot AND m.dialog = k.dialog
+              WHERE k.last_seq > 0 ORDER BY k.dialog, m.user_id",
+            select_snapshot(),
         );
         self.on_read(async |conn| {
-            let mut sets = result_sets(conn, sql).await?.into_iter().skip(3);
-            let now = check_identity(identity, sets.next())?;
-            let slots = holding(rows(sets.next())?)?;
+            let mut sets = result_sets(conn, sql).await?.into_iter().skip(2);
+            let (now, revision) = check_snapshot(identity, sets.next())?;
+            let mut slots = self.holding(conn, revision).await?;
+            conn.query_drop("COMMIT").await.map_err(classify)?;
+            if let HeadsOf::Dialogs(dialogs) = of {
+                slots.keep(dialogs.iter().map(|dialog| Slot::of(*dialog)));
+            }
             Heads::of(rows(sets.next())?, now, slots)
         })
         .await
@@ -528,10 +544,10 @@ impl Store for MysqlStore {
                 SET m.read_seq = GREATEST(m.read_seq, LEAST({seq}, d.last_seq)) WHERE {row};
              SELECT m.read_seq FROM members m WHERE {row}; COMMIT",
             select_identity(),
-            fence(&BTreeSet::from([slot])),
+            write::fence(&BTreeSet::from([slot])),
         );
         self.on_write(async |conn| {
-            let mut sets = result_sets(conn, sql).await?.into_iter().skip(2);
+            let mut sets = result_sets(conn, sql).await?.into_iter().skip(1);
             check_identity(identity, sets.next())?;
             let view = views_of(sets.next())?.remove(&slot);
             if !view.as_ref().is_some_and(|view| view.state.takes_writes()) {
@@ -562,196 +578,6 @@ impl Store for MysqlStore {
     }
 }
 
-/// What the first round trip of a batch finds out.
-struct Locked {
-    now: Timestamp,
-    slots: HashMap<Slot, SlotView>,
-    heads: HashMap<DialogId, Seq>,
-}
-
-/// Begins the transaction and takes its locks in the order slots, dialogs, each in key order.
-async fn lock(
-    conn: &mut Conn,
-    identity: &Identity,
-    batch: &[NewMessage],
-) -> Result<Locked, StoreError> {
-    let dialogs: BTreeSet<(Slot, DialogId)> = batch
-        .iter()
-        .map(|message| (message.slot, message.dialog))
-        .collect();
-    let slots: BTreeSet<Slot> = dialogs.iter().map(|(slot, _)| *slot).collect();
-    let heads = lock_heads(&dialogs);
-    let sql = format!("{BEGIN}{}; {}; {heads}", select_identity(), fence(&slots));
-    let mut sets = result_sets(conn, sql).await?.into_iter().skip(2);
-    let now = check_identity(identity, sets.next())?;
-    let slots = views_of(sets.next())?;
-    let mut heads_found = heads_of(sets.next())?;
-
-    let missing: Vec<_> = dialogs
-        .iter()
-        .filter(|(slot, dialog)| {
-            slots
-                .get(slot)
-                .is_some_and(|view| view.state.takes_writes())
-                && !heads_found.contains_key(dialog)
-        })
-        .collect();
-    if !missing.is_empty() {
-        // Somebody may create them at the same moment: what counts is what is there once we hold the lock.
-        let mut rows = String::new();
-        let mut members = String::new();
-        for (slot, dialog) in missing {
-            let _ = write!(
-                rows,
-                "{}({slot},'{dialog}',0,{})",
-                comma(&rows),
-                now.micros()
-            );
-            for user in dialog.members() {
-                let _ = write!(
-                    members,
-                    "{}({slot},'{dialog}',{user},0,{})",
-                    comma(&members),
-                    now.micros()
-                );
-            }
-        }
-        let sql = format!(
-            "INSERT INTO dialogs (slot, dialog, last_seq, last_at) VALUES {rows} ON DUPLICATE KEY UPDATE dialog = dialogs.dialog;
-             INSERT INTO members (slot, dialog, user_id, read_seq, joined_at) VALUES {members}
-               ON DUPLICATE KEY UPDATE dialog = members.dialog;
-             {heads}"
-        );
-        heads_found = heads_of(result_sets(conn, sql).await?.into_iter().nth(2))?;
-    }
-    Ok(Locked {
-        now,
-        slots,
-        heads: heads_found,
-    })
-}
-
-/// The shared lock that makes a write safe: while it is held, the slots do not change hands.
-fn fence(slots: &BTreeSet<Slot>) -> String {
-    let mut list = String::new();
-    for slot in slots {
-        let _ = write!(list, "{}{slot}", comma(&list));
-    }
-    format!(
-        "SELECT slot, state, generation, history, peer FROM slots WHERE slot IN ({list}) ORDER BY slot LOCK IN SHARE MODE"
-    )
-}
-
-fn lock_heads(dialogs: &BTreeSet<(Slot, DialogId)>) -> String {
-    let mut list = String::new();
-    for (slot, dialog) in dialogs {
-        let _ = write!(list, "{}({slot},'{dialog}')", comma(&list));
-    }
-    format!(
-        "SELECT dialog, last_seq FROM dialogs WHERE (slot, dialog) IN ({list}) ORDER BY slot, dialog FOR UPDATE"
-    )
-}
-
-fn heads_of(set: Option<Vec<Row>>) -> Result<HashMap<DialogId, Seq>, StoreError> {
-    rows::<(String, u64)>(set)?
-        .into_iter()
-        .map(|(dialog, seq)| {
-            Ok((
-                dialog.parse().map_err(|_| corrupt("dialogs.dialog"))?,
-                Seq::new(seq),
-            ))
-        })
-        .collect()
-}
-
-/// The second round trip of a batch.
-fn insert(
-    batch: &[NewMessage],
-    plan: &BatchPlan,
-    heads: &HashMap<DialogId, Seq>,
-    now: Timestamp,
-) -> String {
-    let mut sql = String::with_capacity(
-        512 + plan
-            .rows
-            .iter()
-            .map(|row| 200 + 2 * batch[row.index].text.as_str().len())
-            .sum::<usize>(),
-    );
-    sql.push_str("INSERT INTO messages (slot, dialog, seq, author, client_key, text_hash, kind, text, created_at) VALUES ");
-    for (i, row) in plan.rows.iter().enumerate() {
-        let message = &batch[row.index];
-        let comma = if i == 0 { "" } else { "," };
-        let _ = write!(
-            sql,
-            "{comma}({},'{}',{},{},x'",
-            message.slot, message.dialog, row.seq, message.author
-        );
-        push_hex(&mut sql, message.key.as_str().as_bytes());
-        sql.push_str("',x'");
-        push_hex(&mut sql, &message.hash.0);
-        sql.push_str("','text',_utf8mb4 x'");
-        push_hex(&mut sql, message.text.as_str().as_bytes());
-        let _ = write!(sql, "',{})", now.micros());
-    }
-    // The rows are there and locked, so a step of so much is as good as a value, and one statement serves all that take it.
-    let mut steps = BTreeMap::<u64, String>::new();
-    for ((slot, dialog), seq) in &plan.heads {
-        let list = steps
-            .entry(seq.get() - heads.get(dialog).copied().unwrap_or_default().get())
-            .or_default();
-        let _ = write!(list, "{}({slot},'{dialog}')", comma(list));
-    }
-    for (step, dialogs) in steps {
-        let now = now.micros();
-        let _ = write!(
-            sql,
-            "; UPDATE dialogs SET last_seq = last_seq + {step}, last_at = {now} WHERE (slot, dialog) IN ({dialogs})"
-        );
-    }
-    sql.push_str("; COMMIT");
-    sql
-}
-
-/// Looks up every key of the batch. Only after the dialogs are locked: before, the answer may be old.
-async fn known_keys(
-    conn: &mut Conn,
-    batch: &[NewMessage],
-) -> Result<HashMap<(DialogId, UserId, Key), Known>, StoreError> {
-    let mut sql = String::from(
-        "SELECT dialog, author, client_key, seq, created_at, text_hash FROM messages WHERE (slot, dialog, author, client_key) IN (",
-    );
-    for (i, message) in batch.iter().enumerate() {
-        let comma = if i == 0 { "" } else { "," };
-        let _ = write!(
-            sql,
-            "{comma}({},'{}',{},x'",
-            message.slot, message.dialog, message.author
-        );
-        push_hex(&mut sql, message.key.as_str().as_bytes());
-        sql.push_str("')");
-    }
-    sql.push(')');
-    type KeyRow = (String, u64, Vec<u8>, u64, i64, Vec<u8>);
-    let rows: Vec<KeyRow> = conn.query(sql).await.map_err(classify)?;
-    rows.into_iter()
-        .map(|(dialog, author, key, seq, at, hash)| {
-            let dialog = dialog.parse().map_err(|_| corrupt("messages.dialog"))?;
-            let author = UserId::new(author).map_err(|_| corrupt("messages.author"))?;
-            Ok((
-                (dialog, author, key_of(key)?),
-                Known {
-                    place: Place {
-                        seq: Seq::new(seq),
-                        at: Timestamp::from_micros(at),
-                    },
-                    hash: hash_of(hash)?,
-                },
-            ))
-        })
-        .collect()
-}
-
 /// For each dialog, the messages of others above the read mark, counted up to the cap; ends the snapshot.
 async fn unread_counts(
     conn: &mut Conn,
@@ -763,7 +589,7 @@ async fn unread_counts(
         let union = if sql.is_empty() { "" } else { " UNION ALL " };
         let _ = write!(
             sql,
-            "{union}SELECT COUNT(*) FROM (SELECT 1 FROM messages WHERE slot = {slot} AND dialog = '{dialog}' \
+            "{union}SELECT COUNT(*) FROM (SELECT 1 FROM messages FORCE INDEX (PRIMARY) WHERE slot = {slot} AND dialog = '{dialog}' \
              AND seq > {read_seq} AND author <> {user} LIMIT {UNREAD_CAP}) c"
         );
     }
@@ -797,9 +623,37 @@ fn select_identity() -> String {
     format!("SELECT cluster_id, shard_name, {NOW} FROM meta WHERE id = 1")
 }
 
+/// Who the database is, its time, and the revision of the slots.
+fn select_snapshot() -> String {
+    format!(
+        "SELECT cluster_id, shard_name, {NOW}, (SELECT revision FROM slots_revision WHERE id = 1) FROM meta WHERE id = 1"
+    )
+}
+
+/// As [`check_identity`]; returns the revision of the slots too.
+fn check_snapshot(
+    expected: &Identity,
+    set: Option<Vec<Row>>,
+) -> Result<(Timestamp, u64), StoreError> {
+    let set = set.unwrap_or_default();
+    let revision = set.first().and_then(|row| row.get(3)).unwrap_or(0);
+    let identities = set.into_iter().filter_map(|row| {
+        let identity: (String, String, i64) = (row.get(0)?, row.get(1)?, row.get(2)?);
+        Some(identity)
+    });
+    Ok((is_expected(expected, identities.last())?, revision))
+}
+
 /// Compares who the database says it is with who it must be; returns its time.
 fn check_identity(expected: &Identity, set: Option<Vec<Row>>) -> Result<Timestamp, StoreError> {
-    match rows::<(String, String, i64)>(set)?.pop() {
+    is_expected(expected, rows(set)?.pop())
+}
+
+fn is_expected(
+    expected: &Identity,
+    found: Option<(String, String, i64)>,
+) -> Result<Timestamp, StoreError> {
+    match found {
         Some((cluster_id, shard_name, now))
             if cluster_id == expected.cluster_id && shard_name == expected.shard_name =>
         {
@@ -816,13 +670,8 @@ fn check_identity(expected: &Identity, set: Option<Vec<Row>>) -> Result<Timestam
 }
 
 /// The owned and the sealed slots as words of 32 bits, rather than a row each.
-/// The slots that are answered for, of those that `and` leaves.
-fn select_owned(and: &str) -> String {
-    format!(
-        "SELECT state, history, slot DIV 32, CAST(SUM(1 << (slot % 32)) AS UNSIGNED) FROM slots \
-         WHERE state IN ('owner', 'sealed') {and} GROUP BY state, history, slot DIV 32"
-    )
-}
+const SELECT_OWNED: &str = "SELECT state, history, slot DIV 32, CAST(SUM(1 << (slot % 32)) AS UNSIGNED) FROM slots \
+     WHERE state IN ('owner', 'sealed') GROUP BY state, history, slot DIV 32";
 
 fn holding(words: Vec<(String, String, u16, u64)>) -> Result<Holding, StoreError> {
     let mut holding = Holding::nothing();
@@ -837,17 +686,18 @@ fn holding(words: Vec<(String, String, u16, u64)>) -> Result<Holding, StoreError
 }
 
 fn views_of(set: Option<Vec<Row>>) -> Result<HashMap<Slot, SlotView>, StoreError> {
-    rows::<(u16, String, u32, String, Option<String>)>(set)?
+    rows::<(u16, String, u64, u32, String, Option<String>)>(set)?
         .into_iter()
-        .map(|(slot, state, generation, history, peer)| {
+        .map(|(slot, state, term, generation, history, peer)| {
             let slot = Slot::new(slot).ok_or_else(|| corrupt("slots.slot"))?;
-            Ok((slot, view_of(&state, generation, &history, peer)?))
+            Ok((slot, view_of(&state, term, generation, &history, peer)?))
         })
         .collect()
 }
 
 fn view_of(
     state: &str,
+    term: u64,
     generation: u32,
     history: &str,
     peer: Option<String>,
@@ -855,6 +705,7 @@ fn view_of(
     let state = state.parse().map_err(|_| corrupt("slots.state"))?;
     Ok(SlotView {
         state,
+        term,
         generation,
         complete: history == COMPLETE,
         peer,

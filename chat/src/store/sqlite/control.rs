@@ -34,6 +34,7 @@ impl Control for SqliteStore {
                         [],
                     )
                     .map_err(|e| classify(&e))?;
+                    next_revision(&tx)?;
                 }
                 tx.execute(
                     "UPDATE meta SET doc_version = ?, doc_phase = ?, doc_hash = ?, doc = ? WHERE id = 1",
@@ -364,7 +365,15 @@ fn take(
         ],
     )
     .map_err(|e| classify(&e))?;
+    next_revision(tx)?;
     Ok(Ok(after))
+}
+
+/// Follows every change of the table slots: what was read under an earlier revision is read again.
+fn next_revision(tx: &Transaction<'_>) -> Result<(), StoreError> {
+    tx.execute("UPDATE slots_revision SET revision = revision + 1", [])
+        .map(drop)
+        .map_err(|e| classify(&e))
 }
 
 fn slot_rows(tx: &Transaction<'_>, only: Option<Slot>) -> Result<Vec<SlotRow>, StoreError> {
@@ -467,8 +476,8 @@ fn raise_heads(tx: &Transaction<'_>, slot: Slot, heads: &[Head]) -> rusqlite::Re
             SET last_seq = MAX(last_seq, excluded.last_seq), last_at = MAX(last_at, excluded.last_at)",
     )?;
     let mut member = tx.prepare_cached(
-        "INSERT INTO members (slot, dialog, user_id, read_seq, joined_at) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE
-            SET read_seq = MAX(read_seq, excluded.read_seq), joined_at = MIN(joined_at, excluded.joined_at)",
+        "INSERT INTO members (slot, dialog, user_id, read_seq, joined_at, last_hour) VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE
+            SET last_hour = MAX(last_hour, excluded.last_hour), read_seq = MAX(read_seq, excluded.read_seq), joined_at = MIN(joined_at, excluded.joined_at)",
     )?;
     for head in heads {
         let name = head.dialog.to_string();
@@ -484,7 +493,8 @@ fn raise_heads(tx: &Transaction<'_>, slot: Slot, heads: &[Head]) -> rusqlite::Re
                 name,
                 of.user.get(),
                 of.read_seq.get(),
-                of.joined_at.micros()
+                of.joined_at.micros(),
+                head.last_at.hour()
             ])?;
         }
     }

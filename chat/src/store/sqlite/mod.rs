@@ -6,9 +6,10 @@
 mod control;
 
 use super::{
-    Counts, HEADS_CAP, Heads, HeadsOf, Holding, Identity, InboxCursor, InboxPart, InboxRow, Known,
-    Marked, Meta, NewMessage, Page, Phase, Place, Range, SlotSet, Store, StoreError, StoredMessage,
-    UNREAD_CAP, Written, corrupt, migrate, plan::BatchPlan,
+    Appended, Counts, Draft, HEADS_CAP, Heads, HeadsOf, HeldSlots, Holding, Identity, InboxCursor,
+    InboxPart, InboxRow, Known, Marked, Meta, NewMessage, Page, Phase, Place, Range, Receipt,
+    SlotSet, Store, StoreError, StoredMessage, UNREAD_CAP, Unlike, corrupt, migrate, now,
+    plan::BatchPlan,
 };
 use crate::config;
 use crate::dialog::{DialogId, Key, Seq, TextHash, Timestamp, UserId};
@@ -22,7 +23,7 @@ use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 use tokio::runtime::Handle;
 
 /// A shard in a file. Calls run on the blocking threads of the runtime that was handed in.
@@ -32,6 +33,7 @@ pub struct SqliteStore {
     readers: Arc<Mutex<Vec<Connection>>>,
     /// How many may read at once; what waits here holds no thread.
     permits: Arc<tokio::sync::Semaphore>,
+    held: Arc<HeldSlots>,
     runtime: Handle,
 }
 
@@ -52,6 +54,7 @@ impl SqliteStore {
             permits: Arc::new(tokio::sync::Semaphore::new(
                 settings.read_connections.max(1),
             )),
+            held: Arc::default(),
             runtime,
         }
     }
@@ -124,14 +127,6 @@ fn open(path: &Path) -> Result<Connection, StoreError> {
         .map_err(|e| StoreError::Unreachable(e.to_string()))?;
     connection.set_prepared_statement_cache_capacity(64);
     Ok(connection)
-}
-
-/// This machine's clock, which is the file's.
-fn now() -> Timestamp {
-    let since = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    Timestamp::from_micros(i64::try_from(since.as_micros()).unwrap_or(i64::MAX))
 }
 
 #[async_trait]
@@ -239,10 +234,59 @@ impl Store for SqliteStore {
     }
 
     async fn slots(&self, identity: &Identity) -> Result<Holding, StoreError> {
-        let identity = identity.clone();
+        let (identity, held) = (identity.clone(), self.held.clone());
         self.read_on(move |snapshot| {
             check_identity(snapshot, &identity)?;
-            owned(snapshot)
+            owned(snapshot, &held)
+        })
+        .await
+    }
+
+    async fn append(
+        &self,
+        identity: &Identity,
+        batch: &[NewMessage],
+        draft: Draft,
+    ) -> Result<Appended, StoreError> {
+        let (identity, batch) = (identity.clone(), batch.to_vec());
+        self.write_on(move |connection| {
+            let tx = immediate(connection)?;
+            let unlike = |what| Ok(Appended::Unlike(what));
+            if check_identity(&tx, &identity).is_err() {
+                return unlike(Unlike::Term);
+            }
+            for (slot, term) in &draft.terms {
+                if view(&tx, *slot)?.and_then(|view| view.writable()) != Some(*term) {
+                    return unlike(Unlike::Term);
+                }
+            }
+            let now = now();
+            let mut last = HashMap::new();
+            for ((slot, dialog), planned) in &draft.plan.heads {
+                let (there, at) = head(&tx, *slot, *dialog)?;
+                match draft.expected.get(dialog) {
+                    Some(expected) if *expected != there || at.hour() != now.hour() => {
+                        return unlike(Unlike::Head);
+                    }
+                    Some(_) => {}
+                    None => {
+                        let beginning = draft.terms.get(slot).map_or(0, |term| term.generation);
+                        let base = there.max(Seq::beginning(beginning));
+                        let count = draft.count(*slot, *planned);
+                        last.insert(*dialog, Seq::new(base.get() + count));
+                    }
+                }
+            }
+            if !known_keys(&tx, &batch)?.is_empty() {
+                return unlike(Unlike::Key);
+            }
+            let plan = BatchPlan::of(&batch, draft.settle(&batch, now, &last));
+            insert(&tx, &batch, &plan, now).map_err(|e| classify(&e))?;
+            tx.commit().map_err(|e| classify(&e))?;
+            Ok(Appended::Stored {
+                written: plan.outcomes,
+                now,
+            })
         })
         .await
     }
@@ -252,7 +296,7 @@ impl Store for SqliteStore {
         identity: &Identity,
         batch: &[NewMessage],
         _suspect: bool,
-    ) -> Result<Vec<Written>, StoreError> {
+    ) -> Result<Receipt, StoreError> {
         let (identity, batch) = (identity.clone(), batch.to_vec());
         self.write_on(move |connection| {
             let tx = immediate(connection)?;
@@ -263,7 +307,7 @@ impl Store for SqliteStore {
                 .collect::<Result<_, _>>()?;
             let heads = batch
                 .iter()
-                .map(|message| Ok((message.dialog, last_seq(&tx, message.slot, message.dialog)?)))
+                .map(|message| Ok((message.dialog, head(&tx, message.slot, message.dialog)?.0)))
                 .collect::<Result<_, StoreError>>()?;
             // A look-up is a step in the same process: there is nothing to gain by waiting for the duplicate key.
             let keys = known_keys(&tx, &batch)?;
@@ -271,7 +315,7 @@ impl Store for SqliteStore {
             let plan = BatchPlan::new(&batch, &slots, &heads, &keys, now);
             insert(&tx, &batch, &plan, now).map_err(|e| classify(&e))?;
             tx.commit().map_err(|e| classify(&e))?;
-            Ok(plan.outcomes)
+            Ok(Receipt::new(plan.outcomes, &slots, now))
         })
         .await
     }
@@ -309,7 +353,7 @@ impl Store for SqliteStore {
             messages.sort_by_key(|message| message.seq);
             Ok(Page {
                 slot: view(snapshot, slot)?,
-                last_seq: last_seq(snapshot, slot, dialog)?,
+                last_seq: head(snapshot, slot, dialog)?.0,
                 messages,
             })
         })
@@ -323,28 +367,34 @@ impl Store for SqliteStore {
         below: Option<InboxCursor>,
         limit: u32,
     ) -> Result<InboxPart, StoreError> {
-        let identity = identity.clone();
+        let (identity, held) = (identity.clone(), self.held.clone());
         self.read_on(move |snapshot| {
             check_identity(snapshot, &identity)?;
-            let slots = owned(snapshot)?;
+            let slots = owned(snapshot, &held)?;
             let (at, dialog) = below.map_or((i64::MAX, String::new()), |below| (below.last_at.micros(), below.dialog.to_string()));
+            // Hours are read whole, the newest first, until they hold a page; that of the cursor may hold what is above it.
+            let hour = Timestamp::from_micros(at).hour();
             let rows = snapshot
                 .prepare_cached(
                     "SELECT t.dialog, t.last_at, t.read_seq, t.unread, m.seq, m.author, m.client_key, m.text, m.created_at
                        FROM (SELECT d.slot, d.dialog, d.last_seq, d.last_at, u.read_seq,
                                     (SELECT COUNT(*) FROM (SELECT 1 FROM messages x WHERE x.slot = d.slot AND x.dialog = d.dialog
                                         AND x.seq > u.read_seq AND x.author <> u.user_id LIMIT ?5)) AS unread
-                               FROM members u
-                               JOIN slots s ON s.slot = u.slot AND s.state IN ('owner', 'sealed')
-                               JOIN dialogs d ON d.slot = u.slot AND d.dialog = u.dialog
-                              WHERE u.user_id = ?1 AND d.last_seq > 0 AND (d.last_at, d.dialog) < (?2, ?3)
+                               FROM members u INDEXED BY members_by_recency
+                               CROSS JOIN slots s ON s.slot = u.slot AND s.state IN ('owner', 'sealed')
+                               CROSS JOIN dialogs d ON d.slot = u.slot AND d.dialog = u.dialog
+                              WHERE u.user_id = ?1 AND d.last_seq > 0 AND (d.last_at, d.dialog) < (?2, ?3) AND u.last_hour <= ?6
+                                AND u.last_hour >= COALESCE(
+                                    (SELECT e.last_hour FROM members e INDEXED BY members_by_recency
+                                       CROSS JOIN slots s ON s.slot = e.slot AND s.state IN ('owner', 'sealed')
+                                      WHERE e.user_id = ?1 AND e.last_hour < ?6 ORDER BY e.last_hour DESC LIMIT 1 OFFSET ?7), 0)
                               ORDER BY d.last_at DESC, d.dialog DESC LIMIT ?4) t
                        JOIN messages m ON m.slot = t.slot AND m.dialog = t.dialog AND m.seq = t.last_seq
                       ORDER BY t.last_at DESC, t.dialog DESC",
                 )
                 .and_then(|mut select| {
                     select
-                        .query_map(params![user.get(), at, dialog, limit, UNREAD_CAP], |row| {
+                        .query_map(params![user.get(), at, dialog, limit, UNREAD_CAP, hour, limit.saturating_sub(1)], |row| {
                             Ok((row.get::<_, String>(0)?, row.get(1)?, row.get::<_, u64>(2)?, row.get(3)?, message(row, 4)?))
                         })?
                         .collect::<Result<Vec<_>, _>>()
@@ -363,10 +413,10 @@ impl Store for SqliteStore {
     }
 
     async fn dialog_heads(&self, identity: &Identity, of: &HeadsOf) -> Result<Heads, StoreError> {
-        let (identity, of) = (identity.clone(), of.clone());
+        let (identity, of, held) = (identity.clone(), of.clone(), self.held.clone());
         self.read_on(move |snapshot| {
             check_identity(snapshot, &identity)?;
-            let mut slots = owned(snapshot)?;
+            let mut slots = owned(snapshot, &held)?;
             let wanted = match &of {
                 HeadsOf::Dialogs(dialogs) => {
                     slots.keep(dialogs.iter().map(|dialog| Slot::of(*dialog)));
@@ -381,9 +431,10 @@ impl Store for SqliteStore {
                     let list = users.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
                     let since = now().micros().saturating_sub(i64::try_from(within.as_micros()).unwrap_or(i64::MAX));
                     format!(
-                        "SELECT DISTINCT d.slot, d.dialog, d.last_seq, d.last_at FROM members u
-                           JOIN dialogs d ON d.slot = u.slot AND d.dialog = u.dialog
-                          WHERE u.user_id IN ({list}) AND d.last_at >= {since} ORDER BY d.last_at DESC LIMIT {HEADS_CAP}"
+                        "SELECT DISTINCT d.slot, d.dialog, d.last_seq, d.last_at FROM members u INDEXED BY members_by_recency
+                           CROSS JOIN dialogs d ON d.slot = u.slot AND d.dialog = u.dialog
+                          WHERE u.user_id IN ({list}) AND u.last_hour >= {} AND d.last_at >= {since} ORDER BY d.last_at DESC LIMIT {HEADS_CAP}",
+                        Timestamp::from_micros(since).hour()
                     )
                 }
             };
@@ -418,7 +469,7 @@ impl Store for SqliteStore {
             if !view.as_ref().is_some_and(|view| view.state.takes_writes()) {
                 return Ok(Marked::NotOwner(view.map(|view| view.state)));
             }
-            let seq = seq.min(last_seq(&tx, slot, dialog)?);
+            let seq = seq.min(head(&tx, slot, dialog)?.0);
             let read: Option<u64> = tx
                 .query_row(
                     "UPDATE members SET read_seq = MAX(read_seq, ?) WHERE slot = ? AND dialog = ? AND user_id = ? RETURNING read_seq",
@@ -513,7 +564,14 @@ fn check_identity(tx: &Transaction<'_>, expected: &Identity) -> Result<(), Store
     }
 }
 
-fn owned(tx: &Transaction<'_>) -> Result<Holding, StoreError> {
+fn owned(tx: &Transaction<'_>, held: &HeldSlots) -> Result<Holding, StoreError> {
+    let revision = tx
+        .prepare_cached("SELECT revision FROM slots_revision")
+        .and_then(|mut select| select.query_row([], |row| row.get(0)))
+        .map_err(|e| classify(&e))?;
+    if let Some(holding) = held.of(revision) {
+        return Ok(holding);
+    }
     let rows: Vec<(String, String, u16)> = tx
         .prepare_cached("SELECT state, history, slot FROM slots WHERE state IN ('owner', 'sealed')")
         .and_then(|mut select| select.query_map([], |row| row.try_into())?.collect())
@@ -522,29 +580,32 @@ fn owned(tx: &Transaction<'_>) -> Result<Holding, StoreError> {
     for (state, history, slot) in rows {
         holding.add(&state, &history, &[slot])?;
     }
+    held.keep(revision, &holding);
     Ok(holding)
 }
 
 fn view(tx: &Transaction<'_>, slot: Slot) -> Result<Option<SlotView>, StoreError> {
     let row = tx
-        .prepare_cached("SELECT state, generation, history, peer FROM slots WHERE slot = ?")
+        .prepare_cached("SELECT state, term, generation, history, peer FROM slots WHERE slot = ?")
         .and_then(|mut select| {
             select
                 .query_row([slot.get()], |row| {
                     Ok((
                         row.get::<_, String>(0)?,
                         row.get(1)?,
-                        row.get::<_, String>(2)?,
-                        row.get(3)?,
+                        row.get(2)?,
+                        row.get::<_, String>(3)?,
+                        row.get(4)?,
                     ))
                 })
                 .optional()
         })
         .map_err(|e| classify(&e))?;
-    row.map(|(state, generation, history, peer)| {
+    row.map(|(state, term, generation, history, peer)| {
         let state = state.parse().map_err(|_| corrupt("slots.state"))?;
         Ok(SlotView {
             state,
+            term,
             generation,
             complete: history == COMPLETE,
             peer,
@@ -553,14 +614,23 @@ fn view(tx: &Transaction<'_>, slot: Slot) -> Result<Option<SlotView>, StoreError
     .transpose()
 }
 
-fn last_seq(tx: &Transaction<'_>, slot: Slot, dialog: DialogId) -> Result<Seq, StoreError> {
-    tx.prepare_cached("SELECT last_seq FROM dialogs WHERE slot = ? AND dialog = ?")
+/// The last seq of a dialog and when it was stored; zero if there is no such dialog.
+fn head(
+    tx: &Transaction<'_>,
+    slot: Slot,
+    dialog: DialogId,
+) -> Result<(Seq, Timestamp), StoreError> {
+    tx.prepare_cached("SELECT last_seq, last_at FROM dialogs WHERE slot = ? AND dialog = ?")
         .and_then(|mut select| {
+            let place = params![slot.get(), dialog.to_string()];
             select
-                .query_row(params![slot.get(), dialog.to_string()], |row| row.get(0))
+                .query_row(place, |row| Ok((row.get(0)?, row.get(1)?)))
                 .optional()
         })
-        .map(|seq| Seq::new(seq.unwrap_or(0)))
+        .map(|head| {
+            let (seq, at) = head.unwrap_or_default();
+            (Seq::new(seq), Timestamp::from_micros(at))
+        })
         .map_err(|e| classify(&e))
 }
 
@@ -626,17 +696,26 @@ fn insert(
             now.micros()
         ])?;
     }
-    let mut head = tx.prepare_cached(
+    let mut dialog_row = tx.prepare_cached(
         "INSERT INTO dialogs (slot, dialog, last_seq, last_at) VALUES (?, ?, ?, ?)
          ON CONFLICT DO UPDATE SET last_seq = excluded.last_seq, last_at = excluded.last_at",
     )?;
     let mut member =
-        tx.prepare_cached("INSERT OR IGNORE INTO members (slot, dialog, user_id, read_seq, joined_at) VALUES (?, ?, ?, 0, ?)")?;
+        tx.prepare_cached(
+        "INSERT INTO members (slot, dialog, user_id, read_seq, joined_at, last_hour) VALUES (?, ?, ?, 0, ?, ?)
+         ON CONFLICT DO UPDATE SET last_hour = excluded.last_hour WHERE last_hour <> excluded.last_hour",
+    )?;
     for ((slot, dialog), seq) in &plan.heads {
         let name = dialog.to_string();
-        head.execute(params![slot.get(), name, seq.get(), now.micros()])?;
+        dialog_row.execute(params![slot.get(), name, seq.get(), now.micros()])?;
         for user in dialog.members() {
-            member.execute(params![slot.get(), name, user.get(), now.micros()])?;
+            member.execute(params![
+                slot.get(),
+                name,
+                user.get(),
+                now.micros(),
+                now.hour()
+            ])?;
         }
     }
     Ok(())

@@ -1,0 +1,479 @@
+//! Batches of messages: [`append`] in one round trip, on what is remembered of the dialogs; [`write`] in two, on what the locks
+//! show.
+
+use super::{
+    BEGIN, DUPLICATE_KEY, NOW, check_identity, classify, comma, push_hex, result_sets, rows,
+    select_identity, views_of,
+};
+use crate::dialog::{DialogId, Key, Seq, Timestamp, UserId};
+use crate::ownership::{SlotView, Term};
+use crate::ring::Slot;
+use crate::store::control::{hash_of, key_of};
+use crate::store::plan::{BatchPlan, Draft, Known};
+use crate::store::{Appended, Identity, NewMessage, Place, Receipt, StoreError, Unlike, corrupt};
+use mysql_async::prelude::Queryable;
+use mysql_async::{Conn, Row};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt::Write as _;
+
+/// Stores a batch as drafted, or nothing.
+///
+/// One text. A text stops at its first error, and each thing that the draft was worked out from is a statement or an expression
+/// that fails if it is not so: the error is the answer, and COMMIT is not reached.
+pub(super) async fn append(
+    conn: &mut Conn,
+    identity: &Identity,
+    batch: &[NewMessage],
+    draft: Draft,
+) -> Result<Appended, StoreError> {
+    let text = append_text(identity, batch, &draft);
+    match sets_until_error(conn, text).await {
+        (sets, None) => {
+            let mut sets = sets.into_iter().skip(FENCE);
+            let now = rows::<i64>(sets.next())?.pop();
+            let now = Timestamp::from_micros(now.ok_or_else(|| corrupt("the fence"))?);
+            // Only the statement that asks for last seqs has rows.
+            let last = heads_of(sets.find(|set| !set.is_empty()))?;
+            Ok(Appended::Stored {
+                written: draft.settle(batch, now, &last),
+                now,
+            })
+        }
+        (sets, Some(e)) => {
+            let unlike = match &e {
+                mysql_async::Error::Server(e) if e.code == OUT_OF_RANGE => {
+                    if sets.len() <= FENCE {
+                        Unlike::Term
+                    } else {
+                        Unlike::Head
+                    }
+                }
+                mysql_async::Error::Server(e) if e.code == DUPLICATE_KEY => Unlike::Key,
+                _ => return Err(classify(e)),
+            };
+            conn.query_drop("ROLLBACK").await.map_err(classify)?;
+            Ok(Appended::Unlike(unlike))
+        }
+    }
+}
+
+/// The place of the fence among the statements of an append.
+const FENCE: usize = 1;
+
+/// Arithmetic that leaves the range of its type: the one error that an expression may raise on both servers at little cost.
+const OUT_OF_RANGE: u16 = 1690;
+
+/// The largest BIGINT UNSIGNED.
+const MAX: u64 = u64::MAX;
+
+const HOUR: i64 = Timestamp::HOUR;
+
+fn append_text(identity: &Identity, batch: &[NewMessage], draft: &Draft) -> String {
+    let texts: usize = draft
+        .plan
+        .rows
+        .iter()
+        .map(|row| batch[row.index].text.as_str().len())
+        .sum();
+    let mut sql = String::with_capacity(1024 + 2 * texts + 200 * batch.len());
+    let _ = write!(sql, "{BEGIN}{}; ", fence_of_terms(identity, &draft.terms));
+    push_heads(&mut sql, draft);
+    sql.push_str(INSERT_MESSAGES);
+    // Of a dialog that nothing is remembered of, seqs are counted back from the head that this transaction has just raised.
+    for (i, row) in draft.plan.rows.iter().enumerate() {
+        let message = &batch[row.index];
+        sql.push_str(if i == 0 { "" } else { "," });
+        let place = (message.slot, message.dialog);
+        match draft
+            .plan
+            .heads
+            .get(&place)
+            .filter(|_| !draft.expected.contains_key(&message.dialog))
+        {
+            None => push_message(&mut sql, message, row.seq, "LAST_INSERT_ID()"),
+            Some(last) => {
+                let before_last = last.get() - row.seq.get();
+                let seq = format!(
+                    "(SELECT last_seq - {before_last} FROM dialogs WHERE slot = {} AND dialog = '{}')",
+                    message.slot, message.dialog
+                );
+                push_message(&mut sql, message, seq, "LAST_INSERT_ID()");
+            }
+        }
+    }
+    let mut unknown = String::new();
+    for (slot, dialog) in unremembered(draft) {
+        let _ = write!(unknown, "{}({slot},'{dialog}')", comma(&unknown));
+    }
+    if !unknown.is_empty() {
+        let _ = write!(
+            sql,
+            "; SELECT dialog, last_seq FROM dialogs WHERE (slot, dialog) IN ({unknown})"
+        );
+    }
+    sql.push_str("; COMMIT");
+    sql
+}
+
+/// Locks the slots' rows shared, and fails unless the database is who it must be and owns all of them under these terms. Its
+/// answer is the server's time, which later statements have as LAST_INSERT_ID().
+fn fence_of_terms(identity: &Identity, terms: &BTreeMap<Slot, Term>) -> String {
+    let mut by_term = BTreeMap::<u64, String>::new();
+    for (slot, term) in terms {
+        let list = by_term.entry(term.number).or_default();
+        let _ = write!(list, "{}{slot}", comma(list));
+    }
+    let mut slots = String::new();
+    let mut owned = String::new();
+    for (term, list) in &by_term {
+        let _ = write!(slots, "{}{list}", comma(&slots));
+        let or = if owned.is_empty() { "" } else { " OR " };
+        let _ = write!(owned, "{or}(s.term = {term} AND s.slot IN ({list}))");
+    }
+    if by_term.len() == 1 {
+        owned = by_term
+            .keys()
+            .map(|term| format!("s.term = {term}"))
+            .collect();
+    }
+    format!(
+        "SELECT LAST_INSERT_ID(IF(COUNT(*) = {}, {NOW}, {MAX} + COUNT(*) + 1)) FROM meta i JOIN slots s \
+          WHERE i.id = 1 AND i.cluster_id = '{}' AND i.shard_name = '{}' AND s.slot IN ({slots}) AND s.state = 'owner' AND ({owned}) \
+           LOCK IN SHARE MODE",
+        terms.len(),
+        identity.cluster_id,
+        identity.shard_name,
+    )
+}
+
+fn unremembered(draft: &Draft) -> impl Iterator<Item = (Slot, DialogId)> {
+    let dialogs = draft.plan.heads.keys().copied();
+    dialogs.filter(|(_, dialog)| !draft.expected.contains_key(dialog))
+}
+
+/// Locks and raises the dialogs, in key order; fails unless those whose last seq is expected have it, and have had a message in
+/// this hour. Makes those that are missing.
+fn push_heads(sql: &mut String, draft: &Draft) {
+    let mut dialogs = String::new();
+    let mut members = String::new();
+    let mut unknown = String::new();
+    let mut steps = BTreeMap::<u64, String>::new();
+    for ((slot, dialog), last) in &draft.plan.heads {
+        let _ = write!(
+            dialogs,
+            "{}({slot},'{dialog}',{last},LAST_INSERT_ID())",
+            comma(&dialogs)
+        );
+        if let Some(expected) = draft.expected.get(dialog) {
+            let list = steps.entry(last.get() - expected.get()).or_default();
+            let _ = write!(list, "{}'{dialog}'", comma(list));
+        } else {
+            let _ = write!(unknown, "{}'{dialog}'", comma(&unknown));
+            for user in dialog.members() {
+                let _ = write!(
+                    members,
+                    "{}({slot},'{dialog}',{user},0,LAST_INSERT_ID(),LAST_INSERT_ID() DIV {HOUR})",
+                    comma(&members)
+                );
+            }
+        }
+    }
+    // How far each goes on: VALUES(last_seq) tells where it must arrive.
+    let step = match steps.len() {
+        0 | 1 => steps.keys().next().copied().unwrap_or(1).to_string(),
+        _ => {
+            let mut cases = String::from("CASE");
+            for (step, list) in &steps {
+                let _ = write!(cases, " WHEN dialogs.dialog IN ({list}) THEN {step}");
+            }
+            cases + " END"
+        }
+    };
+    let checked = format!(
+        "IF(dialogs.last_seq = VALUES(last_seq) - {step} AND dialogs.last_at DIV {HOUR} = LAST_INSERT_ID() DIV {HOUR}, \
+         VALUES(last_seq), {MAX} + dialogs.last_seq + 1)"
+    );
+    // Its generation's beginning and the number of its messages stand in the two parts of the seq that was planned.
+    let given = "GREATEST(dialogs.last_seq, (VALUES(last_seq) >> 40) << 40) + (VALUES(last_seq) & 1099511627775)";
+    let next = match (steps.is_empty(), unknown.is_empty()) {
+        (_, true) => checked,
+        (true, false) => given.to_owned(),
+        (false, false) => format!("IF(dialogs.dialog IN ({unknown}), {given}, {checked})"),
+    };
+    let _ = write!(
+        sql,
+        "INSERT INTO dialogs (slot, dialog, last_seq, last_at) VALUES {dialogs} \
+         ON DUPLICATE KEY UPDATE last_seq = {next}, last_at = LAST_INSERT_ID(); "
+    );
+    if !members.is_empty() {
+        let _ = write!(
+            sql,
+            "INSERT INTO members (slot, dialog, user_id, read_seq, joined_at, last_hour) VALUES {members} \
+             ON DUPLICATE KEY UPDATE last_hour = VALUES(last_hour); "
+        );
+    }
+}
+
+const INSERT_MESSAGES: &str = "INSERT INTO messages (slot, dialog, seq, author, client_key, text_hash, kind, text, created_at) VALUES ";
+
+/// The values of a message; `seq` and `at` as SQL.
+fn push_message(sql: &mut String, message: &NewMessage, seq: impl std::fmt::Display, at: &str) {
+    let _ = write!(
+        sql,
+        "({},'{}',{seq},{},x'",
+        message.slot, message.dialog, message.author
+    );
+    push_hex(sql, message.key.as_str().as_bytes());
+    sql.push_str("',x'");
+    push_hex(sql, &message.hash.0);
+    sql.push_str("','text',_utf8mb4 x'");
+    push_hex(sql, message.text.as_str().as_bytes());
+    let _ = write!(sql, "',{at})");
+}
+
+/// Stores a batch by what the locks show.
+pub(super) async fn write(
+    conn: &mut Conn,
+    identity: &Identity,
+    batch: &[NewMessage],
+    suspect: bool,
+) -> Result<Receipt, StoreError> {
+    let locked = lock(conn, identity, batch).await?;
+    let mut keys = if suspect {
+        known_keys(conn, batch).await?
+    } else {
+        HashMap::new()
+    };
+    loop {
+        let plan = BatchPlan::new(batch, &locked.slots, &locked.heads, &keys, locked.now);
+        let receipt = |plan: BatchPlan| Receipt::new(plan.outcomes, &locked.slots, locked.now);
+        if plan.rows.is_empty() {
+            conn.query_drop("ROLLBACK").await.map_err(classify)?;
+            return Ok(receipt(plan));
+        }
+        match conn
+            .query_drop(insert(batch, &plan, &locked.heads, locked.now))
+            .await
+        {
+            Ok(()) => return Ok(receipt(plan)),
+            // The insert is undone, the transaction and its locks are not: now is the time to look the keys up.
+            Err(mysql_async::Error::Server(e)) if e.code == DUPLICATE_KEY && keys.is_empty() => {
+                keys = known_keys(conn, batch).await?;
+            }
+            Err(e) => return Err(classify(e)),
+        }
+    }
+}
+
+/// Runs a text of several statements; the rows of each until one fails, and the error.
+async fn sets_until_error(
+    conn: &mut Conn,
+    sql: String,
+) -> (Vec<Vec<Row>>, Option<mysql_async::Error>) {
+    let mut sets = Vec::new();
+    let mut result = match conn.query_iter(sql).await {
+        Ok(result) => result,
+        Err(e) => return (sets, Some(e)),
+    };
+    loop {
+        match result.collect::<Row>().await {
+            Ok(rows) => sets.push(rows),
+            Err(e) => return (sets, Some(e)),
+        }
+        if result.is_empty() {
+            // The driver keeps the error of a later statement to itself until it is asked.
+            let e = result.drop_result().await.err();
+            return (sets, e);
+        }
+    }
+}
+
+/// What the first round trip of a batch finds out.
+struct Locked {
+    now: Timestamp,
+    slots: HashMap<Slot, SlotView>,
+    heads: HashMap<DialogId, Seq>,
+}
+
+/// Begins the transaction and takes its locks in the order slots, dialogs, each in key order.
+async fn lock(
+    conn: &mut Conn,
+    identity: &Identity,
+    batch: &[NewMessage],
+) -> Result<Locked, StoreError> {
+    let dialogs: BTreeSet<(Slot, DialogId)> = batch
+        .iter()
+        .map(|message| (message.slot, message.dialog))
+        .collect();
+    let slots: BTreeSet<Slot> = dialogs.iter().map(|(slot, _)| *slot).collect();
+    let heads = lock_heads(&dialogs);
+    let sql = format!("{BEGIN}{}; {}; {heads}", select_identity(), fence(&slots));
+    let mut sets = result_sets(conn, sql).await?.into_iter().skip(1);
+    let now = check_identity(identity, sets.next())?;
+    let slots = views_of(sets.next())?;
+    let mut heads_found = heads_of(sets.next())?;
+
+    let missing: Vec<_> = dialogs
+        .iter()
+        .filter(|(slot, dialog)| {
+            slots
+                .get(slot)
+                .is_some_and(|view| view.state.takes_writes())
+                && !heads_found.contains_key(dialog)
+        })
+        .collect();
+    if !missing.is_empty() {
+        // Somebody may create them at the same moment: what counts is what is there once we hold the lock.
+        let mut rows = String::new();
+        let mut members = String::new();
+        for (slot, dialog) in missing {
+            let _ = write!(
+                rows,
+                "{}({slot},'{dialog}',0,{})",
+                comma(&rows),
+                now.micros()
+            );
+            for user in dialog.members() {
+                let _ = write!(
+                    members,
+                    "{}({slot},'{dialog}',{user},0,{},{})",
+                    comma(&members),
+                    now.micros(),
+                    now.hour()
+                );
+            }
+        }
+        let sql = format!(
+            "INSERT INTO dialogs (slot, dialog, last_seq, last_at) VALUES {rows} ON DUPLICATE KEY UPDATE dialog = dialogs.dialog;
+             INSERT INTO members (slot, dialog, user_id, read_seq, joined_at, last_hour) VALUES {members}
+               ON DUPLICATE KEY UPDATE dialog = members.dialog;
+             {heads}"
+        );
+        heads_found = heads_of(result_sets(conn, sql).await?.into_iter().nth(2))?;
+    }
+    Ok(Locked {
+        now,
+        slots,
+        heads: heads_found,
+    })
+}
+
+/// The shared lock that makes a write safe: while it is held, the slots do not change hands.
+pub(super) fn fence(slots: &BTreeSet<Slot>) -> String {
+    let mut list = String::new();
+    for slot in slots {
+        let _ = write!(list, "{}{slot}", comma(&list));
+    }
+    format!(
+        "SELECT slot, state, term, generation, history, peer FROM slots WHERE slot IN ({list}) ORDER BY slot LOCK IN SHARE MODE"
+    )
+}
+
+pub(super) fn lock_heads(dialogs: &BTreeSet<(Slot, DialogId)>) -> String {
+    let mut list = String::new();
+    for (slot, dialog) in dialogs {
+        let _ = write!(list, "{}({slot},'{dialog}')", comma(&list));
+    }
+    format!(
+        "SELECT dialog, last_seq FROM dialogs WHERE (slot, dialog) IN ({list}) ORDER BY slot, dialog FOR UPDATE"
+    )
+}
+
+pub(super) fn heads_of(set: Option<Vec<Row>>) -> Result<HashMap<DialogId, Seq>, StoreError> {
+    rows::<(String, u64)>(set)?
+        .into_iter()
+        .map(|(dialog, seq)| {
+            Ok((
+                dialog.parse().map_err(|_| corrupt("dialogs.dialog"))?,
+                Seq::new(seq),
+            ))
+        })
+        .collect()
+}
+
+/// The second round trip of a batch.
+fn insert(
+    batch: &[NewMessage],
+    plan: &BatchPlan,
+    heads: &HashMap<DialogId, Seq>,
+    now: Timestamp,
+) -> String {
+    let mut sql = String::with_capacity(
+        512 + plan
+            .rows
+            .iter()
+            .map(|row| 200 + 2 * batch[row.index].text.as_str().len())
+            .sum::<usize>(),
+    );
+    sql.push_str(INSERT_MESSAGES);
+    let at = now.micros().to_string();
+    for (i, row) in plan.rows.iter().enumerate() {
+        let comma = if i == 0 { "" } else { "," };
+        sql.push_str(comma);
+        push_message(&mut sql, &batch[row.index], row.seq, &at);
+    }
+    // The rows are there and locked, so a step of so much is as good as a value, and one statement serves all that take it.
+    let mut steps = BTreeMap::<u64, String>::new();
+    for ((slot, dialog), seq) in &plan.heads {
+        let list = steps
+            .entry(seq.get() - heads.get(dialog).copied().unwrap_or_default().get())
+            .or_default();
+        let _ = write!(list, "{}({slot},'{dialog}')", comma(list));
+    }
+    for (step, dialogs) in steps {
+        let now = now.micros();
+        let _ = write!(
+            sql,
+            "; UPDATE dialogs SET last_seq = last_seq + {step}, last_at = {now} WHERE (slot, dialog) IN ({dialogs})"
+        );
+    }
+    let mut dialogs = String::new();
+    for (slot, dialog) in plan.heads.keys() {
+        let _ = write!(dialogs, "{}({slot},'{dialog}')", comma(&dialogs));
+    }
+    let _ = write!(
+        sql,
+        "; UPDATE members SET last_hour = {} WHERE (slot, dialog) IN ({dialogs}); COMMIT",
+        now.hour()
+    );
+    sql
+}
+
+/// Looks up every key of the batch. Only after the dialogs are locked: before, the answer may be old.
+async fn known_keys(
+    conn: &mut Conn,
+    batch: &[NewMessage],
+) -> Result<HashMap<(DialogId, UserId, Key), Known>, StoreError> {
+    let mut sql = String::from(
+        "SELECT dialog, author, client_key, seq, created_at, text_hash FROM messages WHERE (slot, dialog, author, client_key) IN (",
+    );
+    for (i, message) in batch.iter().enumerate() {
+        let comma = if i == 0 { "" } else { "," };
+        let _ = write!(
+            sql,
+            "{comma}({},'{}',{},x'",
+            message.slot, message.dialog, message.author
+        );
+        push_hex(&mut sql, message.key.as_str().as_bytes());
+        sql.push_str("')");
+    }
+    sql.push(')');
+    type KeyRow = (String, u64, Vec<u8>, u64, i64, Vec<u8>);
+    let rows: Vec<KeyRow> = conn.query(sql).await.map_err(classify)?;
+    rows.into_iter()
+        .map(|(dialog, author, key, seq, at, hash)| {
+            let dialog = dialog.parse().map_err(|_| corrupt("messages.dialog"))?;
+            let author = UserId::new(author).map_err(|_| corrupt("messages.author"))?;
+            Ok((
+                (dialog, author, key_of(key)?),
+                Known {
+                    place: Place {
+                        seq: Seq::new(seq),
+                        at: Timestamp::from_micros(at),
+                    },
+                    hash: hash_of(hash)?,
+                },
+            ))
+        })
+        .collect()
+}

@@ -1,0 +1,262 @@
+//! What is remembered of a shard, so that the seqs of a batch can be given before the shard is asked.
+//!
+//! Nothing rests on it: the transaction that stores a [`Draft`] compares everything the draft was worked out from. What is
+//! remembered wrongly costs a round trip.
+
+use super::plan::Draft;
+use super::{NewMessage, Receipt, Written, now};
+use crate::dialog::{DialogId, Seq, Timestamp};
+use crate::ownership::Term;
+use crate::ring::Slot;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// The terms and last seqs that are remembered of one shard.
+pub struct Sequencer {
+    /// Cut by slot, so that no single lock sees every message.
+    parts: Vec<Mutex<Part>>,
+    /// By how many microseconds the shard's clock is ahead of ours.
+    ahead: AtomicI64,
+}
+
+#[derive(Default)]
+struct Part {
+    terms: HashMap<Slot, Term>,
+    /// Two generations of heads: when the young are many, the old are forgotten, and the young are the old.
+    young: HashMap<DialogId, Head>,
+    old: HashMap<DialogId, Head>,
+}
+
+#[derive(Clone, Copy)]
+struct Head {
+    last_seq: Seq,
+    /// The hour of the last message: the first of a later one has more to write.
+    hour: i64,
+}
+
+const PARTS: usize = 16;
+
+/// Heads of a part that are young. All in all a shard has at most two times sixteen times as many, of 48 bytes each.
+const YOUNG: usize = 4096;
+
+impl Default for Sequencer {
+    fn default() -> Self {
+        Self {
+            parts: (0..PARTS).map(|_| Mutex::default()).collect(),
+            ahead: AtomicI64::new(0),
+        }
+    }
+}
+
+impl Sequencer {
+    fn part(&self, slot: Slot) -> MutexGuard<'_, Part> {
+        let part = &self.parts[slot.index() % PARTS];
+        part.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Works out a batch by what is remembered; `None` if the term of a slot is not.
+    #[must_use]
+    pub fn draft(&self, batch: &[NewMessage]) -> Option<Draft> {
+        let shard_now = now().micros() + self.ahead.load(Ordering::Relaxed);
+        let hour = Timestamp::from_micros(shard_now).hour();
+        let mut terms = BTreeMap::new();
+        let mut expected = HashMap::with_capacity(batch.len());
+        for message in batch {
+            let part = self.part(message.slot);
+            terms.insert(message.slot, *part.terms.get(&message.slot)?);
+            let head = part.head(message.dialog).filter(|head| head.hour == hour);
+            if let Some(head) = head {
+                expected.insert(message.dialog, head.last_seq);
+            }
+        }
+        Some(Draft::new(batch, terms, expected))
+    }
+
+    /// Remembers the terms that a write has shown, and where it stored its messages.
+    pub fn learn(&self, batch: &[NewMessage], receipt: &Receipt) {
+        for (slot, term) in &receipt.terms {
+            self.part(*slot).terms.insert(*slot, *term);
+        }
+        self.stored(batch, &receipt.written, receipt.now);
+    }
+
+    /// Remembers where messages were stored.
+    pub fn stored(&self, batch: &[NewMessage], written: &[Written], shard_now: Timestamp) {
+        let ahead = shard_now.micros() - now().micros();
+        self.ahead.store(ahead, Ordering::Relaxed);
+        for (message, written) in batch.iter().zip(written) {
+            if let Written::Stored(place) = written {
+                let head = Head {
+                    last_seq: place.seq,
+                    hour: place.at.hour(),
+                };
+                self.part(message.slot).keep(message.dialog, head);
+            }
+        }
+    }
+
+    /// Another instance has stored a message of a dialog that is remembered here.
+    pub fn heard(&self, dialog: DialogId, seq: Seq) {
+        let mut part = self.part(Slot::of(dialog));
+        if let Some(head) = part.head(dialog).filter(|head| head.last_seq < seq) {
+            // It is known to be young: messages are told as soon as they are stored.
+            let shard_now = now().micros() + self.ahead.load(Ordering::Relaxed);
+            let hour = Timestamp::from_micros(shard_now).hour();
+            let last_seq = seq;
+            part.keep(
+                dialog,
+                Head {
+                    last_seq,
+                    hour: hour.max(head.hour),
+                },
+            );
+        }
+    }
+
+    /// Forgets the last seqs of these dialogs.
+    pub fn forget_heads(&self, batch: &[NewMessage]) {
+        for message in batch {
+            let mut part = self.part(message.slot);
+            part.young.remove(&message.dialog);
+            part.old.remove(&message.dialog);
+        }
+    }
+
+    /// Forgets the terms of these slots.
+    pub fn forget_terms(&self, batch: &[NewMessage]) {
+        for message in batch {
+            self.part(message.slot).terms.remove(&message.slot);
+        }
+    }
+
+    /// Forgets everything: the connection was lost, and with it the certainty that the shard is as it was.
+    pub fn clear(&self) {
+        for part in &self.parts {
+            *part.lock().unwrap_or_else(PoisonError::into_inner) = Part::default();
+        }
+    }
+}
+
+impl Part {
+    fn head(&self, dialog: DialogId) -> Option<Head> {
+        let head = self.young.get(&dialog).or_else(|| self.old.get(&dialog));
+        head.copied()
+    }
+
+    fn keep(&mut self, dialog: DialogId, head: Head) {
+        if self.young.len() >= YOUNG && !self.young.contains_key(&dialog) {
+            self.old = std::mem::take(&mut self.young);
+        }
+        self.young.insert(dialog, head);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dialog::{Key, Text, UserId};
+    use crate::store::Place;
+
+    const TERM: Term = Term {
+        number: 3,
+        generation: 0,
+    };
+
+    fn message(dialog: &str, key: &str) -> NewMessage {
+        let dialog: DialogId = dialog.parse().unwrap();
+        let author = dialog.members().next().unwrap();
+        let (key, text) = (
+            Key::new(key.into()).unwrap(),
+            Text::new("x".into(), 1).unwrap(),
+        );
+        NewMessage::new(dialog, author, key, text)
+    }
+
+    fn stored(seq: u64) -> Written {
+        Written::Stored(Place {
+            seq: Seq::new(seq),
+            at: now(),
+        })
+    }
+
+    fn receipt(batch: &[NewMessage], written: Vec<Written>) -> Receipt {
+        Receipt {
+            written,
+            terms: batch.iter().map(|message| (message.slot, TERM)).collect(),
+            now: now(),
+        }
+    }
+
+    #[test]
+    fn what_was_stored_is_gone_on_from_and_what_another_instance_stored_too() {
+        let (sequencer, batch) = (Sequencer::default(), [message("7_42", "a")]);
+        assert!(sequencer.draft(&batch).is_none(), "no term is known");
+        sequencer.learn(&batch, &receipt(&batch, vec![stored(5)]));
+        let draft = sequencer.draft(&batch).unwrap();
+        assert_eq!(draft.terms[&batch[0].slot], TERM);
+        assert_eq!(draft.plan.rows[0].seq, Seq::new(6));
+        sequencer.heard(batch[0].dialog, Seq::new(8));
+        sequencer.heard(batch[0].dialog, Seq::new(7));
+        let draft = sequencer.draft(&batch).unwrap();
+        assert_eq!(draft.expected[&batch[0].dialog], Seq::new(8));
+        sequencer.forget_heads(&batch);
+        sequencer.heard(batch[0].dialog, Seq::new(9));
+        assert!(sequencer.draft(&batch).unwrap().expected.is_empty());
+        sequencer.forget_terms(&batch);
+        assert!(sequencer.draft(&batch).is_none());
+    }
+
+    #[test]
+    fn the_first_message_of_an_hour_expects_nothing() {
+        let (sequencer, batch) = (Sequencer::default(), [message("7_42", "a")]);
+        let before = Timestamp::from_micros(now().micros() - Timestamp::HOUR);
+        let place = Place {
+            seq: Seq::new(5),
+            at: before,
+        };
+        sequencer.learn(&batch, &receipt(&batch, vec![Written::Stored(place)]));
+        assert!(sequencer.draft(&batch).unwrap().expected.is_empty());
+    }
+
+    #[test]
+    fn seqs_that_the_shard_gives_are_counted_from_the_beginning_and_shifted() {
+        let batch = [
+            message("7_42", "a"),
+            message("7_9", "b"),
+            message("7_42", "c"),
+        ];
+        let terms = batch.iter().map(|message| (message.slot, TERM)).collect();
+        let expected = HashMap::from([(batch[1].dialog, Seq::new(4))]);
+        let draft = Draft::new(&batch, terms, expected);
+        assert_eq!(draft.count(batch[0].slot, Seq::new(2)), 2);
+        let at = Timestamp::from_micros(9);
+        let last = HashMap::from([(batch[0].dialog, Seq::new(12))]);
+        let seqs: Vec<u64> = draft
+            .settle(&batch, at, &last)
+            .into_iter()
+            .map(|written| match written {
+                Written::Stored(place) if place.at == at => place.seq.get(),
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        assert_eq!(seqs, [11, 5, 12]);
+    }
+
+    #[test]
+    fn it_is_bounded() {
+        let sequencer = Sequencer::default();
+        for n in 1..3 * YOUNG * PARTS {
+            let dialog = DialogId::between(UserId::new(1).unwrap(), UserId::new(n as u64).unwrap());
+            let head = Head {
+                last_seq: Seq::new(1),
+                hour: 0,
+            };
+            sequencer.part(Slot::of(dialog)).keep(dialog, head);
+        }
+        for part in &sequencer.parts {
+            let part = part.lock().unwrap();
+            assert!(part.young.len() <= YOUNG && part.old.len() <= YOUNG);
+        }
+    }
+}
