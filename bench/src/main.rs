@@ -23,6 +23,8 @@ use clap::Parser;
 enum Cli {
     /// Multi-row INSERTs into the service's own table, as fast as the servers take them. Prints rows a second.
     Plain(plain::Options),
+    /// Single INSERTs into the same table at a steady pace.
+    Paced(plain::PacedOptions),
     /// A stock actix-ws echo server on an address, until it is killed.
     Echo {
         #[arg(long, default_value = "127.0.0.1:9000")]
@@ -48,6 +50,7 @@ fn main() -> anyhow::Result<()> {
         // An actix server wants a runtime of its own kind.
         Cli::Echo { listen } => actix_web::rt::System::new().block_on(echo::serve(&listen)),
         Cli::Plain(options) => runtime.block_on(plain::run(options)),
+        Cli::Paced(options) => runtime.block_on(plain::paced(options)),
         Cli::Idle(options) => runtime.block_on(idle::run(options)),
         Cli::Saturate(options) => runtime.block_on(saturate::run(options)),
         Cli::Prove(options) => runtime.block_on(prove::run(options)),

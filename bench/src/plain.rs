@@ -58,6 +58,71 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     Ok(())
 }
 
+#[derive(Args)]
+pub struct PacedOptions {
+    /// mysql://…/database of every server; see `plain`.
+    #[arg(required = true)]
+    urls: Vec<String>,
+    /// Rows a second, all servers together; 0 for one after the other without a pause.
+    #[arg(long, default_value_t = 200.0)]
+    rate: f64,
+    #[arg(long, default_value_t = 20.0)]
+    seconds: f64,
+    /// Characters of a text.
+    #[arg(long, default_value_t = 100)]
+    chars: usize,
+}
+
+/// One row a transaction, at a steady pace, from server to server. Prints the rows, and the median and the 99th percentile of an
+/// INSERT in milliseconds.
+pub async fn paced(options: PacedOptions) -> anyhow::Result<()> {
+    let mut servers = Vec::new();
+    for url in &options.urls {
+        let mut conn = Conn::from_url(url).await?;
+        conn.query_drop("DELETE FROM messages").await?;
+        let statement = conn.prep(INSERT_ONE).await?;
+        servers.push((conn, statement));
+    }
+    let begun = Instant::now();
+    let mut took = Vec::new();
+    for number in 0u64.. {
+        if begun.elapsed().as_secs_f64() >= options.seconds {
+            break;
+        }
+        if options.rate > 0.0 {
+            let due = begun + Duration::from_secs_f64(number as f64 / options.rate);
+            tokio::time::sleep_until(due.into()).await;
+        }
+        let server = (number % servers.len() as u64) as usize;
+        let (conn, statement) = &mut servers[server];
+        let dialog = number.wrapping_mul(7919) % 5000;
+        let sent = Instant::now();
+        conn.exec_drop(&*statement, row(dialog, number, 0, options.chars))
+            .await?;
+        took.push(sent.elapsed());
+    }
+    took.sort_unstable();
+    let at = |share: usize| took[took.len() * share / 100].as_secs_f64() * 1000.0;
+    println!("{} {:.2} {:.2}", took.len(), at(50), at(99));
+    Ok(())
+}
+
+const INSERT_ONE: &str = "INSERT INTO messages (slot, dialog, seq, author, client_key, text_hash, kind, text, created_at) \
+     VALUES (?, ?, ?, ?, ?, ?, 'text', ?, ?)";
+
+fn row(dialog: u64, number: u64, connection: u64, chars: usize) -> Vec<Value> {
+    vec![
+        Value::from(dialog * 31 % 4096),
+        Value::from(format!("{dialog}_{}", dialog + 1000)),
+        Value::from(number),
+        Value::from(dialog),
+        Value::from(format!("{connection:x}.{number}").into_bytes()),
+        Value::from(&[7u8; 16][..]),
+        Value::from("x".repeat(chars)),
+        Value::from(1_795_000_000_000_000i64),
+    ]
+}
+
 /// Connection `c` of `n` writes the dialogs whose number is `c` modulo `n`, so that none waits for another.
 async fn insert(
     url: String,
@@ -84,16 +149,7 @@ async fn insert(
             let dialog =
                 number.wrapping_mul(7919) % (dialogs / connections) * connections + connection;
             number += 1;
-            params.extend([
-                Value::from(dialog * 31 % 4096),
-                Value::from(format!("{dialog}_{}", dialog + 1000)),
-                Value::from(number),
-                Value::from(dialog),
-                Value::from(format!("{connection:x}.{number}").into_bytes()),
-                Value::from(&[7u8; 16][..]),
-                Value::from("x".repeat(chars)),
-                Value::from(1_795_000_000_000_000i64),
-            ]);
+            params.extend(row(dialog, number, connection, chars));
         }
         conn.exec_drop(&statement, params).await?;
         inserted += rows as u64;

@@ -337,9 +337,10 @@ async fn a_draft_is_stored_as_it_is_or_not_at_all(kind: Kind) {
         ..term
     };
     let repeat = [message("7_42", 7, "g", "x"), message("5_7", 7, "e", "x")];
+    let (one, repeat_of_one) = (next[..1].to_vec(), [message("7_42", 7, "e", "x")]);
     let known = [("7_42", 4), ("5_7", 4)];
     for (batch, draft, unlike) in [
-        (&next, draft(&next, other, &known), Unlike::Term),
+        (&next[..], draft(&next, other, &known), Unlike::Term),
         (
             &next,
             draft(&next, term, &[("7_42", 4), ("5_7", 3)]),
@@ -353,6 +354,14 @@ async fn a_draft_is_stored_as_it_is_or_not_at_all(kind: Kind) {
         (&next, draft(&next, term, &[("7_42", 2)]), Unlike::Head),
         (&repeat, draft(&repeat, term, &known), Unlike::Key),
         (&repeat, draft(&repeat, term, &[]), Unlike::Key),
+        (&one, draft(&one, other, &known[..1]), Unlike::Term),
+        (&one, draft(&one, term, &[("7_42", 3)]), Unlike::Head),
+        (&one, draft(&one, term, &[("7_42", 5)]), Unlike::Head),
+        (
+            &repeat_of_one,
+            draft(&repeat_of_one, term, &known[..1]),
+            Unlike::Key,
+        ),
     ] {
         assert_eq!(append(batch, draft).await, Err(unlike));
         assert_eq!(standing(&store, &["7_42", "7_9", "5_7"]).await, before);
@@ -365,8 +374,15 @@ async fn a_draft_is_stored_as_it_is_or_not_at_all(kind: Kind) {
         .append(&wrong, &next, draft(&next, term, &known))
         .await;
     assert_eq!(appended, Ok(Appended::Unlike(Unlike::Term)));
+    let appended = store
+        .append(&wrong, &one, draft(&one, term, &known[..1]))
+        .await;
+    assert_eq!(appended, Ok(Appended::Unlike(Unlike::Term)));
     let stored = append(&next, draft(&next, term, &known)).await;
     assert_eq!(stored, Ok([5, 5].map(|seq| (seq, false)).to_vec()));
+    let last = [message("7_42", 7, "h", "'; ROLLBACK; --")];
+    let stored = append(&last, draft(&last, term, &[("7_42", 5)])).await;
+    assert_eq!(stored, Ok(vec![(6, false)]));
 }
 
 async fn instances_that_write_at_once_share_one_dense_order(kind: Kind) {

@@ -26,6 +26,9 @@ pub(super) async fn append(
     batch: &[NewMessage],
     draft: Draft,
 ) -> Result<Appended, StoreError> {
+    if let Some(call) = call_of(identity, batch, &draft) {
+        return append_one(conn, call, batch, draft).await;
+    }
     let text = append_text(identity, batch, &draft);
     match sets_until_error(conn, text).await {
         (sets, None) => {
@@ -56,6 +59,60 @@ pub(super) async fn append(
         }
     }
 }
+
+/// The common batch: one message, of a dialog that is remembered. A procedure stores it.
+fn call_of(identity: &Identity, batch: &[NewMessage], draft: &Draft) -> Option<String> {
+    let ([message], [row]) = (batch, &draft.plan.rows[..]) else {
+        return None;
+    };
+    let last_seq = draft.expected.get(&message.dialog)?;
+    let term = draft.terms.get(&message.slot)?.number;
+    let NewMessage {
+        slot,
+        dialog,
+        author,
+        ..
+    } = message;
+    let mut call = String::with_capacity(400 + 2 * message.text.as_str().len());
+    let _ = write!(
+        call,
+        "CALL append_one('{}','{}',{slot},{term},'{dialog}',{last_seq},{},{author},x'",
+        identity.cluster_id, identity.shard_name, row.seq
+    );
+    push_hex(&mut call, message.key.as_str().as_bytes());
+    call.push_str("',x'");
+    push_hex(&mut call, &message.hash.0);
+    call.push_str("',_utf8mb4 x'");
+    push_hex(&mut call, message.text.as_str().as_bytes());
+    call.push_str("')");
+    Some(call)
+}
+
+async fn append_one(
+    conn: &mut Conn,
+    call: String,
+    batch: &[NewMessage],
+    draft: Draft,
+) -> Result<Appended, StoreError> {
+    // The procedure has rolled back before it fails.
+    let unlike = match sets_until_error(conn, call).await {
+        (sets, None) => {
+            let now = rows::<i64>(sets.into_iter().next())?.pop();
+            let now = Timestamp::from_micros(now.ok_or_else(|| corrupt("the procedure"))?);
+            let written = draft.settle(batch, now, &HashMap::new());
+            return Ok(Appended::Stored { written, now });
+        }
+        (_, Some(mysql_async::Error::Server(e))) if e.code == OTHER_TERM => Unlike::Term,
+        (_, Some(mysql_async::Error::Server(e))) if e.code == OTHER_HEAD => Unlike::Head,
+        (_, Some(mysql_async::Error::Server(e))) if e.code == DUPLICATE_KEY => Unlike::Key,
+        (_, Some(e)) => return Err(classify(e)),
+    };
+    Ok(Appended::Unlike(unlike))
+}
+
+/// Errors of the procedure.
+const OTHER_TERM: u16 = 9001;
+const OTHER_HEAD: u16 = 9002;
 
 /// The place of the fence among the statements of an append.
 const FENCE: usize = 1;
