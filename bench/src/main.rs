@@ -1,5 +1,6 @@
 //! What the service is measured against, each in its plainest form: `bench/saturation` and `bench/idle` run these beside it.
 
+mod attack;
 mod chance;
 mod deliver;
 mod devices;
@@ -38,6 +39,8 @@ enum Cli {
     Prove(prove::Options),
     /// Loses messages of the bus, kills instances, stops readers, and shows that every device has everything all the same.
     Deliver(deliver::Options),
+    /// Ordinary accounts ask for all they can while others talk.
+    Attack(attack::Options),
     /// Moves a slot with one very long dialog while it is written to and read to its first message.
     Huge(huge::Options),
 }
@@ -55,6 +58,7 @@ fn main() -> anyhow::Result<()> {
         Cli::Saturate(options) => runtime.block_on(saturate::run(options)),
         Cli::Prove(options) => runtime.block_on(prove::run(options)),
         Cli::Deliver(options) => runtime.block_on(deliver::run(options)),
+        Cli::Attack(options) => runtime.block_on(attack::run(options)),
         Cli::Huge(options) => runtime.block_on(huge::run(options)),
     }
 }

@@ -22,6 +22,8 @@ pub struct Service {
     dir: PathBuf,
     port: u16,
     instances: Vec<Option<Child>>,
+    /// Instances keep to the limits that are set by default.
+    pub at_default_limits: bool,
     /// Where the instances find the bus, if not where it is.
     pub bus: [Option<String>; 2],
     /// Of dialogs that were asked for; no slot moves meanwhile.
@@ -38,6 +40,7 @@ impl Service {
             dir,
             port,
             instances: vec![None, None],
+            at_default_limits: false,
             bus: [None, None],
             owners: BTreeMap::new(),
             outages: Vec::new(),
@@ -191,14 +194,7 @@ impl Service {
                     .unwrap_or_else(|| self.nats()),
             )
             .env("CHAT__AUTH__SECRET", SECRET)
-            .env("CHAT__LIMITS__CONNECTIONS_PER_IP", "100000")
-            .env("CHAT__LIMITS__SENDS_PER_SECOND", "100000")
-            .env("CHAT__LIMITS__SENDS_BURST", "100000")
-            .env("CHAT__LIMITS__FRAMES_PER_SECOND", "100000")
-            .env("CHAT__LIMITS__CONNECTS_PER_SECOND", "100000")
-            .env("CHAT__LIMITS__CONNECTS_BURST", "100000")
-            .env("CHAT__LIMITS__REQUESTS_PER_SECOND", "100000")
-            .env("CHAT__LIMITS__REQUESTS_BURST", "100000")
+            .envs(self.limits())
             .env("CHAT__CHANGE__PURGE_AFTER_MS", "3000")
             .env("CHAT_FAULT", fault)
             .stdout(Stdio::null())
@@ -215,6 +211,26 @@ impl Service {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         bail!("instance {i} does not get ready; see its log")
+    }
+
+    /// Everybody comes from one address here; and what few users do stands for many.
+    fn limits(&self) -> Vec<(String, &'static str)> {
+        let names = [
+            "CONNECTIONS_PER_IP",
+            "CONNECTS_PER_SECOND",
+            "CONNECTS_BURST",
+            "SENDS_PER_SECOND",
+            "SENDS_BURST",
+            "FRAMES_PER_SECOND",
+            "REQUESTS_PER_SECOND",
+            "REQUESTS_BURST",
+            "WORK_PER_SECOND",
+            "WORK_BURST",
+        ];
+        let names = names.iter().filter(|_| !self.at_default_limits);
+        names
+            .map(|name| (format!("CHAT__LIMITS__{name}"), "100000"))
+            .collect()
     }
 
     /// Looks whether an instance has died; starts it again with the next fault.

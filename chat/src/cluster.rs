@@ -105,7 +105,7 @@ pub enum Founding {
     Refused,
 }
 
-/// How often it is looked before what is found at the start is taken for wrong, and the pause after the first look.
+/// How often it is looked at least before what is found at the start is taken for wrong, and the pause after the first look.
 const LOOKS: u32 = 4;
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
@@ -127,17 +127,19 @@ impl Cluster {
         for (name, shard) in &topology.shards {
             stores.insert(name.clone(), open(name, &shard.url)?);
         }
-        let mut found = look_at_all(&stores, founding, runtime).await;
-        let mut agreed = agree(topology, &found);
-        for look in 1..LOOKS {
-            if agreed.is_ok() {
-                break;
+        // Another instance may be founding while we look from shard to shard: what is wrong is wrong only if it stays so.
+        let (mut wrong, mut looks) = (None, 0);
+        let (mut found, agreed) = loop {
+            let found = look_at_all(&stores, founding, runtime).await;
+            let agreed = agree(topology, &found);
+            let now_wrong = agreed.as_ref().err().map(ToString::to_string);
+            looks += 1;
+            if now_wrong.is_none() || (looks >= LOOKS && now_wrong == wrong) || looks == 3 * LOOKS {
+                break (found, agreed);
             }
-            // Another instance may be founding while we look from shard to shard.
-            tokio::time::sleep(LOOK_AGAIN * look).await;
-            found = look_at_all(&stores, founding, runtime).await;
-            agreed = agree(topology, &found);
-        }
+            wrong = now_wrong;
+            tokio::time::sleep(LOOK_AGAIN * looks.min(LOOKS)).await;
+        };
         let agreed = agreed?;
         let (doc, document, cluster_id) = match agreed {
             Agreed::InForce {

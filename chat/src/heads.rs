@@ -213,8 +213,15 @@ impl Inner {
                     gathering.remove(&shard.number());
                     return;
                 }
+                // Those that nobody waits for any more are not asked.
+                waiting
+                    .questions
+                    .retain(|question| !question.answer.is_closed());
                 take_together(&mut waiting.questions)
             };
+            if questions.is_empty() {
+                continue;
+            }
             let answer = shard.dialog_heads(together(&questions)).await.map(Arc::new);
             for question in questions {
                 // Whoever asked may have gone.

@@ -37,6 +37,8 @@ pub mod dispatch;
 
 pub mod rate;
 
+pub mod budget;
+
 pub mod messages;
 
 pub mod heads;

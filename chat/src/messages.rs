@@ -1,5 +1,6 @@
 //! Sending, reading, inboxes and read marks, over all shards: the one thing that sessions and REST call.
 
+use crate::budget::{Budgets, cost};
 use crate::cluster::Cluster;
 use crate::config;
 use crate::dialog::{BadKey, BadText, BadUser, DialogId, Key, Seq, Text, UserId};
@@ -35,6 +36,7 @@ struct Inner {
     limits: config::Limits,
     send_limit: Duration,
     rates: Rates<UserId>,
+    budgets: Budgets,
     pages: PagesUnderWay,
     metrics: Arc<Metrics>,
 }
@@ -55,7 +57,11 @@ pub enum NotDone {
     KeyReused,
     #[error("too many sends: at most {limit} a second")]
     RateLimited { limit: u32, retry_after: Duration },
-    #[error("too many sends are waiting for the shard of this dialog")]
+    #[error(
+        "too much work: each user has a budget for reads, marks and watches; see the limits in welcome"
+    )]
+    TooMuchWork { retry_after: Duration },
+    #[error("too much is waiting for the shard already")]
     Overloaded,
     #[error("the shard of this dialog does not answer")]
     ShardDown,
@@ -132,6 +138,7 @@ impl Messages {
                 settings.limits.sends_per_second,
                 settings.limits.sends_burst,
             ),
+            budgets: Budgets::new(settings.limits.work_per_second, settings.limits.work_burst),
             pages: PagesUnderWay::default(),
             metrics,
         };
@@ -209,6 +216,23 @@ impl Messages {
         Ok(async move { settling.await.unwrap_or(Err(NotDone::Unavailable)) })
     }
 
+    /// Takes from the budget of a user what a request costs at least.
+    ///
+    /// # Errors
+    /// [`NotDone::TooMuchWork`].
+    pub fn afford(&self, user: UserId, units: u32) -> Result<(), NotDone> {
+        let taken = self.inner.budgets.take(user, units);
+        taken.map_err(|retry_after| {
+            self.inner.metrics.over_budget.inc();
+            NotDone::TooMuchWork { retry_after }
+        })
+    }
+
+    /// Takes from the budget of a user what a request turned out to cost.
+    pub fn charge(&self, user: UserId, units: u32) {
+        self.inner.budgets.charge(user, units);
+    }
+
     /// Another instance has stored a message.
     pub fn heard(&self, dialog: DialogId, seq: Seq) {
         self.inner.dispatch.heard(dialog, seq);
@@ -228,12 +252,23 @@ impl Messages {
         let dialog = DialogId::between(me, UserId::new(with)?);
         let limit = page_limit(limit, self.inner.limits.history_page)?;
         // One more than asked for tells whether there is more.
-        let page = self.page(dialog, range, limit + 1).await?;
+        self.afford(me, cost::STATEMENT)?;
+        let page = self.page(me, dialog, range, limit + 1).await?;
+        let bytes = page.messages.iter().map(|message| message.text.len()).sum();
+        self.inner
+            .budgets
+            .charge(me, cost::answer(page.messages.len(), bytes));
         Ok(self.present(dialog, range, limit, &page))
     }
 
     /// Reads a page from the shard that owns the slot, and checks that it adds up.
-    async fn page(&self, dialog: DialogId, range: Range, limit: u32) -> Result<Arc<Page>, NotDone> {
+    async fn page(
+        &self,
+        payer: UserId,
+        dialog: DialogId,
+        range: Range,
+        limit: u32,
+    ) -> Result<Arc<Page>, NotDone> {
         let slot = Slot::of(dialog);
         let cluster = &self.inner.cluster;
         for attempt in 0..READ_TRIES {
@@ -242,7 +277,7 @@ impl Messages {
                 cluster.refresh().await;
             }
             let shard = cluster.route(slot).ok_or(NotDone::Unavailable)?;
-            let page = self.read(shard, dialog, range, limit).await?;
+            let page = self.read(payer, shard, dialog, range, limit).await?;
             let Some(view) = &page.slot else { continue };
             let page = match (view.state, &view.peer) {
                 (SlotState::Owner, _) => page,
@@ -251,7 +286,7 @@ impl Messages {
                     let Some(peer) = cluster.view().shard(peer).cloned() else {
                         return Err(NotDone::Unavailable);
                     };
-                    let theirs = self.read(peer, dialog, range, limit).await?;
+                    let theirs = self.read(payer, peer, dialog, range, limit).await?;
                     let state = theirs.slot.as_ref().map(|view| view.state);
                     match state {
                         Some(SlotState::Owner) => theirs,
@@ -277,13 +312,14 @@ impl Messages {
 
     async fn read(
         &self,
+        payer: UserId,
         shard: Shard,
         dialog: DialogId,
         range: Range,
         limit: u32,
     ) -> Result<Arc<Page>, NotDone> {
         let pages = &self.inner.pages;
-        let page = pages.read(shard, dialog, range, limit, &self.inner.metrics);
+        let page = pages.read(payer, shard, dialog, range, limit, &self.inner.metrics);
         page.await.map_err(not_done)
     }
 
@@ -342,6 +378,8 @@ impl Messages {
     ) -> Result<InboxPage, NotDone> {
         let limit = page_limit(limit, self.inner.limits.inbox_page)?;
         let below = cursor.map(parse_cursor).transpose()?;
+        let shards = u32::try_from(self.inner.cluster.view().shards.len()).unwrap_or(u32::MAX);
+        self.afford(me, cost::STATEMENT.saturating_mul(shards))?;
         let mut gathered = Gathered::default();
         for attempt in 0..READ_TRIES {
             if attempt > 0 {
@@ -361,8 +399,14 @@ impl Messages {
             let mut parts = Vec::new();
             for (shard, answer) in view.shards.iter().zip(answers) {
                 match answer {
-                    Ok(part) => parts.push(part),
-                    Err(_) => incomplete.push(shard.name().to_owned()),
+                    Ok(part) => {
+                        self.inner.budgets.charge(me, cost::inbox(part.rows.len()));
+                        parts.push(part);
+                    }
+                    Err(ShardDown::Busy(_)) => return Err(NotDone::Overloaded),
+                    Err(ShardDown::Down(_) | ShardDown::Failed(..)) => {
+                        incomplete.push(shard.name().to_owned())
+                    }
                 }
             }
             gathered.add(parts);
@@ -399,6 +443,7 @@ impl Messages {
         seq: u64,
     ) -> Result<(DialogId, Seq), NotDone> {
         let dialog = DialogId::between(me, UserId::new(with)?);
+        self.afford(me, cost::COMMIT)?;
         let sealed_until = Instant::now() + SEALED_LIMIT;
         loop {
             let shard = self
@@ -442,6 +487,7 @@ pub fn wire(dialog: DialogId, message: &StoredMessage) -> Message {
 fn not_done(e: ShardDown) -> NotDone {
     match e {
         ShardDown::Down(_) => NotDone::ShardDown,
+        ShardDown::Busy(_) => NotDone::Overloaded,
         ShardDown::Failed(shard, e) => {
             tracing::warn!(%shard, reason = %e, "read failed");
             NotDone::Unavailable
@@ -600,6 +646,7 @@ struct PagesUnderWay {
 impl PagesUnderWay {
     async fn read(
         &self,
+        payer: UserId,
         shard: Shard,
         dialog: DialogId,
         range: Range,
@@ -620,8 +667,9 @@ impl PagesUnderWay {
                 };
                 let page = async move {
                     // The turn comes when a connection is free: until then others may join.
-                    let turn = shard.turn().await;
+                    let turn = shard.turn(Some(payer)).await;
                     drop(begins);
+                    let turn = turn?;
                     let page = shard.page(dialog, range, limit).await;
                     drop(turn);
                     page.map(Arc::new)

@@ -136,6 +136,8 @@ pub struct Metrics {
     slots: Family<ShardLabel, Gauge>,
     circuit_open: Family<ShardLabel, Gauge>,
     circuit_opened: Family<ShardLabel, Counter>,
+    /// Requests that were refused because their user had nothing left of the budget.
+    pub over_budget: Counter,
     /// Pages that were read from a shard.
     pub history_reads: Counter,
     /// Pages that shared the read of another.
@@ -235,6 +237,7 @@ impl Metrics {
             slots: Family::default(),
             circuit_open: Family::default(),
             circuit_opened: Family::default(),
+            over_budget: Counter::default(),
             history_reads: Counter::default(),
             history_shared: Counter::default(),
             history_torn: Counter::default(),
@@ -341,6 +344,11 @@ impl Metrics {
             "circuit_opened",
             "Times a shard stopped answering",
             metrics.circuit_opened.clone(),
+        );
+        r.register(
+            "requests_over_budget",
+            "Requests refused because their user had nothing left of the budget",
+            metrics.over_budget.clone(),
         );
         r.register(
             "history_reads",

@@ -24,6 +24,9 @@ pub const GRACE: Duration = Duration::from_secs(5);
 /// How often those who are watched are asked for again.
 const ASK_AGAIN: Duration = Duration::from_secs(30);
 
+/// How long interest in a user is kept when nobody watches any more.
+const LINGER: Duration = Duration::from_secs(10);
+
 /// How many are asked for at once.
 const AT_ONCE: usize = 32;
 
@@ -49,7 +52,9 @@ struct Watched {
     /// Somebody is finding out whether the user has gone.
     in_doubt: bool,
     watchers: HashMap<u64, Arc<Feed>>,
-    _listening: Listening,
+    /// Since when nobody watches.
+    left: Option<Instant>,
+    listening: Listening,
 }
 
 impl Presence {
@@ -71,6 +76,7 @@ impl Presence {
                 }
             }));
         runtime.spawn(ask_again(Arc::downgrade(&inner)));
+        runtime.spawn(forget(Arc::downgrade(&inner)));
         Self { inner }
     }
 
@@ -145,7 +151,11 @@ impl Inner {
     }
 
     async fn ask_for_all(inner: &Arc<Self>, over: Duration) {
-        let users: Vec<UserId> = inner.watched().keys().copied().collect();
+        let users: Vec<UserId> = {
+            let all = inner.watched();
+            let watched = all.iter().filter(|(_, watched)| watched.left.is_none());
+            watched.map(|(user, _)| *user).collect()
+        };
         let chunks = users.len().div_ceil(AT_ONCE).max(1) as u32;
         for users in users.chunks(AT_ONCE) {
             let asked = users.iter().map(|user| async move {
@@ -221,6 +231,21 @@ async fn ask_again(inner: Weak<Inner>) {
     }
 }
 
+/// Leaves the bus for users that nobody has watched for [`LINGER`].
+async fn forget(inner: Weak<Inner>) {
+    loop {
+        tokio::time::sleep(LINGER / 2).await;
+        let Some(inner) = inner.upgrade() else { return };
+        let is_over = |watched: &Watched| watched.left.is_some_and(|left| left.elapsed() >= LINGER);
+        let gone: Vec<(UserId, Watched)> = inner
+            .watched()
+            .extract_if(|_, watched| is_over(watched))
+            .collect();
+        // Leaving the bus is somebody else's code: not under our lock.
+        drop(gone);
+    }
+}
+
 /// Whom a session watches; until it is dropped.
 pub struct Watch {
     presence: Presence,
@@ -268,15 +293,17 @@ impl Watch {
                 seen: Instant::now(),
                 in_doubt: false,
                 watchers: HashMap::new(),
-                _listening: listening,
+                left: None,
+                listening,
             }
         });
+        watched.left = None;
         watched.watchers.insert(self.session, self.feed.clone());
         if let Some(online) = watched.online {
             self.feed.outbox().push(encode(&presence(user, online)));
             return;
         }
-        let (asking, mut effective) = (Arc::downgrade(inner), watched._listening.effective());
+        let (asking, mut effective) = (Arc::downgrade(inner), watched.listening.effective());
         inner.runtime.spawn(async move {
             // Listen, then look: who comes between the two would be missed the other way round.
             let _ = effective.wait_for(|effective| *effective).await;
@@ -297,20 +324,13 @@ impl Watch {
     }
 
     fn leave(&self, user: UserId) {
-        let gone = {
-            let mut all = self.presence.inner.watched();
-            let Some(watched) = all.get_mut(&user) else {
-                return;
-            };
+        if let Some(watched) = self.presence.inner.watched().get_mut(&user) {
             watched.watchers.remove(&self.session);
             if watched.watchers.is_empty() {
-                all.remove(&user)
-            } else {
-                None
+                // Interest in the bus is kept for a while: a page that is loaded again watches the same users again.
+                watched.left = Some(Instant::now());
             }
-        };
-        // Leaving the bus is somebody else's code: not under our lock.
-        drop(gone);
+        }
     }
 }
 

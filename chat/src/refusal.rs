@@ -67,7 +67,7 @@ impl From<NotDone> for Refusal {
             NotDone::BadText(BadText::TooLong { .. }) => (ErrorCode::TextTooLong, None),
             NotDone::BadKey(_) | NotDone::BadRequest(_) => (ErrorCode::BadRequest, None),
             NotDone::KeyReused => (ErrorCode::KeyReused, None),
-            NotDone::RateLimited { retry_after, .. } => {
+            NotDone::RateLimited { retry_after, .. } | NotDone::TooMuchWork { retry_after } => {
                 (ErrorCode::RateLimited, Some(*retry_after))
             }
             NotDone::Overloaded => (ErrorCode::Overloaded, Some(OVERLOADED_RETRY)),

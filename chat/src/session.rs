@@ -1,5 +1,6 @@
 //! One connection as a state machine: frames in, frames out. It knows nothing of sockets.
 
+use crate::budget::cost;
 use crate::bus::BusState;
 use crate::catchup::CatchUp;
 use crate::config::Limits;
@@ -129,6 +130,9 @@ impl Session {
                     resume_dialogs: limits.resume_dialogs,
                     resume_messages: limits.resume_messages,
                     watched_users: limits.watched_users,
+                    resume_hours: limits.resume_hours,
+                    work_per_second: limits.work_per_second,
+                    work_burst: limits.work_burst,
                 },
                 now: store::now().to_string(),
             })
@@ -168,8 +172,7 @@ impl Session {
 
     /// Takes a text frame. Whatever it says, the answer goes to the outbox, now or when it is known.
     pub fn receive(&mut self, text: &str) {
-        if !self.frames.take(Instant::now()) {
-            self.outbox.close(Close::TooManyFrames);
+        if !self.count_frame() {
             return;
         }
         match serde_json::from_str::<ClientFrame>(text) {
@@ -189,9 +192,18 @@ impl Session {
         }
     }
 
+    /// Counts a frame that asks for nothing: a ping, a pong, a fragment. `false` once there are too many of all kinds.
+    pub fn count_frame(&mut self) -> bool {
+        let taken = self.frames.take(Instant::now());
+        if !taken {
+            self.outbox.close(Close::TooManyFrames);
+        }
+        taken
+    }
+
     /// Takes a frame that is not text.
     pub fn receive_binary(&mut self) {
-        if self.frames.take(Instant::now()) {
+        if self.count_frame() {
             self.refuse(
                 Refusal::new(
                     ErrorCode::BadRequest,
@@ -200,8 +212,6 @@ impl Session {
                 None,
                 None,
             );
-        } else {
-            self.outbox.close(Close::TooManyFrames);
         }
     }
 
@@ -412,6 +422,12 @@ impl Session {
         positions.sort_unstable();
         let since = since.map(|since| since.parse()).transpose();
         let since = since.map_err(|_| NotDone::BadRequest("since is not the now of a welcome"))?;
+        // What was said before that is for the inbox to show.
+        let farthest =
+            store::now().micros() - i64::from(self.context.limits.resume_hours) * Timestamp::HOUR;
+        let since = since.map(|since: Timestamp| since.max(Timestamp::from_micros(farthest)));
+        let units = cost::STATEMENT + cost::answer(positions.len(), 0);
+        self.context.messages.afford(me, units)?;
         Ok((positions, since))
     }
 
@@ -424,7 +440,9 @@ impl Session {
         if self.typed.len() >= TYPED {
             self.typed.retain(|_, at| lately(at));
         }
-        if self.typed.len() < TYPED {
+        let me = self.identity.user;
+        let affordable = || self.context.messages.afford(me, cost::STATEMENT).is_ok();
+        if self.typed.len() < TYPED && affordable() {
             self.typed.insert(dialog, now);
             self.context.delivery.typing(dialog, self.identity.user);
         }
@@ -434,11 +452,14 @@ impl Session {
         let users = users.iter().map(|user| UserId::new(*user));
         let users: Vec<UserId> = users.collect::<Result<_, _>>()?;
         let new = users.iter().filter(|user| !self.watch.contains(**user));
-        if self.watch.len() + new.count() > self.context.limits.watched_users as usize {
+        let new = new.count();
+        if self.watch.len() + new > self.context.limits.watched_users as usize {
             return Err(NotDone::BadRequest(
                 "too many users; welcome says how many a session may watch",
             ));
         }
+        let units = cost::STATEMENT.saturating_mul(u32::try_from(new).unwrap_or(u32::MAX));
+        self.context.messages.afford(self.identity.user, units)?;
         users.into_iter().for_each(|user| self.watch.add(user));
         Ok(())
     }

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::time::Instant;
 
 /// What became of a send.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub enum Answer {
     /// It is stored; `repeat` if it was before.
     Stored {
@@ -151,7 +151,6 @@ impl Default for SlotQueues {
 
 impl SlotQueues {
     /// The queue of a slot.
-    #[must_use]
     pub fn of(&self, slot: Slot) -> MutexGuard<'_, SlotQueue> {
         self.queues[slot.index()]
             .lock()

@@ -317,12 +317,8 @@ impl Line {
                 }
             }
             Err(e) => {
-                let answer = || match &e {
-                    ShardDown::Down(_) => Answer::ShardDown,
-                    ShardDown::Failed(..) => Answer::Unavailable,
-                };
-                self.failed(jobs.len(), &e);
-                settled.extend(jobs.map(|job| (job, Outcome::Answer(answer()))));
+                let answer = self.failed(jobs.len(), &e);
+                settled.extend(jobs.map(|job| (job, Outcome::Answer(answer))));
             }
         }
     }
@@ -330,7 +326,7 @@ impl Line {
     fn failed(&self, sends: usize, e: &ShardDown) -> Answer {
         match e {
             ShardDown::Down(_) => Answer::ShardDown,
-            ShardDown::Failed(..) => {
+            ShardDown::Busy(_) | ShardDown::Failed(..) => {
                 tracing::warn!(shard = self.shard.name(), sends, reason = %e, "sends not stored in time");
                 Answer::Unavailable
             }
@@ -351,7 +347,7 @@ impl Line {
                 settled => return settled,
             };
             let pause = match &failed.1 {
-                StoreError::Conflict(_) => CONFLICT_PAUSE,
+                StoreError::Conflict(_) | StoreError::Busy(_) => CONFLICT_PAUSE,
                 StoreError::Lost(_) => {
                     suspect = true;
                     self.sequencer.clear();

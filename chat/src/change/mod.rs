@@ -91,6 +91,9 @@ pub struct Status {
 /// Between two looks, when nothing happens.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
+/// Between two looks at all rows of all shards, when there was nothing to do at the last.
+const QUIET_LOOK: Duration = Duration::from_secs(5);
+
 /// Slots that are begun in one round; between rounds all rows are looked at anew.
 const MOVES_A_ROUND: usize = 64;
 
@@ -302,8 +305,10 @@ impl Inner {
     async fn coordinate(self: Arc<Self>) {
         let mut turn = OurTurn::default();
         let mut adopted = (self.cluster.view().doc.clone(), Instant::now());
+        // Since when there has been nothing to do.
+        let mut quiet = None;
         loop {
-            let busy = match self.round(&mut turn, &mut adopted).await {
+            let busy = match self.round(&mut turn, &mut adopted, &mut quiet).await {
                 Ok(busy) => busy,
                 Err(held_up) => {
                     tracing::debug!(held_up, "change");
@@ -321,8 +326,8 @@ impl Inner {
                 tokio::select! {
                     biased;
                     () = tokio::time::sleep(LOOK_EVERY) => {}
-                    () = self.wake.notified() => {}
-                    () = self.peers.news.notified() => {}
+                    () = self.wake.notified() => quiet = None,
+                    () = self.peers.news.notified() => quiet = None,
                 }
             }
         }
@@ -333,6 +338,7 @@ impl Inner {
         &self,
         turn: &mut OurTurn,
         adopted: &mut (crate::store::DocRef, Instant),
+        quiet: &mut Option<Instant>,
     ) -> Result<bool, String> {
         install::catch_up(&self.cluster)
             .await
@@ -340,11 +346,17 @@ impl Inner {
         let view = self.cluster.view();
         if adopted.0 != view.doc {
             *adopted = (view.doc.clone(), Instant::now());
+            *quiet = None;
             self.cluster.refresh().await;
         }
         let ours = turn.take(&view).await;
         self.at_work.store(ours, Ordering::Relaxed);
         if !ours {
+            *quiet = None;
+            return Ok(false);
+        }
+        // Only whoever has the turn changes rows, and a document is what gives reason to.
+        if quiet.is_some_and(|since| since.elapsed() < QUIET_LOOK) {
             return Ok(false);
         }
         let (rows, silent) = read_rows(&view).await;
@@ -390,7 +402,10 @@ impl Inner {
         busy |= self.purge(&view, &rows).await;
         if !busy {
             let waiting = silent.first().map(|name| format!("{name} does not answer"));
-            let to_do = self.progress.report().slots_left > 0;
+            let report = self.progress.report();
+            let to_do = report.slots_left > 0;
+            let done = !to_do && report.slots_to_merge == 0 && silent.is_empty();
+            *quiet = done.then(Instant::now);
             self.progress.stage(
                 view.doc.version,
                 if to_do { "waiting" } else { "idle" },

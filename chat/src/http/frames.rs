@@ -21,6 +21,8 @@ pub enum Incoming {
     Ping(Bytes),
     /// An answer to a ping.
     Pong,
+    /// A part of a message that is not whole yet.
+    Fragment,
     /// The client wants to close.
     Close,
 }
@@ -75,10 +77,8 @@ impl Frames {
     /// Safe: what has arrived stays here.
     pub async fn next(&mut self) -> Result<Incoming, Broken> {
         loop {
-            while let Some(frame) = self.decode()? {
-                if let Some(incoming) = self.assemble(frame)? {
-                    return Ok(incoming);
-                }
+            if let Some(frame) = self.decode()? {
+                return self.assemble(frame);
             }
             let chunk = self
                 .payload
@@ -122,8 +122,8 @@ impl Frames {
     }
 
     /// Takes a frame; gives a message once its last fragment is here.
-    fn assemble(&mut self, frame: Frame) -> Result<Option<Incoming>, Broken> {
-        Ok(Some(match frame {
+    fn assemble(&mut self, frame: Frame) -> Result<Incoming, Broken> {
+        Ok(match frame {
             Frame::Text(text) => Incoming::Text(utf8(text)?),
             Frame::Binary(_) => Incoming::Binary,
             Frame::Ping(bytes) => Incoming::Ping(bytes),
@@ -144,7 +144,7 @@ impl Frames {
                 }
                 self.message.extend_from_slice(&bytes);
                 if !last {
-                    return Ok(None);
+                    return Ok(Incoming::Fragment);
                 }
                 let message = std::mem::take(&mut self.message).freeze();
                 if self.is_text {
@@ -153,7 +153,7 @@ impl Frames {
                     Incoming::Binary
                 }
             }
-        }))
+        })
     }
 
     fn first(&mut self, bytes: Bytes, is_text: bool) -> Bytes {
@@ -232,7 +232,9 @@ mod tests {
         for chunk in [1, 2, 7, 1000] {
             let mut frames = frames(bytes.clone(), chunk);
             assert_eq!(frames.next().await, Ok(Incoming::Text("one".into())));
+            assert_eq!(frames.next().await, Ok(Incoming::Fragment));
             assert_eq!(frames.next().await, Ok(Incoming::Ping("ping".into())));
+            assert_eq!(frames.next().await, Ok(Incoming::Fragment));
             assert_eq!(frames.next().await, Ok(Incoming::Text("two".into())));
             assert_eq!(frames.next().await, Ok(Incoming::Binary));
             assert_eq!(frames.next().await, Err(Broken::Gone));
@@ -253,9 +255,15 @@ mod tests {
     #[actix_web::test]
     async fn fragments_are_bounded_in_number_and_in_sum() {
         let many = [frame(FIRST, b"x"), frame(MIDDLE, b"x").repeat(100)].concat();
-        assert_eq!(frames(many, 50).next().await, Err(Broken::TooLarge));
+        let mut many = frames(many, 50);
+        for _ in 0..4 {
+            assert_eq!(many.next().await, Ok(Incoming::Fragment));
+        }
+        assert_eq!(many.next().await, Err(Broken::TooLarge));
         let heavy = [frame(FIRST, &[b'x'; 600]), frame(LAST, &[b'x'; 600])].concat();
-        assert_eq!(frames(heavy, 50).next().await, Err(Broken::TooLarge));
+        let mut heavy = frames(heavy, 50);
+        assert_eq!(heavy.next().await, Ok(Incoming::Fragment));
+        assert_eq!(heavy.next().await, Err(Broken::TooLarge));
     }
 
     #[actix_web::test]

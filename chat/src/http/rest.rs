@@ -1,6 +1,7 @@
 //! The REST API: what the WebSocket does, a request at a time.
 
 use super::{ApiError, App, auth};
+use crate::budget::cost;
 use crate::dialog::UserId;
 use crate::messages::{NotDone, Outgoing};
 use crate::refusal::Refusal;
@@ -223,10 +224,12 @@ pub async fn presence(
     path: web::Path<String>,
     app: web::Data<App>,
 ) -> Result<web::Json<Presence>, ApiError> {
-    identity(&request, &app)?;
+    let me = identity(&request, &app)?;
     let who: UserId = path
         .parse()
         .map_err(|e| counted(&app, NotDone::BadUser(e)))?;
+    let afforded = app.context.messages.afford(me.user, cost::STATEMENT);
+    afforded.map_err(|e| counted(&app, e))?;
     let online = app.context.presence.ask(who).await;
     let online = online.ok_or_else(|| counted(&app, NotDone::Unavailable))?;
     Ok(web::Json(Presence {

@@ -232,8 +232,11 @@ async fn read(
                         if end < alarm.deadline() { alarm.as_mut().reset(end) }
                     }
                     Ok(Incoming::Binary) => session.receive_binary(),
-                    Ok(Incoming::Ping(bytes)) => drop(socket.pong(&bytes).now_or_never()),
-                    Ok(Incoming::Pong) => {}
+                    Ok(Incoming::Ping(bytes)) => if session.count_frame() {
+                        // No room means that the client does not read.
+                        let _ = socket.pong(&bytes).now_or_never();
+                    },
+                    Ok(Incoming::Pong | Incoming::Fragment) => { session.count_frame(); }
                     Ok(Incoming::Close) => outbox.close(Close::Normal),
                     Err(Broken::Gone) => return,
                     Err(broken) => {

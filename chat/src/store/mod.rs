@@ -13,6 +13,7 @@ mod plan;
 mod sequencer;
 mod shard;
 mod sqlite;
+mod turns;
 
 pub use control::{
     Acceptance, Control, CopiedMessage, DocRef, Head, Membership, Part, Purged, SlotSize, Standing,
@@ -23,6 +24,7 @@ pub use plan::{BatchPlan, Draft, Known, Row};
 pub use sequencer::Sequencer;
 pub use shard::{Shard, ShardDown, ShardMetrics, ShardState, Timing};
 pub use sqlite::SqliteStore;
+pub use turns::{Busy, Payer, Turn as ReadTurn, Turns};
 
 use crate::dialog::{DialogId, Key, Seq, Text, TextHash, Timestamp, UserId};
 use crate::ownership::{COMPLETE, History, SlotState, SlotView, Term};
@@ -530,6 +532,9 @@ pub enum StoreError {
     /// No connection, or none in time: nothing was written.
     #[error("unreachable: {0}")]
     Unreachable(String),
+    /// All connections that this instance may have are in use: nothing was written, and it says nothing about the database.
+    #[error("busy: {0}")]
+    Busy(String),
     /// The connection broke in the middle: whether it was written is not known. Repeat it with the same keys.
     #[error("connection lost: {0}")]
     Lost(String),

@@ -4,6 +4,7 @@
 //! is refused at once, until a probe in the background gets an answer again. Slow is not dead: a call that takes long is
 //! only given up when a fresh connection gets no answer either, or at the limit.
 
+use super::turns::{Busy, Payer, Turn as ReadTurn, Turns};
 use super::{
     Appended, Counts, Database, Draft, Heads, HeadsOf, Holding, Identity, InboxCursor, InboxPart,
     Marked, NewMessage, Page, Range, Receipt, SlotSize, StoreError,
@@ -20,7 +21,7 @@ use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::runtime::Handle;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 /// A call that takes longer makes us ask on a fresh connection whether the shard is there at all.
@@ -76,6 +77,9 @@ pub enum ShardDown {
     /// The circuit is open, or opened just now.
     #[error("{0} does not answer")]
     Down(String),
+    /// Too much is asked of it by this instance, or of what this payer asks.
+    #[error("{0} is busy")]
+    Busy(String),
     /// Anything else; see [`StoreError`].
     #[error("{0}: {1}")]
     Failed(String, StoreError),
@@ -98,7 +102,7 @@ struct Inner {
     probed: tokio::sync::Mutex<Option<Instant>>,
     metrics: ShardMetrics,
     logged: Mutex<Option<Instant>>,
-    turns: Arc<Semaphore>,
+    turns: Turns,
 }
 
 impl Shard {
@@ -123,7 +127,7 @@ impl Shard {
             probed: tokio::sync::Mutex::default(),
             metrics,
             logged: Mutex::default(),
-            turns: Arc::new(Semaphore::new(timing.readers.max(1))),
+            turns: Turns::new(timing.readers, timing.answer / 2),
         };
         Self {
             inner: Arc::new(inner),
@@ -160,9 +164,16 @@ impl Shard {
         *self.inner.state.borrow() != ShardState::Up
     }
 
-    /// Waits until one of the reading connections is free, and keeps it for the holder.
-    pub async fn turn(&self) -> Option<OwnedSemaphorePermit> {
-        self.inner.turns.clone().acquire_owned().await.ok()
+    /// Waits for a turn to read.
+    ///
+    /// # Errors
+    /// [`ShardDown`].
+    pub async fn turn(&self, payer: Payer) -> Result<ReadTurn, ShardDown> {
+        if self.is_down() {
+            return Err(ShardDown::Down(self.name().to_owned()));
+        }
+        let turn = self.inner.turns.take(payer).await;
+        turn.map_err(|Busy| ShardDown::Busy(self.name().to_owned()))
     }
 
     /// Tells when the state changes.
@@ -278,6 +289,7 @@ impl Shard {
                 self.open(&e.to_string());
                 ShardDown::Down(self.name().to_owned())
             }
+            StoreError::Busy(_) => ShardDown::Busy(self.name().to_owned()),
             StoreError::Conflict(_)
             | StoreError::Lost(_)
             | StoreError::Refused(_)
@@ -350,7 +362,7 @@ impl Shard {
         done.map_err(|e| self.judge(e))
     }
 
-    /// [`super::Store::page`].
+    /// [`super::Store::page`]. The caller has a [turn](Shard::turn).
     pub async fn page(
         &self,
         dialog: DialogId,
@@ -373,6 +385,7 @@ impl Shard {
         below: Option<InboxCursor>,
         limit: u32,
     ) -> Result<InboxPart, ShardDown> {
+        let _turn = self.turn(Some(user)).await?;
         self.call(move |inner| async move {
             inner.store.inbox(&inner.identity, user, below, limit).await
         })
@@ -381,6 +394,7 @@ impl Shard {
 
     /// [`super::Store::dialog_heads`].
     pub async fn dialog_heads(&self, of: HeadsOf) -> Result<Heads, ShardDown> {
+        let _turn = self.turn(None).await?;
         self.call(move |inner| async move { inner.store.dialog_heads(&inner.identity, &of).await })
             .await
     }

@@ -27,6 +27,8 @@ fn command(shards: &Path, settings: Settings<'_>) -> Command {
         .env("CHAT__AUTH__SECRET", SECRET)
         // Tests are in a greater hurry than people.
         .env("CHAT__LIMITS__REQUESTS_BURST", "1000000")
+        .env("CHAT__LIMITS__WORK_PER_SECOND", "1000000")
+        .env("CHAT__LIMITS__WORK_BURST", "1000000")
         .env("CHAT__LIMITS__CONNECTS_BURST", "1000000")
         .env("CHAT__SHARDS_FILE", shards)
         .env("CHAT__LOG__FILTER", "info,chat=debug,refinery_core=warn")

@@ -75,14 +75,15 @@ impl Proxy {
                 self.passing().await;
                 // The word may be cut in two.
                 tail.extend_from_slice(&buffer[..n]);
-                let says_commit = tail.windows(8).any(|window| window == b"; COMMIT");
-                let inserts = tail.windows(13).any(|window| window == b"INSERT INTO m");
-                tail.drain(..tail.len().saturating_sub(7));
+                let says = |what: &[u8]| tail.windows(what.len()).any(|window| window == what);
+                let commits_text = says(b"; COMMIT") && says(b"INSERT INTO m");
+                let stores = commits_text || says(b"CALL append_one");
+                tail.drain(..tail.len().saturating_sub(14));
                 let withhold = matches!(
                     *self.mode.borrow(),
                     Mode::CutReplyToCommit | Mode::SwallowReplyToCommit
                 );
-                if says_commit && inserts && withhold {
+                if stores && withhold {
                     committing.store(true, Ordering::SeqCst);
                 }
                 if server_out.write_all(&buffer[..n]).await.is_err() {

@@ -156,6 +156,15 @@ pub struct Limits {
     /// Users whom a session may watch.
     #[serde(default)]
     pub watched_users: u32,
+    /// How far back the `since` of a `resume` reaches, in hours.
+    #[serde(default)]
+    pub resume_hours: u32,
+    /// Units of work a second and user, over all sessions and REST: see the limits in PROTOCOL.
+    #[serde(default)]
+    pub work_per_second: u32,
+    /// Units of work at once.
+    #[serde(default)]
+    pub work_burst: u32,
 }
 
 /// A frame from server to client.

@@ -22,14 +22,15 @@ use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write as _;
 use std::time::Duration;
 use tokio::runtime::Handle;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::timeout;
 
 /// A shard in MySQL or MariaDB. Connections live on the runtime that was handed in.
 pub struct MysqlStore {
     opts: Opts,
-    /// One connection a lane, so that reads never take one from a write.
-    writes: Pool,
-    reads: Pool,
+    /// Apart, so that reads never take a connection from a write.
+    writes: Connections,
+    reads: Connections,
     runtime: Handle,
     connect_limit: Duration,
     held: HeldSlots,
@@ -43,6 +44,18 @@ const SETUP: [&str; 2] = [
     "SET SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION', time_zone = '+00:00', innodb_lock_wait_timeout = 1, \
      wait_timeout = 10, eq_range_index_dive_limit = 1 /*M! , idle_transaction_timeout = 5 */",
 ];
+
+/// Connections of one kind, and how many of them may be in use.
+struct Connections {
+    pool: Pool,
+    free: Semaphore,
+}
+
+/// Beside those of sends and of reads that wait for their turn: for the steps of changes, and looks at the slots.
+const CONTROL_CONNECTIONS: usize = 8;
+
+/// How long a connection that is in use is waited for.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Below `wait_timeout`, so that a connection is closed by us and not under us.
 const IDLE_LIMIT: Duration = Duration::from_secs(5);
@@ -76,8 +89,8 @@ impl MysqlStore {
             .tcp_nodelay(true)
             .tcp_keepalive(Some(Duration::from_secs(5)))
             .setup(SETUP.to_vec());
-        let pool = |most: usize| {
-            let constraints = PoolConstraints::new(0, most.max(1)).unwrap_or_default();
+        let connections = |most: usize| {
+            let constraints = PoolConstraints::new(0, most).unwrap_or_default();
             let pool = PoolOpts::default()
                 .with_constraints(constraints)
                 // A connection whose transaction failed is not put back.
@@ -85,9 +98,13 @@ impl MysqlStore {
                 .with_inactive_connection_ttl(IDLE_LIMIT)
                 .with_ttl_check_interval(Duration::from_secs(2));
             let _inside = runtime.enter();
-            Pool::new(opts.clone().pool_opts(pool))
+            Connections {
+                pool: Pool::new(opts.clone().pool_opts(pool)),
+                free: Semaphore::new(most),
+            }
         };
-        let (writes, reads) = (pool(settings.lanes), pool(settings.read_connections));
+        let writes = connections(settings.lanes.max(1) + CONTROL_CONNECTIONS);
+        let reads = connections(settings.read_connections.max(1) + CONTROL_CONNECTIONS);
         let connect_limit = Duration::from_millis(settings.connect_ms);
         Ok(Self {
             opts: opts.into(),
@@ -99,28 +116,38 @@ impl MysqlStore {
         })
     }
 
-    /// A connection of a pool. The limit covers connecting as well as waiting for one to come free, and a read may well
-    /// wait for a while: it is given longer.
-    async fn connection(&self, pool: &Pool, limit: Duration) -> Result<Conn, StoreError> {
-        match timeout(limit, pool.get_conn()).await {
-            Ok(Ok(conn)) => Ok(conn),
+    /// A connection, and its place among those that may be in use. That all are in use says nothing about the database: only a
+    /// connection that cannot be made does.
+    async fn connection<'a>(
+        &self,
+        of: &'a Connections,
+        patience: Duration,
+    ) -> Result<(SemaphorePermit<'a>, Conn), StoreError> {
+        let Ok(Ok(place)) = timeout(patience, of.free.acquire()).await else {
+            let waited = patience.as_millis();
+            return Err(StoreError::Busy(format!(
+                "no connection came free within {waited} ms"
+            )));
+        };
+        match timeout(self.connect_limit, of.pool.get_conn()).await {
+            Ok(Ok(conn)) => Ok((place, conn)),
             Ok(Err(e)) => Err(unreachable(e)),
             Err(_) => Err(StoreError::Unreachable(format!(
                 "no connection within {} ms",
-                limit.as_millis()
+                self.connect_limit.as_millis()
             ))),
         }
     }
 
-    /// Runs `work` on a connection of `pool`, and puts the connection back only if it is fit to be used again.
+    /// Runs `work` on a connection, and puts the connection back only if it is fit to be used again.
     async fn on<T>(
         &self,
-        pool: &Pool,
-        limit: Duration,
+        of: &Connections,
         work: impl AsyncFnOnce(&mut Conn) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
+        let (_place, conn) = self.connection(of, PATIENCE).await?;
         let mut lent = Lent {
-            conn: Some(self.connection(pool, limit).await?),
+            conn: Some(conn),
             runtime: &self.runtime,
             limit: self.connect_limit,
         };
@@ -149,14 +176,14 @@ impl MysqlStore {
         &self,
         work: impl AsyncFnOnce(&mut Conn) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
-        self.on(&self.writes, self.connect_limit, work).await
+        self.on(&self.writes, work).await
     }
 
     async fn on_read<T>(
         &self,
         work: impl AsyncFnOnce(&mut Conn) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
-        self.on(&self.reads, self.connect_limit * 4, work).await
+        self.on(&self.reads, work).await
     }
 }
 
@@ -179,9 +206,7 @@ impl Drop for Lent<'_> {
 #[async_trait]
 impl Store for MysqlStore {
     async fn migrate(&self) -> Result<(), StoreError> {
-        let mut guard = self
-            .connection(&self.writes, self.connect_limit * 4)
-            .await?;
+        let (_place, mut guard) = self.connection(&self.writes, PATIENCE).await?;
         // Instances that start together take turns. The lock belongs to this connection and goes with it.
         let locked: Option<u8> = guard
             .query_first("SELECT GET_LOCK(CONCAT('chat.migrate.', DATABASE()), 60)")
@@ -193,7 +218,7 @@ impl Store for MysqlStore {
             ));
         }
         let result = migrate::mysql::migrations::runner()
-            .run_async(&mut self.reads.clone())
+            .run_async(&mut self.reads.pool.clone())
             .await;
         drop(
             guard
@@ -456,7 +481,13 @@ impl Store for MysqlStore {
             let unread = unread_counts(
                 conn,
                 user,
-                raw.iter().map(|row| (row.0, row.1.as_str(), row.3)),
+                raw.iter().map(|row| Unread {
+                    slot: row.0,
+                    dialog: &row.1,
+                    read_seq: row.3,
+                    last_seq: row.4,
+                    last_author: row.5,
+                }),
             )
             .await?;
             let mut rows = Vec::with_capacity(raw.len());
@@ -578,27 +609,53 @@ impl Store for MysqlStore {
     }
 }
 
-/// For each dialog, the messages of others above the read mark, counted up to the cap; ends the snapshot.
+/// What is unread of each dialog: the messages of others above the read mark, counted up to the cap. Ends the snapshot.
 async fn unread_counts(
     conn: &mut Conn,
     user: UserId,
-    dialogs: impl Iterator<Item = (u16, &str, u64)>,
+    dialogs: impl Iterator<Item = Unread<'_>>,
 ) -> Result<Vec<u32>, StoreError> {
+    let (mut counts, mut to_count) = (Vec::new(), Vec::new());
     let mut sql = String::new();
-    for (slot, dialog, read_seq) in dialogs {
-        let union = if sql.is_empty() { "" } else { " UNION ALL " };
-        let _ = write!(
-            sql,
-            "{union}SELECT COUNT(*) FROM (SELECT 1 FROM messages FORCE INDEX (PRIMARY) WHERE slot = {slot} AND dialog = '{dialog}' \
-             AND seq > {read_seq} AND author <> {user} LIMIT {UNREAD_CAP}) c"
-        );
+    for (n, of) in dialogs.enumerate() {
+        // All is read; or the last message is the only one that is not.
+        let above = of.last_seq.saturating_sub(of.read_seq);
+        counts.push(u32::from(above == 1 && of.last_author != user.get()));
+        if above > 1 {
+            to_count.push(n);
+            let Unread {
+                slot,
+                dialog,
+                read_seq,
+                ..
+            } = of;
+            let union = if sql.is_empty() { "" } else { " UNION ALL " };
+            let _ = write!(
+                sql,
+                "{union}SELECT COUNT(*) FROM (SELECT 1 FROM messages FORCE INDEX (PRIMARY) WHERE slot = {slot} AND dialog = '{dialog}' \
+                 AND seq > {read_seq} AND author <> {user} LIMIT {UNREAD_CAP}) c"
+            );
+        }
     }
     if sql.is_empty() {
         conn.query_drop("COMMIT").await.map_err(classify)?;
-        return Ok(Vec::new());
+        return Ok(counts);
     }
     sql.push_str("; COMMIT");
-    rows(result_sets(conn, sql).await?.into_iter().next())
+    let counted: Vec<u32> = rows(result_sets(conn, sql).await?.into_iter().next())?;
+    for (n, count) in to_count.into_iter().zip(counted) {
+        counts[n] = count;
+    }
+    Ok(counts)
+}
+
+/// A dialog whose unread messages are to be counted.
+struct Unread<'a> {
+    slot: u16,
+    dialog: &'a str,
+    read_seq: u64,
+    last_seq: u64,
+    last_author: u64,
 }
 
 const SELECT_META: &str = "SELECT cluster_id, shard_name, slot_algorithm, doc_version, doc_phase, doc_hash, doc FROM meta WHERE id = 1";

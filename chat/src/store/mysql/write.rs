@@ -52,7 +52,11 @@ pub(super) async fn append(
                     }
                 }
                 mysql_async::Error::Server(e) if e.code == DUPLICATE_KEY => Unlike::Key,
-                _ => return Err(classify(e)),
+                mysql_async::Error::Server(_)
+                | mysql_async::Error::Driver(_)
+                | mysql_async::Error::Io(_)
+                | mysql_async::Error::Other(_)
+                | mysql_async::Error::Url(_) => return Err(classify(e)),
             };
             conn.query_drop("ROLLBACK").await.map_err(classify)?;
             Ok(Appended::Unlike(unlike))
