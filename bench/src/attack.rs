@@ -179,7 +179,7 @@ async fn assail(
             "resume" => {
                 json!({"type": "resume", "id": "x", "positions": {}, "since": "1970-01-01T00:00:00Z"})
             }
-            "watch" if number % 2 == 0 => json!({"type": "watch", "users": users}),
+            "watch" if number.is_multiple_of(2) => json!({"type": "watch", "users": users}),
             "watch" => json!({"type": "unwatch", "users": users}),
             _ => return Message::Ping(vec![0; 8].into()),
         };
@@ -227,7 +227,11 @@ async fn assail(
                         let frame: Value = serde_json::from_str(&text).unwrap_or_default();
                         count(frame["code"].as_str().unwrap_or("?").to_owned());
                     }
-                    _ => {}
+                    Message::Text(_)
+                    | Message::Binary(_)
+                    | Message::Ping(_)
+                    | Message::Pong(_)
+                    | Message::Frame(_) => {}
                 }
             }
             if attack == "watch" {

@@ -15,12 +15,15 @@ pub mod cost {
     pub const STATEMENT: u32 = 1;
 
     /// A transaction that writes.
-    pub const COMMIT: u32 = 5;
+    pub const COMMIT: u32 = 10;
+
+    /// A look at everything that was said to a user since a time, at every shard.
+    pub const RESUME: u32 = 20;
 
     /// Dialogs of an inbox that a unit pays for: what is unread is counted for each.
     const DIALOGS: usize = 4;
 
-    /// An inbox's part of so many dialogs.
+    /// An inbox's part of so many dialogs, or a look at how far so many have come.
     #[must_use]
     pub fn inbox(dialogs: usize) -> u32 {
         u32::try_from(dialogs / DIALOGS).unwrap_or(u32::MAX)

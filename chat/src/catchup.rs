@@ -1,5 +1,6 @@
 //! Reads from the shards what a session missed: where something was lost on the way, and after a reconnection.
 
+use crate::budget::cost;
 use crate::chance;
 use crate::delivery::encode;
 use crate::dialog::{DialogId, Seq, Timestamp, UserId};
@@ -225,6 +226,7 @@ impl CatchUp {
             let micros = micros.saturating_add(2 * CLOCKS_APART);
             let within = Duration::from_micros(u64::try_from(micros).unwrap_or(0));
             let recent = self.heads.of_users(&[self.me], within).await;
+            self.messages.charge(self.me, cost::inbox(recent.of.len()));
             heads.incomplete.extend(recent.incomplete);
             let unknown = |head: &&DialogHead| dialogs.binary_search(&head.dialog).is_err();
             for (n, head) in recent.of.values().filter(unknown).enumerate() {

@@ -16,7 +16,7 @@ use crate::store::{
 };
 use crate::writer::OnCommit;
 use chat_wire::{HistoryPage, InboxEntry, InboxPage, Message};
-use futures_util::future::{BoxFuture, FutureExt, Shared, join_all};
+use futures_util::future::{BoxFuture, FutureExt, WeakShared, join_all};
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -634,13 +634,13 @@ fn inbox_page(
 }
 
 type PageKey = (String, DialogId, Range, u32);
-type SharedPage = Shared<BoxFuture<'static, Result<Arc<Page>, ShardDown>>>;
+type PageRead = BoxFuture<'static, Result<Arc<Page>, ShardDown>>;
 
 /// Reads that were asked for and have not begun. Whoever asks for the same meanwhile waits for the same read; nobody joins
 /// one that has begun, because it may not see what was stored since.
 #[derive(Clone, Default)]
 struct PagesUnderWay {
-    waiting: Arc<Mutex<HashMap<PageKey, SharedPage>>>,
+    waiting: Arc<Mutex<HashMap<PageKey, WeakShared<PageRead>>>>,
 }
 
 impl PagesUnderWay {
@@ -656,9 +656,9 @@ impl PagesUnderWay {
         let key = (shard.name().to_owned(), dialog, range, limit);
         let page = {
             let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(page) = waiting.get(&key) {
+            if let Some(page) = waiting.get(&key).and_then(WeakShared::upgrade) {
                 metrics.history_shared.inc();
-                page.clone()
+                page
             } else {
                 metrics.history_reads.inc();
                 let begins = Begins {
@@ -675,7 +675,10 @@ impl PagesUnderWay {
                     page.map(Arc::new)
                 };
                 let page = page.boxed().shared();
-                waiting.insert(key, page.clone());
+                // Weak: when everyone who waits has gone, so has the read, and its turn.
+                if let Some(weak) = page.downgrade() {
+                    waiting.insert(key, weak);
+                }
                 page
             }
         };

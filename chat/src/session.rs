@@ -426,7 +426,12 @@ impl Session {
         let farthest =
             store::now().micros() - i64::from(self.context.limits.resume_hours) * Timestamp::HOUR;
         let since = since.map(|since: Timestamp| since.max(Timestamp::from_micros(farthest)));
-        let units = cost::STATEMENT + cost::answer(positions.len(), 0);
+        let units = if since.is_some() {
+            cost::RESUME
+        } else {
+            cost::STATEMENT
+        };
+        let units = units + cost::inbox(positions.len());
         self.context.messages.afford(me, units)?;
         Ok((positions, since))
     }

@@ -373,3 +373,112 @@ async fn nothing_that_was_written_and_no_secret_is_in_the_log() {
         assert!(!log.contains(secret), "{log}");
     }
 }
+
+/// Reads of sessions that have gone are not carried out, and hold nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn reads_that_nobody_waits_for_any_more_hold_up_nobody() {
+    let databases = Databases::new(Kind::Sqlite, 1).await;
+    let settings = [("STORE__READ_CONNECTIONS", "1")];
+    let instance = Instance::start(&databases.shards_file(), &settings).await;
+    let mut seven = Socket::of(&instance, 7).await;
+    for n in 0..20 {
+        seven.send_text(&format!("k{n}"), 42, "x").await;
+        seven.sent().await;
+    }
+    for _ in 0..30 {
+        let mut gone = Socket::of(&instance, 7).await;
+        for before in 2..10 {
+            gone.send(json!({"type": "history", "id": "x", "with": 42, "before": before}))
+                .await;
+        }
+    }
+    until("all of them have gone", async || {
+        let metrics = reqwest::get(format!("{}/metrics", instance.admin));
+        let metrics = metrics.await.unwrap().text().await.unwrap();
+        metrics.contains("chat_sessions 1\n").then_some(())
+    })
+    .await;
+    let api = instance.api(42).await;
+    let page = api.history(7, &[("limit", 5)]).await.unwrap();
+    assert_eq!(page.last, 20);
+}
+
+/// One budget over all sessions and REST: who has spent it is told so, with the time to come again, and nobody else is.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_asks_for_too_much_work_is_told_when_to_come_again_and_others_notice_nothing() {
+    let databases = Databases::new(Kind::Sqlite, 2).await;
+    let settings = [
+        ("LIMITS__WORK_PER_SECOND", "5"),
+        ("LIMITS__WORK_BURST", "20"),
+    ];
+    let instance = Instance::start(&databases.shards_file(), &settings).await;
+    let (mut one, mut two) = (
+        Socket::of(&instance, 7).await,
+        Socket::of(&instance, 7).await,
+    );
+    for socket in [&mut one, &mut two] {
+        for n in 0..8 {
+            socket
+                .send(json!({"type": "inbox", "id": n.to_string()}))
+                .await;
+        }
+    }
+    let mut refused = None;
+    for socket in [&mut one, &mut two] {
+        for _ in 0..8 {
+            if let chat_wire::ServerFrame::Error(error) = socket.next().await {
+                assert_eq!(error.code, ErrorCode::RateLimited);
+                refused = error.retry_after_ms;
+            }
+        }
+    }
+    let wait = refused.expect("16 inboxes of two shards cost more than 20");
+    assert!((1..10_000).contains(&wait), "{wait}");
+    // REST pays from the same budget.
+    let inbox = format!("{}/v1/dialogs", instance.url);
+    let token = instance.access().token(7).await.unwrap();
+    let asked = reqwest::Client::new().get(inbox).bearer_auth(token);
+    assert_eq!(asked.send().await.unwrap().status().as_u16(), 429);
+    let users: Vec<u64> = (1..=30).collect();
+    one.send(json!({"type": "watch", "users": users})).await;
+    assert_eq!(one.error().await.code, ErrorCode::RateLimited);
+    // What another asks for is done, and what this one sends is stored.
+    let other = instance.api(42).await;
+    assert!(other.inbox(10, None).await.unwrap().dialogs.is_empty());
+    one.send_text("k", 42, "x").await;
+    assert_eq!(one.sent().await.1, 1);
+}
+
+/// Control frames and fragments count like every other frame.
+#[tokio::test(flavor = "multi_thread")]
+async fn pings_pongs_and_fragments_without_end_close_the_session() {
+    let databases = Databases::new(Kind::Sqlite, 1).await;
+    let settings = [("LIMITS__FRAMES_PER_SECOND", "50")];
+    let instance = Instance::start(&databases.shards_file(), &settings).await;
+    for (what, frame) in [
+        ("pings", header(0x89, 0)),
+        ("pongs", header(0x8a, 0)),
+        (
+            "messages in two frames",
+            [header(0x01, 0), header(0x80, 0)].concat(),
+        ),
+    ] {
+        // A ping's length stands in one byte.
+        let frame: Vec<u8> = if frame[0] & 0x08 == 0 {
+            frame
+        } else {
+            vec![frame[0], 0x80, 0, 0, 0, 0]
+        };
+        let mut stream = raw(&instance, 7).await;
+        stream.write_all(&frame.repeat(60)).await.unwrap();
+        let mut told = Vec::new();
+        // The server closes; what comes last is its close frame.
+        let _ = stream.read_to_end(&mut told).await;
+        let code = Close::TooManyFrames.code().to_be_bytes();
+        assert!(
+            told.windows(2).any(|window| window == code),
+            "{what}: {}",
+            String::from_utf8_lossy(&told)
+        );
+    }
+}

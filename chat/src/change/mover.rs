@@ -85,6 +85,12 @@ const DIALOGS_AT_ONCE: usize = 64;
 /// A pass that is shorter than this is the last before the seal.
 const SHORT_PASS: Duration = Duration::from_millis(100);
 
+/// Transactions of sends may take so many times as long as usual; beyond, the mover rests for so many times of what it worked, for
+/// each time more.
+const UNFELT: f64 = 1.1;
+const REST: f64 = 3.0;
+const LONGEST_REST: f64 = 4.0;
+
 /// Passes before the seal, however long they are.
 const MAX_PASSES: u32 = 20;
 
@@ -100,6 +106,7 @@ impl Move {
     /// # Errors
     /// [`NotMoved`]. What was begun is taken back as far as that is possible now; the rest is settled by whoever looks next.
     pub async fn run(&self) -> Result<Moved, NotMoved> {
+        let _moving = (self.from.moving(), self.to.moving());
         let (source, target) = (self.row_at(&self.from).await?, self.row_at(&self.to).await?);
         let term = source.term.max(target.term) + 1;
         if target.state == SlotState::None {
@@ -349,8 +356,7 @@ impl Move {
                     break;
                 }
                 if until.is_none() {
-                    // Half of the time belongs to live traffic.
-                    tokio::time::sleep(begun.elapsed() / 2).await;
+                    tokio::time::sleep(self.rest(begun.elapsed())).await;
                 }
             }
             for head in group {
@@ -358,6 +364,13 @@ impl Move {
             }
         }
         Ok(copied)
+    }
+
+    /// How long to leave the shards alone after so much work: by what live traffic feels of it, and not at all where there is
+    /// none.
+    fn rest(&self, worked: Duration) -> Duration {
+        let strain = self.from.strain().max(self.to.strain());
+        worked.mul_f64(((strain - UNFELT) * REST).clamp(0.0, LONGEST_REST))
     }
 
     /// Copies a part and reads it back.

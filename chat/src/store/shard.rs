@@ -18,7 +18,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
@@ -103,6 +103,51 @@ struct Inner {
     metrics: ShardMetrics,
     logged: Mutex<Option<Instant>>,
     turns: Turns,
+    felt: Mutex<Felt>,
+}
+
+/// How long transactions of sends take, as live traffic feels it.
+#[derive(Default)]
+struct Felt {
+    /// Of late, and usually; in seconds. The usual is not learned while a slot moves.
+    late: f64,
+    usual: f64,
+    at: Option<Instant>,
+    moves: usize,
+}
+
+/// Shares of a new transaction in the two averages.
+const LATE: f64 = 0.1;
+const USUAL: f64 = 0.005;
+
+/// Without a transaction for so long, nobody feels anything.
+const FELT: Duration = Duration::from_secs(1);
+
+impl Felt {
+    fn batch(&mut self, took: Duration, now: Instant) {
+        let took = took.as_secs_f64();
+        let quiet = self.at.is_none_or(|at| now - at > FELT);
+        self.late = if quiet {
+            took
+        } else {
+            self.late + LATE * (took - self.late)
+        };
+        if self.usual == 0.0 {
+            self.usual = took;
+        } else if self.moves == 0 {
+            self.usual += USUAL * (took - self.usual);
+        }
+        self.at = Some(now);
+    }
+}
+
+/// A slot of the shard moves, until this is dropped.
+pub struct Moving(Shard);
+
+impl Drop for Moving {
+    fn drop(&mut self) {
+        self.0.felt().moves -= 1;
+    }
 }
 
 impl Shard {
@@ -128,6 +173,7 @@ impl Shard {
             metrics,
             logged: Mutex::default(),
             turns: Turns::new(timing.readers, timing.answer / 2),
+            felt: Mutex::default(),
         };
         Self {
             inner: Arc::new(inner),
@@ -174,6 +220,30 @@ impl Shard {
         }
         let turn = self.inner.turns.take(payer).await;
         turn.map_err(|Busy| ShardDown::Busy(self.name().to_owned()))
+    }
+
+    fn felt(&self) -> MutexGuard<'_, Felt> {
+        self.inner
+            .felt
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A slot of this shard begins to move.
+    #[must_use]
+    pub fn moving(&self) -> Moving {
+        self.felt().moves += 1;
+        Moving(self.clone())
+    }
+
+    /// How many times as long as usual transactions of sends take of late; 0 while there are none.
+    #[must_use]
+    pub fn strain(&self) -> f64 {
+        let felt = self.felt();
+        match felt.at {
+            Some(at) if at.elapsed() <= FELT && felt.usual > 0.0 => felt.late / felt.usual,
+            Some(_) | None => 0.0,
+        }
     }
 
     /// Tells when the state changes.
@@ -356,6 +426,8 @@ impl Shard {
         }
         let begun = Instant::now();
         let done = self.watched(self.inner.timing.answer, work).await;
+        let now = Instant::now();
+        self.felt().batch(now - begun, now);
         if let Some(histogram) = &self.inner.metrics.batch_seconds {
             histogram.observe(begun.elapsed().as_secs_f64());
         }
