@@ -15,10 +15,6 @@ use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
-/// Many small buffers that live on one thread and die on another: this allocator is made for it.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 #[derive(Parser)]
 #[command(version, about = "A dialog messaging server on sharded MySQL")]
 struct Cli {
