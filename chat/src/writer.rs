@@ -344,6 +344,11 @@ impl Line {
         loop {
             let failed = match self.attempt(batch, suspect).await {
                 Err(ShardDown::Failed(shard, e)) => (shard, e),
+                Err(down @ ShardDown::Down(_)) => {
+                    // It may come back as it was at another time.
+                    self.sequencer.clear();
+                    return Err(down);
+                }
                 settled => return settled,
             };
             let pause = match &failed.1 {
