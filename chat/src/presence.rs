@@ -151,11 +151,8 @@ impl Inner {
     }
 
     async fn ask_for_all(inner: &Arc<Self>, over: Duration) {
-        let users: Vec<UserId> = {
-            let all = inner.watched();
-            let watched = all.iter().filter(|(_, watched)| watched.left.is_none());
-            watched.map(|(user, _)| *user).collect()
-        };
+        // Also those whom nobody watches just now: a watcher who is back is told what is known of them.
+        let users: Vec<UserId> = inner.watched().keys().copied().collect();
         let chunks = users.len().div_ceil(AT_ONCE).max(1) as u32;
         for users in users.chunks(AT_ONCE) {
             let asked = users.iter().map(|user| async move {
