@@ -120,6 +120,12 @@ async fn founding_happens_once_and_migrating_again_changes_nothing(kind: Kind) {
     let (one, two) = tokio::join!(a.found(&meta_1, &everything), b.found(&meta_2, &nothing));
     let (one, two) = (one.unwrap(), two.unwrap());
     assert_eq!(one, two, "the same answer to both");
+    let seen = store.meta().await.unwrap();
+    assert_eq!(
+        seen.as_ref(),
+        Some(&one),
+        "by one who looked before there were tables"
+    );
     let owned = store
         .slots(&Identity {
             cluster_id: one.cluster_id.clone(),

@@ -164,11 +164,15 @@ impl Store for SqliteStore {
 
     async fn meta(&self) -> Result<Option<Meta>, StoreError> {
         self.read_on(|snapshot| {
-            // A file of no tables is one that was never migrated.
-            if snapshot
-                .table_exists(None, "meta")
-                .map_err(|e| classify(&e))?
-            {
+            // A file of no tables is one that was never migrated. Only a statement looks whether the schema is still as this connection
+            // knows it: rusqlite's `table_exists` does not.
+            let has_tables = snapshot
+                .prepare_cached(
+                    "SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = 'meta'",
+                )
+                .and_then(|mut select| select.exists([]))
+                .map_err(|e| classify(&e))?;
+            if has_tables {
                 select_meta(snapshot)
             } else {
                 Ok(None)
