@@ -17,6 +17,9 @@ pub mod cost {
     /// A transaction that writes.
     pub const COMMIT: u32 = 10;
 
+    /// A read mark: many share a transaction.
+    pub const MARK: u32 = 3;
+
     /// A look at everything that was said to a user since a time, at every shard.
     pub const RESUME: u32 = 20;
 

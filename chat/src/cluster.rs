@@ -6,6 +6,7 @@
 use crate::chance;
 use crate::config;
 use crate::metrics::Metrics;
+use crate::ownership::SlotState;
 use crate::ring::{ALGORITHM, Placement, SLOTS, Slot};
 use crate::store::{
     Database, DocRef, Holding, Identity, Meta, MysqlStore, Phase, Shard, ShardState, SlotSet,
@@ -18,7 +19,7 @@ use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 use tokio::runtime::Handle;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 /// A handle; a clone is one more reference.
 #[derive(Clone)]
@@ -42,6 +43,7 @@ struct Inner {
     refreshing: tokio::sync::Mutex<()>,
     /// Rounds of asking that have ended.
     rounds: AtomicU64,
+    finding: Semaphore,
     /// Tells when an owner was noted.
     noted: watch::Sender<()>,
     metrics: Arc<Metrics>,
@@ -104,6 +106,9 @@ pub enum Founding {
     /// They are an error; for commands that only look.
     Refused,
 }
+
+/// So many slots are looked for one by one at the same time; beyond, all rows cost less.
+const FINDING: usize = 8;
 
 /// How often it is looked at least before what is found at the start is taken for wrong, and the pause after the first look.
 const LOOKS: u32 = 4;
@@ -182,6 +187,7 @@ impl Cluster {
             owners: Slot::all().map(|_| AtomicU16::new(NOBODY)).collect(),
             refreshing: tokio::sync::Mutex::default(),
             rounds: AtomicU64::new(0),
+            finding: Semaphore::new(FINDING),
             noted: watch::Sender::default(),
             metrics: metrics.clone(),
         };
@@ -381,6 +387,33 @@ impl Cluster {
         })
     }
 
+    /// Asks all shards who owns a slot. While many are looked for, this is [`Cluster::refresh`].
+    pub async fn find(&self, slot: Slot) {
+        let Ok(_one) = self.inner.finding.try_acquire() else {
+            return self.refresh().await;
+        };
+        let view = self.view();
+        let asked = view.shards.iter().map(|shard| async move {
+            let asked = shard.ask(move |store, identity| async move {
+                store.rows(&identity, None, Some(slot)).await
+            });
+            let row = asked.await.ok()?.pop()?;
+            Some((shard.number(), row.state))
+        });
+        let answers = futures_util::future::join_all(asked).await;
+        let answered: Vec<(u16, SlotState)> = answers.into_iter().flatten().collect();
+        let holder = |in_state| {
+            let holds = answered.iter().find(|(_, state)| *state == in_state);
+            holds.map(|(number, _)| *number)
+        };
+        note(
+            &self.inner.owners[slot.index()],
+            holder(SlotState::Owner),
+            holder(SlotState::Sealed),
+            |number| answered.iter().any(|(of, _)| *of == number),
+        );
+    }
+
     /// Asks all shards which slots they own. Callers at the same time share one round.
     pub async fn refresh(&self) {
         // Who waits here while a round is under way must not share it: it may have asked before what they were refused.
@@ -404,26 +437,18 @@ impl Cluster {
             .collect();
         for slot in Slot::all() {
             let owner = &self.inner.owners[slot.index()];
-            // A sealed slot is still read where it is sealed, until its target has it.
             let holder = |of: fn(&Holding) -> &SlotSet| {
                 let holds = answered
                     .iter()
                     .find(|(_, holding)| of(holding).contains(slot));
                 holds.map(|(shard, _)| shard.number())
             };
-            let owned = holder(|holding| &holding.owned);
-            let sealed = holder(|holding| &holding.sealed).map(|number| number | SEALED);
-            match owned.or(sealed) {
-                Some(number) => owner.store(number, Ordering::Relaxed),
-                // Only what we believed of a shard that has answered is known to be wrong.
-                None if answered.iter().any(|(shard, _)| {
-                    shard.number() == owner.load(Ordering::Relaxed) & !SEALED
-                }) =>
-                {
-                    owner.store(NOBODY, Ordering::Relaxed);
-                }
-                None => {}
-            }
+            let (owned, sealed) = (
+                holder(|holding| &holding.owned),
+                holder(|holding| &holding.sealed),
+            );
+            let has_answered = |number| answered.iter().any(|(shard, _)| shard.number() == number);
+            note(owner, owned, sealed, has_answered);
         }
         for (shard, holding) in answered {
             self.inner
@@ -436,6 +461,24 @@ impl Cluster {
 }
 
 /// A shard that comes back may own other slots than before.
+/// Notes what shards have answered of a slot: the numbers of its owner and of the shard that hands it over.
+fn note(
+    slot: &AtomicU16,
+    owned: Option<u16>,
+    sealed: Option<u16>,
+    has_answered: impl Fn(u16) -> bool,
+) {
+    // A sealed slot is still read where it is sealed, until its target has it.
+    match owned.or(sealed.map(|number| number | SEALED)) {
+        Some(number) => slot.store(number, Ordering::Relaxed),
+        // Only what we believed of a shard that has answered is known to be wrong.
+        None if has_answered(slot.load(Ordering::Relaxed) & !SEALED) => {
+            slot.store(NOBODY, Ordering::Relaxed);
+        }
+        None => {}
+    }
+}
+
 async fn refresh_when_up(cluster: Weak<Inner>, shard: Shard) {
     let mut state = shard.watch();
     drop(shard);

@@ -129,6 +129,8 @@ pub struct Change {
     pub freeze_ms: u64,
     /// How long the rows of a slot stay after it has moved, in milliseconds: longer than any read may last.
     pub purge_after_ms: u64,
+    /// Whether moves take one slot at a time, with rests, where people write.
+    pub throttle: bool,
 }
 
 /// What is logged, and how.

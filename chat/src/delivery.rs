@@ -6,9 +6,10 @@
 use crate::bus::{Bus, BusState, Topic};
 use crate::dialog::{DialogId, Seq, UserId};
 use crate::news::News;
-use crate::registry::{Origin, Registry, Sent};
+use crate::registry::{Origin, Registry};
 use crate::ring::Slot;
-use crate::writer::Committed;
+use crate::store::NewMark;
+use crate::writer::{Committed, Stored};
 use bytestring::ByteString;
 use chat_wire::{Message, ReadMark, ServerFrame};
 use std::collections::HashMap;
@@ -50,24 +51,30 @@ impl Delivery {
         self.bus.state()
     }
 
+    /// Tells everyone in the dialog.
+    pub fn committed(&self, committed: &Committed<'_>) {
+        match committed {
+            Committed::Message(message) => self.message(message),
+            Committed::Mark(mark) => self.read_mark(*mark),
+        }
+    }
+
     /// Tells everyone in the dialog of a message that was committed. Encoded once, shared by all; the session that sent it is
     /// told so instead.
-    pub fn message(&self, committed: &Committed<'_>) {
+    fn message(&self, committed: &Stored<'_>) {
         let (message, place) = (committed.message, committed.place);
         let dialog = message.dialog;
         let (name, at) = (dialog.to_string(), place.at.to_string());
         let key = message.key.as_str();
         let origin = committed.origin.map(|session| Origin {
             session,
-            sent: Some(Sent {
-                frame: encode(&ServerFrame::Sent {
-                    key: key.to_owned(),
-                    dialog: name.clone(),
-                    seq: place.seq.get(),
-                    at: at.clone(),
-                }),
-                again: committed.repeat,
+            frame: encode(&ServerFrame::Sent {
+                key: key.to_owned(),
+                dialog: name.clone(),
+                seq: place.seq.get(),
+                at: at.clone(),
             }),
+            again: committed.repeat,
         });
         let frame = encode(&ServerFrame::Message(Message {
             dialog: name,
@@ -88,13 +95,12 @@ impl Delivery {
             .note(dialog, |burst| burst.head = burst.head.max(place.seq));
     }
 
-    /// Tells everyone in the dialog how far somebody has read.
-    pub fn read_mark(&self, dialog: DialogId, user: UserId, seq: Seq, origin: Option<u64>) {
-        let origin = origin.map(|session| Origin {
-            session,
-            sent: None,
-        });
-        self.tell(dialog, &read_news(dialog, user, seq), origin.as_ref());
+    /// Tells everyone in the dialog how far somebody has read; those sessions too that asked for it.
+    fn read_mark(&self, mark: NewMark) {
+        let NewMark {
+            dialog, user, seq, ..
+        } = mark;
+        self.tell(dialog, &read_news(dialog, user, seq), None);
         self.hints.note(dialog, |burst| {
             burst.reads.retain(|(who, _)| *who != user);
             burst.reads.push((user, seq));

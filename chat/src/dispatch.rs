@@ -1,4 +1,4 @@
-//! Takes each send to the writer of the shard that owns its slot, and after the slot when it moves.
+//! Takes each send and read mark to the writer of the shard that owns its slot, and after the slot when it moves.
 //!
 //! Sends of a slot keep their order on the way ([`crate::slot_queue`]). What a shard gives back because it does not own the
 //! slot any more is parked, and so is what comes after it, until the new owner is known; then all of it goes there.
@@ -8,8 +8,8 @@ use crate::config;
 use crate::dialog::{DialogId, Seq};
 use crate::metrics::Metrics;
 use crate::ring::Slot;
-use crate::slot_queue::{Answer, Job, Reply, SlotQueues, Then};
-use crate::store::{NewMessage, Shard};
+use crate::slot_queue::{Answer, Job, MarkJob, Reply, Settled, SlotQueues, Taken, Then, Unsettled};
+use crate::store::{Marked, NewMark, NewMessage, Shard};
 use crate::writer::{OnCommit, OnLanded, Shared, Writer};
 use arc_swap::ArcSwap;
 use std::collections::HashMap;
@@ -35,7 +35,7 @@ struct Inner {
     metrics: Arc<Metrics>,
 }
 
-/// A send that cannot be taken now.
+/// A send or read mark that cannot be taken now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NotTaken {
     /// No shard is known for the slot that our file has.
@@ -46,14 +46,15 @@ pub enum NotTaken {
     Full,
 }
 
-/// How long a send may be parked altogether.
+/// How long a send or read mark may be parked altogether.
 const PARK_LIMIT: Duration = Duration::from_secs(2);
 
 /// Between two looks at who owns a parked slot; it is also looked at when this instance hears of a new owner.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
 
 impl Dispatch {
-    /// Starts with a writer for each shard of the document; `on_commit` is called for every message that is stored.
+    /// Starts with a writer for each shard of the document; `on_commit` is called for every message that is stored, and every read mark
+    /// that moves.
     #[must_use]
     pub fn start(
         cluster: Cluster,
@@ -86,21 +87,49 @@ impl Dispatch {
         message: NewMessage,
         origin: Option<u64>,
         deadline: Instant,
-        answer: impl FnOnce(Answer) + Send + 'static,
+        answer: impl FnOnce(Answer<Settled>) + Send + 'static,
     ) -> Result<(), NotTaken> {
         let slot = message.slot;
+        let writer = self.writer_of(slot)?;
+        let place = writer.place().ok_or(NotTaken::Full)?;
+        let job = Job {
+            message,
+            origin,
+            reply: Reply::new(deadline, place, Box::new(answer)),
+        };
+        let then = self.inner.queues.of(slot).push(job);
+        tell(&writer, slot, then);
+        Ok(())
+    }
+
+    /// Puts a read mark into the queue of its slot. `answer` is called once, if it is taken; it must not wait.
+    ///
+    /// # Errors
+    /// [`NotTaken`].
+    pub fn submit_mark(
+        &self,
+        mark: NewMark,
+        deadline: Instant,
+        answer: impl FnOnce(Answer<Marked>) + Send + 'static,
+    ) -> Result<(), NotTaken> {
+        let slot = mark.slot;
+        let writer = self.writer_of(slot)?;
+        let place = writer.place().ok_or(NotTaken::Full)?;
+        let job = MarkJob {
+            mark,
+            replies: vec![Reply::new(deadline, place, Box::new(answer))],
+        };
+        let then = self.inner.queues.of(slot).push_mark(job);
+        tell(&writer, slot, then);
+        Ok(())
+    }
+
+    fn writer_of(&self, slot: Slot) -> Result<Writer, NotTaken> {
         let shard = self.inner.cluster.route(slot).ok_or(NotTaken::NoRoute)?;
         if shard.is_down() {
             return Err(NotTaken::ShardDown);
         }
-        let writer = self.inner.writer(&shard);
-        let place = writer.place().ok_or(NotTaken::Full)?;
-        let reply = Reply::new(origin, deadline, place, Box::new(answer));
-        let then = self.inner.queues.of(slot).push(Job { message, reply });
-        if then == Then::TellWriter {
-            writer.ready(slot);
-        }
-        Ok(())
+        Ok(self.inner.writer(&shard))
     }
 
     /// Another instance has stored a message.
@@ -110,6 +139,15 @@ impl Dispatch {
         if let Some(writer) = shard.and_then(|shard| writers.get(&shard.number())) {
             writer.sequencer().heard(dialog, seq);
         }
+    }
+}
+
+/// Tells a writer of a slot that needs it.
+fn tell(writer: &Writer, slot: Slot, then: Then) {
+    match then {
+        Then::TellWriter => writer.ready(slot),
+        Then::Gather => writer.gather(slot),
+        Then::Nothing | Then::FindOwner => {}
     }
 }
 
@@ -157,8 +195,8 @@ impl Inner {
     fn go_on(self: &Arc<Self>, slot: Slot, then: Then) {
         match then {
             Then::Nothing => {}
-            Then::TellWriter => match self.cluster.route(slot) {
-                Some(shard) => self.writer(&shard).ready(slot),
+            Then::TellWriter | Then::Gather => match self.cluster.route(slot) {
+                Some(shard) => tell(&self.writer(&shard), slot, then),
                 None => self.fail(slot),
             },
             Then::FindOwner => {
@@ -170,8 +208,8 @@ impl Inner {
 
     /// Nobody is known who could take what is queued.
     fn fail(&self, slot: Slot) {
-        let mut jobs = Vec::new();
-        self.queues.of(slot).give_up(|_| true, &mut jobs);
+        let mut taken = Taken::default();
+        self.queues.of(slot).give_all_up(&mut taken);
     }
 
     /// Lets a parked slot go to its owner, if that is known.
@@ -182,25 +220,21 @@ impl Inner {
             return false;
         };
         let then = self.queues.of(slot).unpark();
-        if then == Then::TellWriter {
-            self.writer(&shard).ready(slot);
-        }
+        tell(&self.writer(&shard), slot, then);
         true
     }
 
     /// Gives up what has been parked for too long; `true` if nothing is left.
     fn give_up_late(&self, slot: Slot) -> bool {
         let now = Instant::now();
-        let is_late = |reply: &Reply| {
-            let parked = reply
-                .parked
-                .is_some_and(|since| now.duration_since(since) >= PARK_LIMIT);
-            parked || now >= reply.deadline
-        };
-        let mut late = Vec::new();
-        let idle = self.queues.of(slot).give_up(is_late, &mut late);
-        for job in late {
-            job.reply.answer(Answer::Unavailable);
+        let parked_before = now.checked_sub(PARK_LIMIT).unwrap_or(now);
+        let mut late = Taken::default();
+        let idle = self.queues.of(slot).give_up(parked_before, now, &mut late);
+        for job in late.jobs {
+            job.reply.answer(Err(Unsettled::Unavailable));
+        }
+        for job in late.marks {
+            job.answer(Err(Unsettled::Unavailable));
         }
         idle
     }
@@ -217,7 +251,7 @@ async fn see_on(inner: Weak<Inner>, slot: Slot) {
             return;
         }
         let mut changed = inner.cluster.owners_changed();
-        inner.cluster.refresh().await;
+        inner.cluster.find(slot).await;
         if inner.unpark(slot) {
             inner.metrics.slots_parked.dec();
             return;

@@ -9,13 +9,13 @@ use crate::metrics::Metrics;
 use crate::ownership::{SlotState, SlotView};
 use crate::rate::Rates;
 use crate::ring::Slot;
-use crate::slot_queue::Answer;
+use crate::slot_queue::{Answer, Settled, Unsettled};
 use crate::store::{
-    Holding, InboxCursor, InboxPart, InboxRow, Marked, NewMessage, Page, Place, Range, Shard,
-    ShardDown, SlotSet, StoredMessage,
+    Holding, InboxCursor, InboxPart, InboxRow, Marked, NewMark, NewMessage, Page, Place, Range,
+    Shard, ShardDown, SlotSet, StoredMessage,
 };
 use crate::writer::OnCommit;
-use chat_wire::{HistoryPage, InboxEntry, InboxPage, Message};
+use chat_wire::{HistoryPage, InboxEntry, InboxPage, Message, ReadMark};
 use futures_util::future::{BoxFuture, FutureExt, WeakShared, join_all};
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -81,6 +81,15 @@ impl From<NotTaken> for NotDone {
     }
 }
 
+impl From<Unsettled> for NotDone {
+    fn from(unsettled: Unsettled) -> Self {
+        match unsettled {
+            Unsettled::ShardDown => NotDone::ShardDown,
+            Unsettled::Unavailable => NotDone::Unavailable,
+        }
+    }
+}
+
 /// A send, as it comes from the outside.
 #[derive(Clone, Debug)]
 pub struct Outgoing {
@@ -103,14 +112,34 @@ pub struct Sent {
     pub repeat: bool,
 }
 
+/// Where a read mark is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReadUpTo {
+    /// The dialog.
+    pub dialog: DialogId,
+    /// Its user has read up to here.
+    pub seq: Seq,
+    /// Whether the mark was below before.
+    pub moved: bool,
+}
+
+impl ReadUpTo {
+    /// The mark of `user` in the form of the wire.
+    #[must_use]
+    pub fn wire(&self, user: UserId) -> ReadMark {
+        ReadMark {
+            dialog: self.dialog.to_string(),
+            user: user.get(),
+            seq: self.seq.get(),
+        }
+    }
+}
+
 /// How often a read that does not add up, or that met a shard which is not the owner, is tried again.
 const READ_TRIES: u32 = 8;
 
 /// Before a slot that is changing hands is looked at again; grows with each try.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
-
-/// How long a sealed slot is waited for altogether.
-const SEALED_LIMIT: Duration = Duration::from_secs(2);
 
 impl Messages {
     /// Starts a writer for each shard. `on_commit` is called for every message that is stored.
@@ -179,17 +208,16 @@ impl Messages {
         let deadline = arrived + self.inner.send_limit;
         let message = NewMessage::new(dialog, me, key, text);
         let metrics = self.inner.metrics.clone();
-        let settled = move |settled| {
+        let settled = move |settled: Answer<Settled>| {
             metrics.send_seconds.observe(arrived.elapsed());
             answer(match settled {
-                Answer::Stored { place, repeat } => Ok(Sent {
+                Ok(Settled::Stored { place, repeat }) => Ok(Sent {
                     dialog,
                     place,
                     repeat,
                 }),
-                Answer::KeyReused => Err(NotDone::KeyReused),
-                Answer::ShardDown => Err(NotDone::ShardDown),
-                Answer::Unavailable => Err(NotDone::Unavailable),
+                Ok(Settled::KeyReused) => Err(NotDone::KeyReused),
+                Err(unsettled) => Err(unsettled.into()),
             });
         };
         Ok(self
@@ -274,7 +302,7 @@ impl Messages {
         for attempt in 0..READ_TRIES {
             if attempt > 0 {
                 tokio::time::sleep(LOOK_AGAIN * attempt).await;
-                cluster.refresh().await;
+                cluster.find(slot).await;
             }
             let shard = cluster.route(slot).ok_or(NotDone::Unavailable)?;
             let page = self.read(payer, shard, dialog, range, limit).await?;
@@ -432,40 +460,26 @@ impl Messages {
         Err(NotDone::Unavailable)
     }
 
-    /// Marks the dialog of `me` with `with` as read up to `seq`: forward only, and not beyond the last message.
+    /// Marks the dialog of `me` with `with` as read up to `seq`: forward only, and not beyond the last message. Everybody in the
+    /// dialog has been told if the mark has moved. Of many that come within a moment the highest is stored.
     ///
     /// # Errors
     /// [`NotDone`].
-    pub async fn mark_read(
-        &self,
-        me: UserId,
-        with: u64,
-        seq: u64,
-    ) -> Result<(DialogId, Seq), NotDone> {
+    pub async fn mark_read(&self, me: UserId, with: u64, seq: u64) -> Result<ReadUpTo, NotDone> {
         let dialog = DialogId::between(me, UserId::new(with)?);
-        self.afford(me, cost::COMMIT)?;
-        let sealed_until = Instant::now() + SEALED_LIMIT;
-        loop {
-            let shard = self
-                .inner
-                .cluster
-                .route(Slot::of(dialog))
-                .ok_or(NotDone::Unavailable)?;
-            match shard
-                .mark_read(dialog, me, Seq::new(seq))
-                .await
-                .map_err(not_done)?
-            {
-                Marked::At(seq) => return Ok((dialog, seq)),
-                Marked::NoDialog => return Err(NotDone::NoDialog),
-                Marked::NotOwner(_) if Instant::now() >= sealed_until => {
-                    return Err(NotDone::Unavailable);
-                }
-                Marked::NotOwner(_) => {
-                    tokio::time::sleep(LOOK_AGAIN).await;
-                    self.inner.cluster.refresh().await;
-                }
-            }
+        self.afford(me, cost::MARK)?;
+        let mark = NewMark::new(dialog, me, Seq::new(seq));
+        let deadline = Instant::now() + self.inner.send_limit;
+        let (settled, settling) = oneshot::channel();
+        // The caller may have gone.
+        let answer = |marked| {
+            let _ = settled.send(marked);
+        };
+        self.inner.dispatch.submit_mark(mark, deadline, answer)?;
+        match settling.await.unwrap_or(Err(Unsettled::Unavailable))? {
+            Marked::At { seq, moved } => Ok(ReadUpTo { dialog, seq, moved }),
+            Marked::NoDialog => Err(NotDone::NoDialog),
+            Marked::NotOwner(_) => Err(NotDone::Unavailable),
         }
     }
 }

@@ -45,18 +45,11 @@ struct Present {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TooMany;
 
-/// The session that news comes from: it is not told what it said itself.
+/// The session that a message comes from, and the answer that it gets in the place of the message.
 #[derive(Clone, Debug)]
 pub struct Origin {
     /// Which.
     pub session: u64,
-    /// What it gets in the place of a message that it sent.
-    pub sent: Option<Sent>,
-}
-
-/// The answer to a send.
-#[derive(Clone, Debug)]
-pub struct Sent {
     /// The frame `sent`.
     pub frame: ByteString,
     /// It was stored before.
@@ -161,16 +154,15 @@ impl Registry {
         }
     }
 
-    /// Gives news to every session of `user` here, but not to the one that it comes from.
+    /// Gives news to every session of `user` here; to the one that a message comes from its answer.
     pub fn deliver(&self, user: UserId, news: &News, origin: Option<&Origin>) {
         if let Some(present) = self.part(user).get(&user) {
             for (session, feed) in &present.sessions {
-                let Some(origin) = origin.filter(|origin| origin.session == *session) else {
-                    feed.take(news);
-                    continue;
-                };
-                if let (News::Message { dialog, seq, .. }, Some(sent)) = (news, &origin.sent) {
-                    feed.sent(*dialog, *seq, sent.frame.clone(), sent.again);
+                match (news, origin.filter(|origin| origin.session == *session)) {
+                    (News::Message { dialog, seq, .. }, Some(origin)) => {
+                        feed.sent(*dialog, *seq, origin.frame.clone(), origin.again);
+                    }
+                    (_, _) => feed.take(news),
                 }
             }
         }
@@ -326,25 +318,19 @@ mod tests {
         };
         let origin = Origin {
             session: joined[1].session(),
-            sent: Some(Sent {
-                frame: "sent".into(),
-                again: false,
-            }),
+            frame: "sent".into(),
+            again: false,
         };
         registry.deliver(user(7), &news, Some(&origin));
         registry.deliver(user(8), &news, None);
         let typing = News::Passing {
             frame: "typing".into(),
         };
-        let origin = Origin {
-            session: joined[2].session(),
-            sent: None,
-        };
-        registry.deliver(user(7), &typing, Some(&origin));
+        registry.deliver(user(7), &typing, None);
         for (feed, expected) in feeds.iter().zip([
             &["welcome 1", "message", "typing"][..],
             &["welcome 2", "sent", "typing"],
-            &["welcome 3", "message"],
+            &["welcome 3", "message", "typing"],
         ]) {
             feed.outbox().close(Close::Normal);
             for frame in expected {

@@ -117,7 +117,7 @@ impl Server {
         let presence = Presence::start(registry.clone(), bus.clone(), &runtime);
         let on_commit: OnCommit = {
             let delivery = delivery.clone();
-            Arc::new(move |committed: Committed<'_>| delivery.message(&committed))
+            Arc::new(move |committed: Committed<'_>| delivery.committed(&committed))
         };
         let messages = Messages::start(cluster, &settings, on_commit, &runtime, metrics.clone());
         let hears = messages.clone();

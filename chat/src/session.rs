@@ -16,7 +16,7 @@ use crate::refusal::Refusal;
 use crate::registry::{Joined, TooMany};
 use crate::sight::Bounds;
 use crate::store::{self, Range};
-use chat_wire::{ClientFrame, Close, ErrorCode, ReadMark, ServerFrame};
+use chat_wire::{ClientFrame, Close, ErrorCode, ServerFrame};
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use serde::Deserialize;
@@ -334,17 +334,11 @@ impl Session {
                 Err(e) => self.refuse(e.into(), None, id),
             },
             ClientFrame::Read { with, seq } => {
-                let (delivery, origin) = (self.context.delivery.clone(), self.joined.session());
-                let feed = self.feed.clone();
                 self.answer(None, None, (), async move {
-                    let (dialog, seq) = messages.mark_read(me, with, seq).await?;
-                    delivery.read_mark(dialog, me, seq, Some(origin));
-                    feed.knows_read(dialog, me, seq);
-                    Ok(Some(ServerFrame::Read(ReadMark {
-                        dialog: dialog.to_string(),
-                        user: me.get(),
-                        seq: seq.get(),
-                    })))
+                    let read = messages.mark_read(me, with, seq).await?;
+                    // Of a mark that has moved, this session is told as all others are.
+                    let still = !read.moved;
+                    Ok(still.then(|| ServerFrame::Read(read.wire(me))))
                 });
             }
             ClientFrame::Typing { with } => match UserId::new(with) {

@@ -1,18 +1,21 @@
-//! The sends of a slot, in the order in which they came, wherever the slot is and goes.
+//! The sends of a slot, in the order in which they came, and its read marks, wherever the slot is and goes.
 //!
-//! A slot is idle, ready for a writer to take sends from, in flight with a writer, or parked because its owner is not known.
-//! It is at one of them at a time: so its sends are stored in order, by one transaction after the other.
+//! A slot is idle, ready for a writer to take from, in flight with a writer, or parked because its owner is not known.
+//! It is at one of them at a time: so its sends are stored in order, by one transaction after the other, and no read mark is
+//! told after a higher one.
 
+use crate::dialog::{DialogId, UserId};
 use crate::ring::Slot;
-use crate::store::{self, NewMessage};
+use crate::store::{self, Marked, NewMark, NewMessage};
 use prometheus_client::metrics::gauge::Gauge;
 use std::collections::VecDeque;
+use std::collections::btree_map::{BTreeMap, Entry};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::time::Instant;
 
-/// What became of a send.
+/// What became of a send that a shard has settled.
 #[derive(Clone, Copy, Debug)]
-pub enum Answer {
+pub enum Settled {
     /// It is stored; `repeat` if it was before.
     Stored {
         /// Where.
@@ -22,44 +25,63 @@ pub enum Answer {
     },
     /// The key stands for another text.
     KeyReused,
+}
+
+/// Why nothing is settled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unsettled {
     /// The shard does not answer.
     ShardDown,
     /// Not through in time, or refused by the database; the reason is in the log.
     Unavailable,
 }
 
+/// What became of something that was asked of a shard.
+pub type Answer<T> = Result<T, Unsettled>;
+
 /// A send on its way.
 pub struct Job {
     /// What to store.
     pub message: NewMessage,
-    /// Who asked.
-    pub reply: Reply,
-}
-
-/// Who asked for a send, and until when. Dropped without an answer, it says that the send is not through.
-pub struct Reply {
     /// The session it came from, which gets `sent` and not `message`; `None` for REST.
     pub origin: Option<u64>,
+    /// Where the answer goes.
+    pub reply: Reply<Settled>,
+}
+
+/// A read mark on its way: the highest that was asked for, and where the answers go.
+pub struct MarkJob {
+    /// What to move.
+    pub mark: NewMark,
+    /// One for each that asked, in order.
+    pub replies: Vec<Reply<Marked>>,
+}
+
+impl MarkJob {
+    /// Answers all who asked.
+    pub fn answer(self, with: Answer<Marked>) {
+        for reply in self.replies {
+            reply.answer(with);
+        }
+    }
+}
+
+/// Where an answer goes, and until when it is waited for. Dropped without an answer, it says that nothing is through.
+pub struct Reply<T> {
     /// After this, the answer is that it is not through.
     pub deadline: Instant,
     /// Since when it has been waiting for an owner of its slot to be known.
     pub parked: Option<Instant>,
     /// Its place among the sends that wait for a shard.
     pub place: Place,
-    answer: Option<Box<dyn FnOnce(Answer) + Send>>,
+    answer: Option<Box<dyn FnOnce(Answer<T>) + Send>>,
 }
 
-impl Reply {
+impl<T> Reply<T> {
     /// Calls `answer` once; it must not wait.
     #[must_use]
-    pub fn new(
-        origin: Option<u64>,
-        deadline: Instant,
-        place: Place,
-        answer: Box<dyn FnOnce(Answer) + Send>,
-    ) -> Self {
+    pub fn new(deadline: Instant, place: Place, answer: Box<dyn FnOnce(Answer<T>) + Send>) -> Self {
         Self {
-            origin,
             deadline,
             parked: None,
             place,
@@ -67,18 +89,22 @@ impl Reply {
         }
     }
 
+    fn is_late(&self, parked_before: Instant, now: Instant) -> bool {
+        self.parked.is_some_and(|since| since <= parked_before) || self.deadline <= now
+    }
+
     /// Answers.
-    pub fn answer(mut self, with: Answer) {
+    pub fn answer(mut self, with: Answer<T>) {
         if let Some(answer) = self.answer.take() {
             answer(with);
         }
     }
 }
 
-impl Drop for Reply {
+impl<T> Drop for Reply<T> {
     fn drop(&mut self) {
         if let Some(answer) = self.answer.take() {
-            answer(Answer::Unavailable);
+            answer(Err(Unsettled::Unavailable));
         }
     }
 }
@@ -114,7 +140,17 @@ pub struct SlotQueues {
 #[derive(Default)]
 pub struct SlotQueue {
     jobs: VecDeque<Job>,
+    marks: BTreeMap<(DialogId, UserId), MarkJob>,
     stage: Stage,
+}
+
+/// What was taken out of queues.
+#[derive(Default)]
+pub struct Taken {
+    /// Sends, those of a slot in order.
+    pub jobs: Vec<Job>,
+    /// Read marks.
+    pub marks: Vec<MarkJob>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -122,7 +158,9 @@ enum Stage {
     /// Nothing is queued.
     #[default]
     Idle,
-    /// A writer knows that something is queued.
+    /// A writer knows that read marks are queued, and nothing else is.
+    Gathering,
+    /// A writer knows that sends are queued.
     Ready,
     /// A writer has taken some.
     InFlight,
@@ -137,6 +175,8 @@ pub enum Then {
     Nothing,
     /// The writer of its owner is to be told that it is ready.
     TellWriter,
+    /// The writer of its owner is to be told that it has read marks, which may wait for its next batch.
+    Gather,
     /// Its owner is to be found.
     FindOwner,
 }
@@ -163,32 +203,76 @@ impl SlotQueue {
     #[must_use]
     pub fn push(&mut self, job: Job) -> Then {
         self.jobs.push_back(job);
+        match self.stage {
+            Stage::Idle | Stage::Gathering => {
+                self.stage = Stage::Ready;
+                Then::TellWriter
+            }
+            Stage::Ready | Stage::InFlight | Stage::Parked => Then::Nothing,
+        }
+    }
+
+    /// Queues a read mark: of a dialog and user the highest counts.
+    #[must_use]
+    pub fn push_mark(&mut self, mark: MarkJob) -> Then {
+        self.gather(mark);
         if self.stage == Stage::Idle {
-            self.stage = Stage::Ready;
-            return Then::TellWriter;
+            self.stage = Stage::Gathering;
+            return Then::Gather;
         }
         Then::Nothing
     }
 
-    /// Takes at most `limit` sends of a slot that is ready: it is in flight from now on, until [`SlotQueue::landed`].
-    pub fn take_off(&mut self, limit: usize, into: &mut Vec<Job>) {
-        self.stage = Stage::InFlight;
-        let count = limit.min(self.jobs.len());
-        into.extend(self.jobs.drain(..count));
+    fn gather(&mut self, job: MarkJob) {
+        match self.marks.entry((job.mark.dialog, job.mark.user)) {
+            Entry::Vacant(none) => drop(none.insert(job)),
+            Entry::Occupied(mut there) => {
+                let there = there.get_mut();
+                there.mark.seq = there.mark.seq.max(job.mark.seq);
+                there.replies.extend(job.replies);
+            }
+        }
     }
 
-    /// What was in flight has ended; `refused` are those, in order, whose shard does not own the slot.
+    /// Takes at most `limit` sends of a slot that is ready, and its read marks: it is in flight from now on, until
+    /// [`SlotQueue::landed`].
+    pub fn take_off(&mut self, limit: usize, into: &mut Taken) {
+        self.stage = Stage::InFlight;
+        let count = limit.min(self.jobs.len());
+        into.jobs.extend(self.jobs.drain(..count));
+        into.marks
+            .extend(std::mem::take(&mut self.marks).into_values());
+    }
+
+    /// Takes the read marks of a slot that has nothing else, as [`SlotQueue::take_off`]; `false` if it is not such a slot any more.
     #[must_use]
-    pub fn landed(&mut self, refused: Vec<Job>, now: Instant) -> Then {
-        let parked = !refused.is_empty();
-        for mut job in refused.into_iter().rev() {
+    pub fn take_marks_off(&mut self, into: &mut Taken) -> bool {
+        let gathering = self.stage == Stage::Gathering;
+        if gathering {
+            self.take_off(0, into);
+        }
+        gathering
+    }
+
+    /// What was in flight has ended; `refused` is, in order, that whose shard does not own the slot.
+    #[must_use]
+    pub fn landed(&mut self, refused: Taken, now: Instant) -> Then {
+        let parked = !refused.jobs.is_empty() || !refused.marks.is_empty();
+        for mut job in refused.jobs.into_iter().rev() {
             job.reply.parked.get_or_insert(now);
             self.jobs.push_front(job);
         }
-        let (stage, then) = match (parked, self.jobs.is_empty()) {
-            (true, _) => (Stage::Parked, Then::FindOwner),
-            (false, false) => (Stage::Ready, Then::TellWriter),
-            (false, true) => (Stage::Idle, Then::Nothing),
+        for mut job in refused.marks {
+            for reply in &mut job.replies {
+                reply.parked.get_or_insert(now);
+            }
+            self.gather(job);
+        }
+        let (stage, then) = match (parked, self.jobs.is_empty(), self.marks.is_empty()) {
+            (true, ..) => (Stage::Parked, Then::FindOwner),
+            (false, false, _) => (Stage::Ready, Then::TellWriter),
+            (false, true, false) => (Stage::Gathering, Then::Gather),
+            (false, true, true) => (Stage::Idle, Then::Nothing),
         };
         self.stage = stage;
         then
@@ -201,24 +285,38 @@ impl SlotQueue {
         Then::TellWriter
     }
 
-    /// Takes out what `is_late` of what is parked; `true` if nothing is left, and the slot is idle.
-    pub fn give_up(&mut self, is_late: impl Fn(&Reply) -> bool, into: &mut Vec<Job>) -> bool {
+    /// Takes out what has been parked since before `parked_before`, or whose deadline is over; `true` if nothing is left, and the
+    /// slot is idle.
+    pub fn give_up(&mut self, parked_before: Instant, now: Instant, into: &mut Taken) -> bool {
         let (late, kept) = std::mem::take(&mut self.jobs)
             .into_iter()
-            .partition(|job| is_late(&job.reply));
+            .partition(|job| job.reply.is_late(parked_before, now));
         self.jobs = kept;
-        into.extend::<VecDeque<Job>>(late);
-        if self.jobs.is_empty() {
+        into.jobs.extend::<VecDeque<Job>>(late);
+        let late = |job: &MarkJob| {
+            let mut replies = job.replies.iter();
+            replies.all(|reply| reply.is_late(parked_before, now))
+        };
+        let marks = self.marks.extract_if(.., |_, job| late(job));
+        into.marks.extend(marks.map(|(_, job)| job));
+        let idle = self.jobs.is_empty() && self.marks.is_empty();
+        if idle {
             self.stage = Stage::Idle;
         }
-        self.jobs.is_empty()
+        idle
+    }
+
+    /// Takes out everything that is queued: there is nobody to take it.
+    pub fn give_all_up(&mut self, into: &mut Taken) {
+        self.take_off(usize::MAX, into);
+        self.stage = Stage::Idle;
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dialog::{Key, Text, UserId};
+    use crate::dialog::{Key, Seq, Text, UserId};
     use std::time::Duration;
 
     fn job(key: &str, taken: &Gauge) -> Job {
@@ -230,12 +328,17 @@ mod tests {
         let place = Place::take(taken, 10).unwrap();
         Job {
             message: NewMessage::new(dialog, UserId::new(7).unwrap(), key, text),
-            reply: Reply::new(None, Instant::now(), place, Box::new(drop)),
+            origin: None,
+            reply: Reply::new(Instant::now(), place, Box::new(drop)),
         }
     }
 
-    fn keys(jobs: &[Job]) -> Vec<&str> {
-        jobs.iter().map(|job| job.message.key.as_str()).collect()
+    fn keys(taken: &Taken) -> Vec<&str> {
+        taken
+            .jobs
+            .iter()
+            .map(|job| job.message.key.as_str())
+            .collect()
     }
 
     #[test]
@@ -244,7 +347,7 @@ mod tests {
         let mut queue = SlotQueue::default();
         assert_eq!(queue.push(job("a", &taken)), Then::TellWriter);
         assert_eq!(queue.push(job("b", &taken)), Then::Nothing);
-        let mut batch = Vec::new();
+        let mut batch = Taken::default();
         queue.take_off(1, &mut batch);
         assert_eq!(
             queue.push(job("c", &taken)),
@@ -254,10 +357,13 @@ mod tests {
         assert_eq!(queue.landed(batch, Instant::now()), Then::FindOwner);
         assert_eq!(queue.push(job("d", &taken)), Then::Nothing, "it is parked");
         assert_eq!(queue.unpark(), Then::TellWriter);
-        let mut batch = Vec::new();
+        let mut batch = Taken::default();
         queue.take_off(10, &mut batch);
         assert_eq!(keys(&batch), ["a", "b", "c", "d"]);
-        assert_eq!(queue.landed(Vec::new(), Instant::now()), Then::Nothing);
+        assert_eq!(
+            queue.landed(Taken::default(), Instant::now()),
+            Then::Nothing
+        );
         assert_eq!(taken.get(), 4);
         drop(batch);
         assert_eq!(taken.get(), 0);
@@ -269,31 +375,96 @@ mod tests {
         let taken = Gauge::default();
         let mut queue = SlotQueue::default();
         let _ = queue.push(job("a", &taken));
-        let mut batch = Vec::new();
+        let mut batch = Taken::default();
         queue.take_off(10, &mut batch);
         let _ = queue.push(job("b", &taken));
-        assert_eq!(queue.landed(Vec::new(), Instant::now()), Then::TellWriter);
+        assert_eq!(
+            queue.landed(Taken::default(), Instant::now()),
+            Then::TellWriter
+        );
+    }
+
+    fn mark(user: u64, seq: u64, taken: &Gauge) -> MarkJob {
+        let user = UserId::new(user).unwrap();
+        let place = Place::take(taken, 10).unwrap();
+        MarkJob {
+            mark: NewMark::new("7_42".parse().unwrap(), user, Seq::new(seq)),
+            replies: vec![Reply::new(Instant::now(), place, Box::new(drop))],
+        }
+    }
+
+    fn marks(taken: &Taken) -> Vec<(u64, u64, usize)> {
+        let mut marks: Vec<_> = taken
+            .marks
+            .iter()
+            .map(|job| (job.mark.user.get(), job.mark.seq.get(), job.replies.len()))
+            .collect();
+        marks.sort_unstable();
+        marks
+    }
+
+    #[test]
+    fn of_read_marks_the_highest_counts_and_all_who_asked_are_answered() {
+        let taken = Gauge::default();
+        let mut queue = SlotQueue::default();
+        assert_eq!(queue.push_mark(mark(7, 5, &taken)), Then::Gather);
+        assert_eq!(queue.push_mark(mark(7, 3, &taken)), Then::Nothing);
+        assert_eq!(queue.push_mark(mark(42, 4, &taken)), Then::Nothing);
+        let mut batch = Taken::default();
+        assert!(queue.take_marks_off(&mut batch));
+        assert_eq!(marks(&batch), [(7, 5, 2), (42, 4, 1)]);
+        let _ = queue.push_mark(mark(7, 4, &taken));
+        let mut none = Taken::default();
+        assert!(!queue.take_marks_off(&mut none), "it is in flight");
+        assert_eq!(queue.landed(batch, Instant::now()), Then::FindOwner);
+        assert_eq!(queue.unpark(), Then::TellWriter);
+        let mut batch = Taken::default();
+        queue.take_off(10, &mut batch);
+        assert_eq!(marks(&batch), [(7, 5, 3), (42, 4, 1)]);
+        let _ = queue.push_mark(mark(7, 6, &taken));
+        assert_eq!(queue.landed(none, Instant::now()), Then::Gather);
+    }
+
+    #[test]
+    fn read_marks_go_with_sends() {
+        let taken = Gauge::default();
+        let mut queue = SlotQueue::default();
+        let _ = queue.push_mark(mark(7, 5, &taken));
+        assert_eq!(queue.push(job("a", &taken)), Then::TellWriter);
+        let mut batch = Taken::default();
+        assert!(!queue.take_marks_off(&mut batch), "it has sends");
+        queue.take_off(10, &mut batch);
+        assert_eq!((keys(&batch), marks(&batch)), (vec!["a"], vec![(7, 5, 1)]));
+        assert_eq!(
+            queue.landed(Taken::default(), Instant::now()),
+            Then::Nothing
+        );
     }
 
     #[test]
     fn what_is_parked_for_too_long_is_given_up() {
         let taken = Gauge::default();
+        let (begun, long) = (Instant::now(), Duration::from_secs(60));
         let mut queue = SlotQueue::default();
-        let _ = queue.push(job("a", &taken));
-        let mut batch = Vec::new();
-        queue.take_off(10, &mut batch);
-        let then = Instant::now();
-        let _ = queue.landed(batch, then);
-        let _ = queue.push(job("b", &taken));
-        let late = |reply: &Reply| {
-            reply
-                .parked
-                .is_some_and(|since| since.elapsed() >= Duration::ZERO)
+        let patient = |key| {
+            let mut job = job(key, &taken);
+            job.reply.deadline = begun + long;
+            job
         };
-        let mut given_up = Vec::new();
-        assert!(!queue.give_up(late, &mut given_up));
-        assert_eq!(keys(&given_up), ["a"]);
-        assert!(queue.give_up(|_| true, &mut given_up));
+        let _ = queue.push(patient("a"));
+        let _ = queue.push_mark(mark(7, 5, &taken));
+        let mut batch = Taken::default();
+        queue.take_off(10, &mut batch);
+        let _ = queue.landed(batch, begun);
+        let _ = queue.push(patient("b"));
+        let mut late = Taken::default();
+        let before = begun.checked_sub(long).unwrap();
+        assert!(!queue.give_up(before, begun + long / 2, &mut late));
+        assert_eq!((keys(&late).len(), marks(&late)), (0, vec![(7, 5, 1)]));
+        assert!(!queue.give_up(begun, begun + long / 2, &mut late));
+        assert_eq!(keys(&late), ["a"]);
+        assert!(queue.give_up(before, begun + long, &mut late));
+        assert_eq!(keys(&late), ["a", "b"]);
         assert_eq!(queue.push(job("c", &taken)), Then::TellWriter, "it is idle");
     }
 
@@ -301,9 +472,9 @@ mod tests {
     fn a_reply_that_is_dropped_says_that_it_is_not_through() {
         let (sender, receiver) = std::sync::mpsc::channel();
         let place = Place::take(&Gauge::default(), 1).unwrap();
-        let answer = Box::new(move |answer| sender.send(answer).unwrap());
-        drop(Reply::new(None, Instant::now(), place, answer));
-        assert!(matches!(receiver.recv(), Ok(Answer::Unavailable)));
+        let answer = Box::new(move |answer: Answer<Settled>| sender.send(answer).unwrap());
+        drop(Reply::new(Instant::now(), place, answer));
+        assert!(matches!(receiver.recv(), Ok(Err(Unsettled::Unavailable))));
     }
 
     #[test]

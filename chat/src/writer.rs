@@ -2,21 +2,23 @@
 //!
 //! A writer is one task. While its transactions are in flight the sends of other slots gather, so batches size themselves: an
 //! idle writer adds no delay, a busy one spreads the cost of a commit over many. How many are in flight is measured
-//! ([`InFlight`]).
+//! ([`InFlight`]). Read marks go with the next batch of sends, and without one after [`GATHER`].
 
 use crate::chance;
 use crate::config;
+use crate::dialog::{DialogId, UserId};
 use crate::in_flight::InFlight;
 use crate::metrics::WriterMetrics;
 use crate::ring::Slot;
-use crate::slot_queue::{Answer, Job, Place, Reply, SlotQueues, Then};
+use crate::slot_queue::{Answer, Job, MarkJob, Place, Settled, SlotQueues, Taken, Then, Unsettled};
 use crate::store::{
-    self, Appended, NewMessage, Sequencer, Shard, ShardDown, StoreError, Unlike, Written,
+    self, Appended, Marked, NewMark, NewMessage, Sequencer, Shard, ShardDown, StoreError, Unlike,
+    Written,
 };
 use futures_util::future::{BoxFuture, FutureExt};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use prometheus_client::metrics::gauge::Gauge;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,8 +26,16 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-/// A message that is committed, as delivery is told of it.
-pub struct Committed<'a> {
+/// What is committed, as delivery is told of it.
+pub enum Committed<'a> {
+    /// A message.
+    Message(Stored<'a>),
+    /// A read mark that has moved.
+    Mark(NewMark),
+}
+
+/// A message that is committed.
+pub struct Stored<'a> {
     /// The message.
     pub message: &'a NewMessage,
     /// Where it lies.
@@ -56,11 +66,19 @@ pub struct Shared {
 /// The writer of one shard. A clone is one more reference.
 #[derive(Clone)]
 pub struct Writer {
-    ready: mpsc::UnboundedSender<Slot>,
+    ready: mpsc::UnboundedSender<Ready>,
     /// Sends that are not settled yet, and how many may be.
     waiting: Gauge,
     most_waiting: usize,
     sequencer: Arc<Sequencer>,
+}
+
+/// A slot that is ready.
+enum Ready {
+    /// It has sends.
+    Sends(Slot),
+    /// It has read marks, which may wait.
+    Marks(Slot),
 }
 
 impl Writer {
@@ -73,7 +91,7 @@ impl Writer {
         shared: Shared,
         runtime: &Handle,
     ) -> Self {
-        // A slot is in it once at most: that bounds it.
+        // A slot is in it twice at most: that bounds it.
         let (ready, is_ready) = mpsc::unbounded_channel();
         let (sequencer, waiting) = (Arc::new(Sequencer::default()), metrics.queue_rows.clone());
         let line = Line {
@@ -85,6 +103,7 @@ impl Writer {
             line: Arc::new(line),
             is_ready,
             ready: VecDeque::new(),
+            gathering: VecDeque::new(),
             batch_rows: settings.batch_rows.max(1),
             in_flight: InFlight::new(settings.lanes, Instant::now()),
             under_way: FuturesUnordered::new(),
@@ -108,7 +127,12 @@ impl Writer {
     /// A slot has sends for this shard.
     pub fn ready(&self, slot: Slot) {
         // It has ended only if the runtime has: then nobody waits any more.
-        let _ = self.ready.send(slot);
+        let _ = self.ready.send(Ready::Sends(slot));
+    }
+
+    /// A slot has read marks for this shard, and nothing else.
+    pub fn gather(&self, slot: Slot) {
+        let _ = self.ready.send(Ready::Marks(slot));
     }
 
     /// What is remembered of the shard.
@@ -120,81 +144,116 @@ impl Writer {
 
 struct Work {
     line: Arc<Line>,
-    is_ready: mpsc::UnboundedReceiver<Slot>,
+    is_ready: mpsc::UnboundedReceiver<Ready>,
     ready: VecDeque<Slot>,
+    /// Slots that had read marks and nothing else, since then.
+    gathering: VecDeque<(Instant, Slot)>,
     batch_rows: usize,
     in_flight: InFlight,
     under_way: FuturesUnordered<BoxFuture<'static, Landed>>,
     shared: Shared,
 }
 
-/// A batch whose sends are settled, but for those that the shard does not own.
+/// How long read marks wait for a batch of sends to go with.
+const GATHER: Duration = Duration::from_millis(50);
+
+/// Read marks of a transaction; those of a slot are not parted.
+const MARKS: usize = 64;
+
+/// A batch that is settled, but for what the shard does not own.
 struct Landed {
     slots: Vec<Slot>,
     rows: usize,
-    settled: Vec<Settled>,
+    outcomes: Outcomes,
     /// Others had to wait when it began.
     waited_for: bool,
 }
 
-type Settled = (Job, Outcome);
-
-enum Outcome {
-    Written(Written),
-    Answer(Answer),
+/// What became of a batch.
+#[derive(Default)]
+struct Outcomes {
+    sends: Vec<(Job, Answer<Written>)>,
+    marks: Vec<(MarkJob, Answer<Marked>)>,
 }
 
 impl Work {
     async fn run(mut self) {
+        let mut closed = false;
         loop {
-            while !self.ready.is_empty() && self.under_way.len() < self.in_flight.limit() {
+            while self.under_way.len() < self.in_flight.limit() && self.is_due(closed) {
                 self.begin();
             }
+            let may_begin = self.under_way.len() < self.in_flight.limit();
+            let due = self.gathering.front().map(|(since, _)| *since + GATHER);
             tokio::select! {
                 biased;
                 Some(landed) = self.under_way.next() => self.land(landed),
-                slot = self.is_ready.recv() => match slot {
+                slot = self.is_ready.recv(), if !closed => match slot {
                     Some(slot) => {
-                        self.ready.push_back(slot);
+                        self.note(slot);
                         while let Ok(slot) = self.is_ready.try_recv() {
-                            self.ready.push_back(slot);
+                            self.note(slot);
                         }
                     }
-                    None if self.under_way.is_empty() => return,
-                    None => {
-                        if let Some(landed) = self.under_way.next().await {
-                            self.land(landed);
-                        }
-                    }
+                    None => closed = true,
                 },
+                () = tokio::time::sleep_until(due.unwrap_or_else(Instant::now)), if may_begin && due.is_some() => {}
+                else => return,
             }
         }
     }
 
-    /// Puts the sends of ready slots under way, as many as a transaction takes.
+    fn note(&mut self, slot: Ready) {
+        match slot {
+            Ready::Sends(slot) => self.ready.push_back(slot),
+            Ready::Marks(slot) => self.gathering.push_back((Instant::now(), slot)),
+        }
+    }
+
+    /// Whether there is something that waits no longer.
+    fn is_due(&self, closed: bool) -> bool {
+        let gathered = self.gathering.front();
+        !self.ready.is_empty()
+            || gathered.is_some_and(|(since, _)| closed || since.elapsed() >= GATHER)
+    }
+
+    /// Puts the sends of ready slots under way, as many as a transaction takes, and read marks with them.
     fn begin(&mut self) {
-        let (mut slots, mut jobs) = (Vec::new(), Vec::new());
-        while jobs.len() < self.batch_rows {
+        let (mut slots, mut taken) = (Vec::new(), Taken::default());
+        while taken.jobs.len() < self.batch_rows {
             let Some(slot) = self.ready.pop_front() else {
                 break;
             };
             slots.push(slot);
-            let room = self.batch_rows - jobs.len();
-            self.shared.queues.of(slot).take_off(room, &mut jobs);
+            let room = self.batch_rows - taken.jobs.len();
+            self.shared.queues.of(slot).take_off(room, &mut taken);
+        }
+        while taken.marks.len() < MARKS {
+            let Some((_, slot)) = self.gathering.pop_front() else {
+                break;
+            };
+            // Sends may have come for it meanwhile, and taken its read marks with them.
+            if self.shared.queues.of(slot).take_marks_off(&mut taken) {
+                slots.push(slot);
+            }
+        }
+        if slots.is_empty() {
+            return;
         }
         let waited_for =
             !self.ready.is_empty() && self.under_way.len() + 1 >= self.in_flight.limit();
-        self.line.metrics.batch_rows.observe(jobs.len() as f64);
+        let rows = taken.jobs.len();
+        if rows > 0 {
+            self.line.metrics.batch_rows.observe(rows as f64);
+        }
         let line = self.line.clone();
         self.under_way.push(Box::pin(async move {
-            let rows = jobs.len();
-            // Whatever happens in there: the slots go on, and jobs that are dropped answer that they are not through.
-            let settled = AssertUnwindSafe(line.carry_out(jobs)).catch_unwind().await;
-            let settled = settled.unwrap_or_default();
+            // Whatever happens in there: the slots go on, and what is dropped answers that it is not through.
+            let outcomes = AssertUnwindSafe(line.carry_out(taken)).catch_unwind().await;
             Landed {
                 slots,
                 rows,
-                settled,
+                outcomes: outcomes.unwrap_or_default(),
                 waited_for,
             }
         }));
@@ -203,20 +262,33 @@ impl Work {
     /// Tells everybody what became of a batch, and lets its slots go on.
     fn land(&mut self, landed: Landed) {
         let now = Instant::now();
-        let waiting = landed.waited_for || !self.ready.is_empty();
-        self.in_flight.ended(landed.rows, waiting, now);
+        if landed.rows > 0 {
+            let waiting = landed.waited_for || !self.ready.is_empty();
+            self.in_flight.ended(landed.rows, waiting, now);
+        }
         self.line
             .metrics
             .in_flight
             .set(self.in_flight.limit() as i64);
-        let mut refused = BTreeMap::<Slot, Vec<Job>>::new();
-        for (job, outcome) in landed.settled {
+        let mut refused = BTreeMap::<Slot, Taken>::new();
+        for (job, outcome) in landed.outcomes.sends {
             match outcome {
-                Outcome::Written(Written::NotOwner(_)) => {
-                    refused.entry(job.message.slot).or_default().push(job);
+                Ok(Written::NotOwner(_)) => {
+                    let refused = refused.entry(job.message.slot).or_default();
+                    refused.jobs.push(job);
                 }
-                Outcome::Written(written) => self.settle(job, written),
-                Outcome::Answer(answer) => job.reply.answer(answer),
+                Ok(written) => self.settle(job, written),
+                Err(unsettled) => job.reply.answer(Err(unsettled)),
+            }
+        }
+        for (job, outcome) in landed.outcomes.marks {
+            match outcome {
+                Ok(Marked::NotOwner(_)) => {
+                    let refused = refused.entry(job.mark.slot).or_default();
+                    refused.marks.push(job);
+                }
+                Ok(marked) => self.settle_mark(job, marked),
+                Err(unsettled) => job.answer(Err(unsettled)),
             }
         }
         for slot in landed.slots {
@@ -228,13 +300,20 @@ impl Work {
         }
     }
 
+    fn settle_mark(&self, job: MarkJob, marked: Marked) {
+        if let Marked::At { seq, moved: true } = marked {
+            (self.shared.on_commit)(Committed::Mark(NewMark { seq, ..job.mark }));
+        }
+        job.answer(Ok(marked));
+    }
+
     fn settle(&self, job: Job, written: Written) {
         let metrics = &self.line.metrics;
         let (place, repeat) = match written {
             Written::Stored(place) => (place, false),
             Written::Repeat(place) => (place, true),
             Written::KeyReused | Written::NotOwner(_) => {
-                return job.reply.answer(Answer::KeyReused);
+                return job.reply.answer(Ok(Settled::KeyReused));
             }
         };
         if repeat {
@@ -244,13 +323,13 @@ impl Work {
         }
         // A repeat is told again too: the instance that stored it may have died before it told anybody. Receivers that have
         // it know it by its seq.
-        (self.shared.on_commit)(Committed {
+        (self.shared.on_commit)(Committed::Message(Stored {
             message: &job.message,
             place,
-            origin: job.reply.origin,
+            origin: job.origin,
             repeat,
-        });
-        job.reply.answer(Answer::Stored { place, repeat });
+        }));
+        job.reply.answer(Ok(Settled::Stored { place, repeat }));
     }
 }
 
@@ -268,132 +347,209 @@ const CONFLICT_PAUSE: Duration = Duration::from_millis(5);
 const LOST_PAUSE: Duration = Duration::from_millis(50);
 
 impl Line {
-    /// Stores a batch and says what became of each of its sends, whatever happens.
-    async fn carry_out(&self, jobs: Vec<Job>) -> Vec<Settled> {
+    /// Stores a batch and says what became of each of its parts, whatever happens.
+    async fn carry_out(&self, taken: Taken) -> Outcomes {
         let now = Instant::now();
-        let (late, jobs): (Vec<_>, Vec<_>) =
-            jobs.into_iter().partition(|job| job.reply.deadline <= now);
+        let mut outcomes = Outcomes::default();
+        let late = |deadline: Instant| deadline <= now;
+        let (late, jobs): (Vec<_>, Vec<_>) = taken
+            .jobs
+            .into_iter()
+            .partition(|job| late(job.reply.deadline));
         let late = late.into_iter();
-        let mut settled: Vec<Settled> = late
-            .map(|job| (job, Outcome::Answer(Answer::Unavailable)))
-            .collect();
+        outcomes
+            .sends
+            .extend(late.map(|job| (job, Err(Unsettled::Unavailable))));
+        let (mut marks, mut suspect) = (taken.marks, false);
         if !jobs.is_empty() {
-            let (batch, replies) = jobs.into_iter().map(|job| (job.message, job.reply)).unzip();
-            self.store_all(batch, replies, &mut settled).await;
+            self.store_all(jobs, &mut marks, &mut suspect, &mut outcomes)
+                .await;
         }
-        settled
+        if !marks.is_empty() {
+            self.mark_all(marks, suspect, &mut outcomes).await;
+        }
+        outcomes
     }
 
+    /// Takes out of `marks` what is stored with the sends; sets `suspect` if others of them may be stored.
     async fn store_all(
         &self,
-        batch: Vec<NewMessage>,
-        replies: Vec<Reply>,
-        settled: &mut Vec<Settled>,
+        jobs: Vec<Job>,
+        marks: &mut Vec<MarkJob>,
+        suspect: &mut bool,
+        outcomes: &mut Outcomes,
     ) {
-        let deadline = replies.iter().map(|reply| reply.deadline).min();
-        let batch = Arc::new(batch);
-        let stored = self.store(&batch, deadline).await;
-        let batch = Arc::unwrap_or_clone(batch);
-        let jobs = batch
+        let deadline = jobs.iter().map(|job| job.reply.deadline).min();
+        let (batch, replies): (Vec<_>, Vec<_>) = jobs
             .into_iter()
-            .zip(replies)
-            .map(|(message, reply)| Job { message, reply });
+            .map(|job| (job.message, (job.origin, job.reply)))
+            .unzip();
+        let (batch, new_marks) = (Arc::new(batch), marks.iter().map(|job| job.mark).collect());
+        let stored = self.store(&batch, new_marks, deadline, suspect).await;
+        let batch = Arc::unwrap_or_clone(batch);
+        let jobs = batch.into_iter().zip(replies);
+        let jobs = jobs.map(|(message, (origin, reply))| Job {
+            message,
+            origin,
+            reply,
+        });
         match stored {
-            Ok(written) => {
-                settled.extend(jobs.zip(written.into_iter().map(Outcome::Written)));
+            Ok((written, marked)) => {
+                outcomes.sends.extend(jobs.zip(written.into_iter().map(Ok)));
+                let with_them = marks.extract_if(.., |job| marked.contains_key(&key_of(&job.mark)));
+                outcomes.marks.extend(with_them.map(|job| {
+                    let marked = marked[&key_of(&job.mark)];
+                    (job, Ok(marked))
+                }));
             }
             // One message that the database will not have must not take the others with it.
             Err(ShardDown::Failed(_, StoreError::Refused(_))) if jobs.len() > 1 => {
                 for job in jobs {
                     let (deadline, alone) =
                         (job.reply.deadline, Arc::new(vec![job.message.clone()]));
-                    let outcome = match self.store(&alone, Some(deadline)).await {
-                        Ok(mut written) => written
-                            .pop()
-                            .map_or(Outcome::Answer(Answer::Unavailable), Outcome::Written),
-                        Err(e) => Outcome::Answer(self.failed(1, &e)),
+                    let outcome = match self
+                        .store(&alone, Vec::new(), Some(deadline), &mut false)
+                        .await
+                    {
+                        Ok((mut written, _)) => written.pop().ok_or(Unsettled::Unavailable),
+                        Err(e) => Err(self.failed(1, &e)),
                     };
-                    settled.push((job, outcome));
+                    outcomes.sends.push((job, outcome));
                 }
             }
             Err(e) => {
-                let answer = self.failed(jobs.len(), &e);
-                settled.extend(jobs.map(|job| (job, Outcome::Answer(answer))));
+                let unsettled = self.failed(jobs.len(), &e);
+                outcomes.sends.extend(jobs.map(|job| (job, Err(unsettled))));
             }
         }
     }
 
-    fn failed(&self, sends: usize, e: &ShardDown) -> Answer {
+    /// Moves read marks that did not go with sends. `suspect`: they may have moved before.
+    async fn mark_all(&self, jobs: Vec<MarkJob>, mut suspect: bool, outcomes: &mut Outcomes) {
+        let marks: Vec<NewMark> = jobs.iter().map(|job| job.mark).collect();
+        let replies = jobs.iter().flat_map(|job| &job.replies);
+        let deadline = replies.map(|reply| reply.deadline).max();
+        let marked = loop {
+            match self.shard.mark_read(&marks).await {
+                Ok(marked) => break Ok(marked),
+                Err(e) => {
+                    suspect |= may_be_stored(&e);
+                    if let Err(e) = self.again(e, deadline).await {
+                        break Err(e);
+                    }
+                }
+            }
+        };
+        match marked {
+            Ok(marked) => {
+                outcomes
+                    .marks
+                    .extend(jobs.into_iter().zip(marked).map(|(job, mut marked)| {
+                        // It may be this one that moved it there, and told nobody.
+                        if let Marked::At { seq, moved } = &mut marked {
+                            *moved |= suspect && *seq == job.mark.seq;
+                        }
+                        (job, Ok(marked))
+                    }))
+            }
+            Err(e) => {
+                let unsettled = self.failed(jobs.len(), &e);
+                let jobs = jobs.into_iter();
+                outcomes.marks.extend(jobs.map(|job| (job, Err(unsettled))));
+            }
+        }
+    }
+
+    fn failed(&self, parts: usize, e: &ShardDown) -> Unsettled {
         match e {
-            ShardDown::Down(_) => Answer::ShardDown,
+            ShardDown::Down(_) => Unsettled::ShardDown,
             ShardDown::Busy(_) | ShardDown::Failed(..) => {
-                tracing::warn!(shard = self.shard.name(), sends, reason = %e, "sends not stored in time");
-                Answer::Unavailable
+                tracing::warn!(shard = self.shard.name(), parts, reason = %e, "sends or read marks not stored in time");
+                Unsettled::Unavailable
             }
         }
     }
 
-    /// One transaction, repeated as a whole while that is safe and there is time: always with the same keys, so that a
-    /// commit whose answer was lost is found and not repeated.
+    /// A transaction, repeated as a whole while that is safe and there is time: always with the same keys, so that a commit
+    /// whose answer was lost is found and not repeated.
     async fn store(
         &self,
         batch: &Arc<Vec<NewMessage>>,
+        marks: Vec<NewMark>,
         deadline: Option<Instant>,
-    ) -> Result<Vec<Written>, ShardDown> {
-        let mut suspect = false;
+        suspect: &mut bool,
+    ) -> Result<(Vec<Written>, MarkedOf), ShardDown> {
         loop {
-            let failed = match self.attempt(batch, suspect).await {
-                Err(ShardDown::Failed(shard, e)) => (shard, e),
-                Err(down @ ShardDown::Down(_)) => {
-                    // It may come back as it was at another time.
-                    self.sequencer.clear();
-                    return Err(down);
+            match self.attempt(batch, &marks, *suspect).await {
+                Ok(stored) => return Ok(stored),
+                Err(e) => {
+                    *suspect |= may_be_stored(&e);
+                    self.again(e, deadline).await?;
                 }
-                settled => return settled,
-            };
-            let pause = match &failed.1 {
-                StoreError::Conflict(_) | StoreError::Busy(_) => CONFLICT_PAUSE,
-                StoreError::Lost(_) => {
-                    suspect = true;
-                    self.sequencer.clear();
-                    LOST_PAUSE
-                }
+            }
+        }
+    }
+
+    /// Returns when a transaction that failed may be tried again.
+    async fn again(&self, e: ShardDown, deadline: Option<Instant>) -> Result<(), ShardDown> {
+        let pause = match &e {
+            ShardDown::Failed(_, StoreError::Conflict(_) | StoreError::Busy(_)) => CONFLICT_PAUSE,
+            ShardDown::Failed(_, StoreError::Lost(_)) => {
+                self.sequencer.clear();
+                LOST_PAUSE
+            }
+            ShardDown::Down(_) => {
+                // It may come back as it was at another time.
+                self.sequencer.clear();
+                return Err(e);
+            }
+            ShardDown::Busy(_)
+            | ShardDown::Failed(
+                _,
                 StoreError::Unreachable(_)
                 | StoreError::WrongIdentity(_)
                 | StoreError::Refused(_)
-                | StoreError::OtherDocument(_) => {
-                    return Err(ShardDown::Failed(failed.0, failed.1));
-                }
-            };
-            let pause = pause.mul_f64(1.0 + chance::fraction());
-            if deadline.is_none_or(|deadline| Instant::now() + pause >= deadline) {
-                return Err(ShardDown::Failed(failed.0, failed.1));
-            }
-            tracing::debug!(shard = self.shard.name(), reason = %failed.1, "transaction repeated");
-            tokio::time::sleep(pause).await;
+                | StoreError::OtherDocument(_),
+            ) => return Err(e),
+        };
+        let pause = pause.mul_f64(1.0 + chance::fraction());
+        if deadline.is_none_or(|deadline| Instant::now() + pause >= deadline) {
+            return Err(e);
         }
+        tracing::debug!(shard = self.shard.name(), reason = %e, "transaction repeated");
+        tokio::time::sleep(pause).await;
+        Ok(())
     }
 
     /// In one round trip, by what is remembered; if that is not as it was, by what the shard's locks show.
     async fn attempt(
         &self,
         batch: &Arc<Vec<NewMessage>>,
+        marks: &[NewMark],
         mut suspect: bool,
-    ) -> Result<Vec<Written>, ShardDown> {
+    ) -> Result<(Vec<Written>, MarkedOf), ShardDown> {
         while !suspect {
-            let Some(draft) = self.sequencer.draft(batch) else {
+            let Some(draft) = self.sequencer.draft(batch, marks) else {
                 break;
             };
-            let expects = !draft.expected.is_empty();
+            let (expects, of) = (!draft.expected.is_empty(), draft.marks.clone());
             match self.shard.append(batch.clone(), draft).await? {
-                Appended::Stored { written, now } => {
+                Appended::Stored {
+                    written,
+                    marked,
+                    now,
+                } => {
                     self.sequencer.stored(batch, &written, now);
-                    return Ok(written);
+                    return Ok((written, of.iter().map(key_of).zip(marked).collect()));
                 }
                 Appended::Unlike(unlike) => {
                     self.metrics.drafts_unlike(unlike);
                     match unlike {
-                        Unlike::Term => self.sequencer.forget_terms(batch),
+                        Unlike::Term => {
+                            let slots = batch.iter().map(|message| message.slot);
+                            self.sequencer
+                                .forget_terms(slots.chain(of.iter().map(|mark| mark.slot)));
+                        }
                         // Once more, with seqs that the shard gives.
                         Unlike::Head if expects => self.sequencer.forget_heads(batch),
                         Unlike::Head | Unlike::Key => suspect = true,
@@ -403,6 +559,18 @@ impl Line {
         }
         let receipt = self.shard.write(batch.clone(), suspect).await?;
         self.sequencer.learn(batch, &receipt);
-        Ok(receipt.written)
+        Ok((receipt.written, MarkedOf::new()))
     }
+}
+
+/// Whether a transaction that failed may be stored all the same.
+fn may_be_stored(e: &ShardDown) -> bool {
+    matches!(e, ShardDown::Failed(_, StoreError::Lost(_)))
+}
+
+/// What became of the read marks that went with sends.
+type MarkedOf = HashMap<(DialogId, UserId), Marked>;
+
+fn key_of(mark: &NewMark) -> (DialogId, UserId) {
+    (mark.dialog, mark.user)
 }

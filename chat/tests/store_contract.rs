@@ -10,7 +10,7 @@ use chat::ownership::{SlotState, Step, Term};
 use chat::ring::{SLOTS, Slot};
 use chat::store::{
     Acceptance, Appended, Database, DocRef, Draft, Head, Heads, HeadsOf, Identity, InboxCursor,
-    Marked, Meta, MysqlStore, NewMessage, Part, Phase, Purged, Range, SlotSet, SlotSize,
+    Marked, Meta, MysqlStore, NewMark, NewMessage, Part, Phase, Purged, Range, SlotSet, SlotSize,
     SqliteStore, StoreError, Unlike, Written,
 };
 use chat::topology::{Document, Topology};
@@ -285,6 +285,19 @@ async fn standing(store: &Arc<dyn Database>, names: &[&str]) -> Vec<(u64, Vec<u6
     standing
 }
 
+/// Where a mark is, and whether it has moved.
+fn at_seq(seq: u64, moved: bool) -> Marked {
+    let seq = Seq::new(seq);
+    Marked::At { seq, moved }
+}
+
+async fn mark(store: &Arc<dyn Database>, name: &str, who: u64, seq: u64) -> Marked {
+    let mark = NewMark::new(dialog(name), user(who), Seq::new(seq));
+    let marked = store.mark_read(&identity(), &[mark]).await.unwrap();
+    assert_eq!(marked.len(), 1);
+    marked[0]
+}
+
 async fn a_draft_is_stored_as_it_is_or_not_at_all(kind: Kind) {
     let (_databases, store) = founded(kind).await;
     let append = async |batch: &[NewMessage], draft| {
@@ -489,10 +502,21 @@ async fn what_is_not_owned_is_refused_and_nothing_of_it_is_written(kind: Kind) {
         .unwrap();
     assert_eq!(page.slot.unwrap().state, SlotState::None);
     let marked = store
-        .mark_read(&identity(), theirs.dialog, user(7), Seq::new(1))
+        .mark_read(
+            &identity(),
+            &[
+                NewMark::new(theirs.dialog, user(7), Seq::new(1)),
+                NewMark::new(ours.dialog, user(7), Seq::new(1)),
+            ],
+        )
         .await
         .unwrap();
-    assert_eq!(marked, Marked::NotOwner(Some(SlotState::None)));
+    assert_eq!(marked[0], Marked::NotOwner(Some(SlotState::None)));
+    assert_eq!(
+        marked[1],
+        at_seq(1, true),
+        "the others of its transaction move"
+    );
     assert_eq!(store.slots(&identity()).await.unwrap().owned, owned);
     assert_eq!(
         store
@@ -530,7 +554,10 @@ async fn a_database_that_is_somebody_else_is_noticed_by_every_call(kind: Kind) {
         ));
         assert!(is_wrong(
             &store
-                .mark_read(&wrong, dialog("7_42"), user(7), Seq::new(1))
+                .mark_read(
+                    &wrong,
+                    &[NewMark::new(dialog("7_42"), user(7), Seq::new(1))]
+                )
                 .await
                 .unwrap_err()
         ));
@@ -626,12 +653,7 @@ async fn an_inbox_lists_dialogs_newest_first_with_their_unread(kind: Kind) {
 
 async fn a_read_mark_moves_forward_only_and_not_beyond_the_last_message(kind: Kind) {
     let (_databases, store) = founded(kind).await;
-    let mark = async |who: u64, seq: u64| {
-        store
-            .mark_read(&identity(), dialog("7_42"), user(who), Seq::new(seq))
-            .await
-            .unwrap()
-    };
+    let mark = async |who: u64, seq: u64| mark(&store, "7_42", who, seq).await;
     assert_eq!(mark(7, 1).await, Marked::NoDialog);
     write(
         &store,
@@ -641,26 +663,92 @@ async fn a_read_mark_moves_forward_only_and_not_beyond_the_last_message(kind: Ki
     )
     .await;
     for (asked, expected) in [
-        (3, 3),
-        (3, 3),
-        (2, 3),
-        (0, 3),
-        (99, 5),
-        (u64::MAX, 5),
-        (1, 5),
+        (3, at_seq(3, true)),
+        (3, at_seq(3, false)),
+        (2, at_seq(3, false)),
+        (0, at_seq(3, false)),
+        (99, at_seq(5, true)),
+        (u64::MAX, at_seq(5, false)),
+        (1, at_seq(5, false)),
     ] {
-        assert_eq!(
-            mark(7, asked).await,
-            Marked::At(Seq::new(expected)),
-            "{asked}"
-        );
+        assert_eq!(mark(7, asked).await, expected, "{asked}");
     }
     assert_eq!(
         mark(42, 1).await,
-        Marked::At(Seq::new(1)),
+        at_seq(1, true),
         "everybody has their own"
     );
     assert_eq!(mark(8, 1).await, Marked::NoDialog, "8 is not in it");
+}
+
+async fn read_marks_move_many_at_once_alone_and_with_messages(kind: Kind) {
+    let (_databases, store) = founded(kind).await;
+    let batch: Vec<_> = ["7_42", "7_9", "5_7"]
+        .iter()
+        .flat_map(|name| (0..3).map(move |n| message(name, 7, &format!("{n}"), "x")))
+        .collect();
+    let receipt = store.write(&identity(), &batch, false).await.unwrap();
+    let term = receipt.terms[0].1;
+    let new = |name: &str, who: u64, seq: u64| NewMark::new(dialog(name), user(who), Seq::new(seq));
+    let marks = [
+        new("7_9", 9, 2),
+        new("7_42", 42, 9),
+        new("7_42", 7, 1),
+        new("7_42", 9, 1),
+        new("5_8", 5, 1),
+    ];
+    let expected = [
+        at_seq(2, true),
+        at_seq(3, true),
+        at_seq(1, true),
+        Marked::NoDialog,
+        Marked::NoDialog,
+    ];
+    let marked = store.mark_read(&identity(), &marks).await.unwrap();
+    assert_eq!(marked, expected);
+    let unread = async |who: u64| {
+        let inbox = store.inbox(&identity(), user(who), None, 10).await.unwrap();
+        assert!(!inbox.rows.is_empty());
+        inbox.rows.iter().map(|row| row.unread).sum::<u32>()
+    };
+    assert_eq!((unread(9).await, unread(42).await), (1, 0));
+
+    // With messages: of a dialog that gets one in the same batch up to that one, of others as they are; or not at all.
+    let append = async |batch: &[NewMessage], draft: Draft, marks: &[NewMark]| {
+        let mut draft = draft;
+        draft
+            .terms
+            .extend(marks.iter().map(|mark| (mark.slot, term)));
+        draft.marks = marks.to_vec();
+        store.append(&identity(), batch, draft).await.unwrap()
+    };
+    let marks = [new("7_42", 42, 9), new("7_9", 9, 1), new("5_7", 5, 2)];
+    for known in [&[("7_42", 3)][..], &[]] {
+        let next = [message("7_42", 7, &format!("more {}", known.len()), "x")];
+        let last = 5 - known.len() as u64;
+        let stored = append(&next, draft(&next, term, known), &marks).await;
+        let Appended::Stored {
+            written, marked, ..
+        } = stored
+        else {
+            panic!("{stored:?}");
+        };
+        assert_eq!(seqs(&written), [(last, false)]);
+        assert_eq!(
+            marked,
+            [at_seq(last, true), at_seq(2, false), at_seq(2, last == 4)]
+        );
+    }
+    assert_eq!((unread(9).await, unread(5).await), (1, 1));
+    let next = [message("7_42", 7, "late", "x")];
+    let stored = append(
+        &next,
+        draft(&next, term, &[("7_42", 4)]),
+        &[new("5_7", 5, 3)],
+    )
+    .await;
+    assert_eq!(stored, Appended::Unlike(Unlike::Head));
+    assert_eq!(unread(5).await, 1, "nothing of it is there");
 }
 
 async fn a_text_comes_back_byte_for_byte(kind: Kind) {
@@ -858,7 +946,7 @@ async fn a_slot_moves_step_by_step_and_takes_no_other_step(kind: Kind) {
         .map(|n| message("7_42", 7, &format!("k{n}"), "x"))
         .collect();
     write(&a, &batch).await;
-    a.mark_read(&one, dialog("7_42"), user(42), Seq::new(3))
+    a.mark_read(&one, &[NewMark::new(dialog("7_42"), user(42), Seq::new(3))])
         .await
         .unwrap();
     let at = async |store: &Arc<dyn Database>, who: &Identity, step: &Step| {
@@ -987,15 +1075,17 @@ async fn a_slot_moves_step_by_step_and_takes_no_other_step(kind: Kind) {
     ];
     let written = b.write(&two, &there, true).await.unwrap();
     assert_eq!(seqs(&written.written), [(5, true), (6, false)]);
-    let mark = b
-        .mark_read(&two, dialog("7_42"), user(42), Seq::new(1))
+    let marked = b
+        .mark_read(&two, &[NewMark::new(dialog("7_42"), user(42), Seq::new(1))])
         .await
         .unwrap();
-    assert_eq!(mark, Marked::At(Seq::new(3)));
+    assert_eq!(marked, [at_seq(3, false)]);
 
     // What is left is seen, kept for a while, and then goes; and nothing comes back before it has gone.
-    assert_eq!(a.leftovers(&one).await.unwrap(), [slot]);
-    assert_eq!(b.leftovers(&two).await.unwrap(), []);
+    assert_eq!(a.leftovers(&one, Duration::ZERO).await.unwrap(), [slot]);
+    let minute = Duration::from_secs(60);
+    assert_eq!(a.leftovers(&one, minute).await.unwrap(), [], "too early");
+    assert_eq!(b.leftovers(&two, Duration::ZERO).await.unwrap(), []);
     let back = Step::Prepare { from: to, term: 3 };
     assert!(at(&a, &one, &back).await.is_err());
     let (hour, now) = (Duration::from_secs(3600), Duration::ZERO);
@@ -1004,10 +1094,14 @@ async fn a_slot_moves_step_by_step_and_takes_no_other_step(kind: Kind) {
         Purged::TooEarly
     );
     assert_eq!(a.purge(&one, slot, now, 3).await.unwrap(), Purged::Some(3));
-    assert_eq!(a.leftovers(&one).await.unwrap(), [slot], "half of it");
+    assert_eq!(
+        a.leftovers(&one, Duration::ZERO).await.unwrap(),
+        [slot],
+        "half of it"
+    );
     assert_eq!(a.purge(&one, slot, now, 3).await.unwrap(), Purged::All);
     assert_eq!(b.purge(&two, slot, now, 3).await.unwrap(), Purged::InUse);
-    assert_eq!(a.leftovers(&one).await.unwrap(), []);
+    assert_eq!(a.leftovers(&one, Duration::ZERO).await.unwrap(), []);
     assert!(a.sizes(&one).await.unwrap().is_empty());
     let size = SlotSize {
         dialogs: 1,
@@ -1036,7 +1130,7 @@ async fn what_a_lost_shard_held_comes_in_once_and_in_its_place(kind: Kind) {
         .map(|n| message("7_42", 7, &format!("k{n}"), &format!("text {n}")))
         .collect();
     write(&a, &lost).await;
-    a.mark_read(&one, dialog("7_42"), user(42), Seq::new(4))
+    a.mark_read(&one, &[NewMark::new(dialog("7_42"), user(42), Seq::new(4))])
         .await
         .unwrap();
     let from_the_start = [(dialog("7_42"), Seq::ZERO)];
@@ -1246,10 +1340,7 @@ async fn heads_tell_how_far_dialogs_have_come_and_who_has_read(kind: Kind) {
         }
     }
     let seven = user(7);
-    store
-        .mark_read(&identity(), dialog("7_42"), user(42), Seq::new(2))
-        .await
-        .unwrap();
+    mark(&store, "7_42", 42, 2).await;
     type Shown = (String, u64, Vec<(u64, u64)>);
     let shown = |heads: &Heads| -> Vec<Shown> {
         let mut shown: Vec<_> = heads
@@ -1344,6 +1435,7 @@ on_every_store! {
     a_database_that_is_somebody_else_is_noticed_by_every_call
     an_inbox_lists_dialogs_newest_first_with_their_unread
     a_read_mark_moves_forward_only_and_not_beyond_the_last_message
+    read_marks_move_many_at_once_alone_and_with_messages
     a_text_comes_back_byte_for_byte
     a_document_is_taken_forward_only_and_fences_who_was_declared_down
     heads_tell_how_far_dialogs_have_come_and_who_has_read

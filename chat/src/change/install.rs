@@ -386,7 +386,7 @@ async fn held_by(cluster: &Cluster, name: &str) -> Held {
         .ask(|store, identity| async move { store.rows(&identity, None, None).await })
         .await;
     let leftovers = shard
-        .ask(|store, identity| async move { store.leftovers(&identity).await })
+        .ask(|store, identity| async move { store.leftovers(&identity, Duration::ZERO).await })
         .await;
     match (rows, leftovers) {
         (Ok(rows), Ok(leftovers)) => Held::Slots {

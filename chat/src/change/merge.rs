@@ -3,11 +3,13 @@
 
 use super::fault::point;
 use super::mover::{NotMoved, take};
+use super::pace::Pace;
 use crate::dialog::{DialogId, Seq};
 use crate::ownership::{SlotRow, Step};
 use crate::ring::Slot;
 use crate::store::{DocRef, Head, Part, Shard};
 use std::collections::BTreeMap;
+use tokio::time::Instant;
 
 /// Messages that go over in one transaction, at most.
 const PART_ROWS: u32 = 500;
@@ -25,15 +27,17 @@ pub async fn merge(
     from: &Shard,
     fenced: &SlotRow,
     owner: &Shard,
+    pace: Pace,
 ) -> Result<u64, NotMoved> {
     let heads: Vec<Head> = from
         .ask(move |store, identity| async move { store.heads(&identity, slot).await })
         .await?;
-    let mut merged = 0;
+    let (mut merged, _moving) = (0, (from.moving(), owner.moving()));
     for group in heads.chunks(DIALOGS_AT_ONCE) {
         let mut above: BTreeMap<DialogId, Seq> =
             group.iter().map(|head| (head.dialog, Seq::ZERO)).collect();
         loop {
+            let begun = Instant::now();
             let asked: Vec<(DialogId, Seq)> =
                 above.iter().map(|(dialog, seq)| (*dialog, *seq)).collect();
             let messages = from
@@ -64,6 +68,7 @@ pub async fn merge(
                 refused,
             })?;
             point("merging");
+            pace.rest(&[from, owner], begun.elapsed()).await;
             if count < PART_ROWS as usize {
                 break;
             }

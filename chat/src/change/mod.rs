@@ -15,6 +15,7 @@ pub mod install;
 pub mod judge;
 pub mod merge;
 pub mod mover;
+pub mod pace;
 pub mod peers;
 pub mod plan;
 pub mod progress;
@@ -35,7 +36,8 @@ use file::FileState;
 use futures_util::StreamExt;
 use install::NotInForce;
 use judge::{Rows, owner_of};
-use mover::{Move, NotMoved, Pace, take};
+use mover::{Move, NotMoved, take};
+use pace::{Lanes, Pace};
 use peers::{Peer, Peers};
 use progress::Progress;
 use serde::Serialize;
@@ -94,8 +96,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Between two looks at all rows of all shards, when there was nothing to do at the last.
 const QUIET_LOOK: Duration = Duration::from_secs(5);
 
-/// Slots that are begun in one round; between rounds all rows are looked at anew.
-const MOVES_A_ROUND: usize = 64;
+/// Slots that are begun in one round, while the document stays; between rounds all rows are looked at anew.
+const MOVES_A_ROUND: usize = 256;
 
 /// Slots that are merged in one round.
 const MERGES_A_ROUND: usize = 256;
@@ -322,14 +324,19 @@ impl Inner {
                     false
                 }
             };
-            if !busy {
-                tokio::select! {
-                    biased;
-                    () = tokio::time::sleep(LOOK_EVERY) => {}
-                    () = self.wake.notified() => quiet = None,
-                    () = self.peers.news.notified() => quiet = None,
-                }
+            if !busy && self.pause().await {
+                quiet = None;
             }
+        }
+    }
+
+    /// Waits until it is time to look again; `true` if that is because something has happened.
+    async fn pause(&self) -> bool {
+        tokio::select! {
+            biased;
+            () = tokio::time::sleep(LOOK_EVERY) => false,
+            () = self.wake.notified() => true,
+            () = self.peers.news.notified() => true,
         }
     }
 
@@ -419,6 +426,7 @@ impl Inner {
         Pace {
             freeze: Duration::from_millis(self.settings.freeze_ms),
             purge_after: Duration::from_millis(self.settings.purge_after_ms),
+            throttle: self.settings.throttle,
         }
     }
 
@@ -517,9 +525,11 @@ impl Inner {
             })
             .take(MERGES_A_ROUND)
             .collect();
+        let lanes = &Lanes::new(self.settings.slots_at_once, self.pace());
         let merged = futures_util::stream::iter(to_merge)
             .map(|(slot, row, from, owner)| async move {
-                match merge::merge(&view.doc, slot, &from, &row, &owner).await {
+                let _lane = lanes.enter(&[&from, &owner]).await;
+                match merge::merge(&view.doc, slot, &from, &row, &owner, self.pace()).await {
                     Ok(messages) => {
                         self.progress.merged(messages);
                         true
@@ -614,8 +624,13 @@ impl Inner {
             })
             .take(MOVES_A_ROUND)
             .collect();
+        let lanes = &Lanes::new(self.settings.slots_at_once, self.pace());
         let moved = futures_util::stream::iter(moves)
             .map(|(pair, a_move)| async move {
+                let _lane = lanes.enter(&[&a_move.from, &a_move.to]).await;
+                if self.cluster.view().doc != a_move.doc {
+                    return false;
+                }
                 match a_move.run().await {
                     Ok(moved) => {
                         self.cluster.note_owner(a_move.slot, &a_move.to);
@@ -647,17 +662,22 @@ impl Inner {
             .iter()
             .filter(|shard| rows.contains_key(shard.name()))
         {
+            let grace = self.pace().purge_after;
             let Ok(slots) = shard
-                .ask(|store, identity| async move { store.leftovers(&identity).await })
+                .ask(move |store, identity| async move { store.leftovers(&identity, grace).await })
                 .await
             else {
                 continue;
             };
             for slot in slots {
                 if begun.elapsed() > PURGE_BUDGET {
+                    // It does not hurry: to look at all rows again and again is felt.
+                    if self.pace().strain(&[shard]) > 0.0 {
+                        self.pause().await;
+                    }
                     return true;
                 }
-                match mover::purge(shard, slot, self.pace().purge_after).await {
+                match mover::purge(shard, slot, self.pace()).await {
                     Ok(gone) => busy |= gone > 0,
                     Err(_) => break,
                 }
@@ -669,19 +689,17 @@ impl Inner {
 
 /// All rows of the shards that answer, as evidence under the view's document, and the names of those that do not.
 async fn read_rows(view: &View) -> (Rows, Vec<String>) {
-    let asked = view.shards.iter().map(|shard| async move {
+    let mut rows = Rows::new();
+    let mut silent: Vec<String> = view.strangers().map(str::to_owned).collect();
+    // One after the other: to take so many rows apart is felt by those who share the thread.
+    for shard in &view.shards {
         let doc = view.doc.clone();
-        shard
+        let of_shard = shard
             .ask(
                 move |store, identity| async move { store.rows(&identity, Some(&doc), None).await },
             )
-            .await
-    });
-    let answers = futures_util::future::join_all(asked).await;
-    let mut rows = Rows::new();
-    let mut silent: Vec<String> = view.strangers().map(str::to_owned).collect();
-    for (shard, answer) in view.shards.iter().zip(answers) {
-        match answer {
+            .await;
+        match of_shard {
             Ok(of_shard) if of_shard.len() == crate::ring::SLOTS => {
                 drop(rows.insert(shard.name().to_owned(), of_shard))
             }

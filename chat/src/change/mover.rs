@@ -4,6 +4,7 @@
 //! changed since the last pass is copied then, and what was compared before is not compared again.
 
 use super::fault::point;
+use super::pace::Pace;
 use crate::dialog::{DialogId, Seq};
 use crate::ownership::{Refused, SlotRow, SlotState, Step, Verdict, judge_sealed};
 use crate::ring::Slot;
@@ -12,15 +13,6 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
-
-/// How a move is carried out.
-#[derive(Clone, Copy, Debug)]
-pub struct Pace {
-    /// Sealed for longer than this, the attempt is cancelled.
-    pub freeze: Duration,
-    /// After a slot has left, its rows stay for so long.
-    pub purge_after: Duration,
-}
 
 /// One slot's move.
 #[derive(Clone)]
@@ -84,12 +76,6 @@ const DIALOGS_AT_ONCE: usize = 64;
 
 /// A pass that is shorter than this is the last before the seal.
 const SHORT_PASS: Duration = Duration::from_millis(100);
-
-/// Transactions of sends may take so many times as long as usual; beyond, the mover rests for so many times of what it worked, for
-/// each time more.
-const UNFELT: f64 = 1.1;
-const REST: f64 = 3.0;
-const LONGEST_REST: f64 = 4.0;
 
 /// Passes before the seal, however long they are.
 const MAX_PASSES: u32 = 20;
@@ -160,6 +146,9 @@ impl Move {
         )
         .await?;
         point("released");
+        self.pace
+            .rest(&[&self.from, &self.to], asked.elapsed())
+            .await;
         Ok(moved)
     }
 
@@ -352,11 +341,13 @@ impl Move {
                 self.copy_part(term, &above, messages, reached.clone())
                     .await?;
                 done.extend(reached.into_iter().map(|head| (head.dialog, head)));
+                if until.is_none() {
+                    self.pace
+                        .rest(&[&self.from, &self.to], begun.elapsed())
+                        .await;
+                }
                 if complete {
                     break;
-                }
-                if until.is_none() {
-                    tokio::time::sleep(self.rest(begun.elapsed())).await;
                 }
             }
             for head in group {
@@ -364,13 +355,6 @@ impl Move {
             }
         }
         Ok(copied)
-    }
-
-    /// How long to leave the shards alone after so much work: by what live traffic feels of it, and not at all where there is
-    /// none.
-    fn rest(&self, worked: Duration) -> Duration {
-        let strain = self.from.strain().max(self.to.strain());
-        worked.mul_f64(((strain - UNFELT) * REST).clamp(0.0, LONGEST_REST))
     }
 
     /// Copies a part and reads it back.
@@ -496,21 +480,24 @@ fn cut(mut messages: Vec<CopiedMessage>) -> Vec<CopiedMessage> {
 ///
 /// # Errors
 /// [`ShardDown`].
-pub async fn purge(shard: &Shard, slot: Slot, after: Duration) -> Result<u64, ShardDown> {
-    let mut gone = 0;
+pub async fn purge(shard: &Shard, slot: Slot, pace: Pace) -> Result<u64, ShardDown> {
+    let (mut gone, _moving) = (0, shard.moving());
     loop {
         let begun = Instant::now();
         let purged = shard.ask(move |store, identity| async move {
-            store.purge(&identity, slot, after, PURGE_ROWS).await
+            store
+                .purge(&identity, slot, pace.purge_after, PURGE_ROWS)
+                .await
         });
         match purged.await? {
             Purged::Some(rows) => {
                 gone += rows;
                 point("purging");
-                tokio::time::sleep(begun.elapsed()).await;
+                pace.rest(&[shard], begun.elapsed()).await;
             }
             Purged::All => {
                 point("purging");
+                pace.rest(&[shard], begun.elapsed()).await;
                 return Ok(gone);
             }
             Purged::TooEarly | Purged::InUse => return Ok(gone),

@@ -16,6 +16,7 @@ use actix_web::{HttpRequest, HttpResponse, web};
 use chat_wire::ErrorCode;
 use futures_util::future::join_all;
 use serde_json::{Value, json};
+use std::time::Duration;
 
 /// Asks for the admin token where one is set; on loopback none need be.
 fn operator(request: &HttpRequest, app: &App) -> Result<(), ApiError> {
@@ -189,9 +190,12 @@ pub async fn slots(
             let rows = shard
                 .ask(|store, identity| async move { store.rows(&identity, None, None).await })
                 .await;
-            let leftovers = shard
-                .ask(|store, identity| async move { store.leftovers(&identity).await })
-                .await;
+            let leftovers =
+                shard
+                    .ask(|store, identity| async move {
+                        store.leftovers(&identity, Duration::ZERO).await
+                    })
+                    .await;
             match rows.and_then(|rows| Ok((rows, leftovers?))) {
                 Err(e) => json!({ "name": shard.name(), "reason": e.to_string() }),
                 Ok((rows, leftovers)) => {

@@ -199,18 +199,13 @@ pub async fn mark_read(
 ) -> Result<web::Json<ReadMark>, ApiError> {
     let me = identity(&request, &app)?;
     let with = user(&app, &path)?;
-    let (dialog, seq) = app
+    let read = app
         .context
         .messages
         .mark_read(me.user, with, body.seq)
         .await
         .map_err(|e| counted(&app, e))?;
-    app.context.delivery.read_mark(dialog, me.user, seq, None);
-    Ok(web::Json(ReadMark {
-        dialog: dialog.to_string(),
-        user: me.user.get(),
-        seq: seq.get(),
-    }))
+    Ok(web::Json(read.wire(me.user)))
 }
 
 /// Whether `user` has a session on any instance.

@@ -251,8 +251,12 @@ pub trait Control: Send + Sync + 'static {
         part: &Part,
     ) -> Result<Result<(), Refused>, StoreError>;
 
-    /// Slots that are `none` here and have rows.
-    async fn leftovers(&self, identity: &Identity) -> Result<Vec<Slot>, StoreError>;
+    /// Slots that have rows here and have been `none` for at least `grace`.
+    async fn leftovers(
+        &self,
+        identity: &Identity,
+        grace: Duration,
+    ) -> Result<Vec<Slot>, StoreError>;
 
     /// Deletes at most `limit` messages of a slot that is `none` here and was released at least `grace` ago.
     async fn purge(

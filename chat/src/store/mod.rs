@@ -67,6 +67,43 @@ impl NewMessage {
     }
 }
 
+/// A read mark on its way into a shard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NewMark {
+    /// The slot of `dialog`.
+    pub slot: Slot,
+    /// Where it belongs.
+    pub dialog: DialogId,
+    /// The user who has read.
+    pub user: UserId,
+    /// Up to here.
+    pub seq: Seq,
+}
+
+impl NewMark {
+    /// Works out the slot.
+    #[must_use]
+    pub fn new(dialog: DialogId, user: UserId, seq: Seq) -> Self {
+        Self {
+            slot: Slot::of(dialog),
+            dialog,
+            user,
+            seq,
+        }
+    }
+
+    /// What becomes of it, if the user has `read` so far and the dialog ends at `last_seq`: it goes forward only, and not beyond
+    /// the last message.
+    #[must_use]
+    pub fn on(&self, read: Seq, last_seq: Seq) -> Marked {
+        let seq = self.seq.min(last_seq).max(read);
+        Marked::At {
+            seq,
+            moved: seq > read,
+        }
+    }
+}
+
 /// What became of one message of a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Written {
@@ -123,6 +160,8 @@ pub enum Appended {
     Stored {
         /// What became of each message, in order.
         written: Vec<Written>,
+        /// What became of each read mark of the draft, in order.
+        marked: Vec<Marked>,
         /// The shard's clock.
         now: Timestamp,
     },
@@ -366,9 +405,14 @@ impl HeldSlots {
 /// How a read mark ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Marked {
-    /// The user has read up to here; not less than before, and not beyond the last message.
-    At(Seq),
-    /// There is no such dialog yet.
+    /// The user has read up to `seq`; not less than before, and not beyond the last message.
+    At {
+        /// Where the mark is.
+        seq: Seq,
+        /// Whether it was below before.
+        moved: bool,
+    },
+    /// There is no such dialog yet, or the user is not in it.
     NoDialog,
     /// This shard does not own the slot: nothing was written.
     NotOwner(Option<SlotState>),
@@ -591,8 +635,8 @@ pub trait Store: Send + Sync + 'static {
     /// The slots this shard owns, and those it has sealed.
     async fn slots(&self, identity: &Identity) -> Result<Holding, StoreError>;
 
-    /// Stores a batch in one transaction as it was drafted, or nothing of it: the transaction compares the identity, the term of
-    /// every slot, the last seq of every dialog that is expected to have one and the hour of its last message, and the keys.
+    /// Stores a batch and moves the draft's read marks in one transaction as it was drafted, or nothing of it: the transaction compares
+    /// the identity, the term of every slot, the last seq of every dialog that is expected to have one and the hour of its last message, and the keys.
     async fn append(
         &self,
         identity: &Identity,
@@ -630,14 +674,13 @@ pub trait Store: Send + Sync + 'static {
     /// How far dialogs have come, in one snapshot.
     async fn dialog_heads(&self, identity: &Identity, of: &HeadsOf) -> Result<Heads, StoreError>;
 
-    /// Moves a user's read mark forward to `seq`, or to the last message if that is less.
+    /// Moves read marks forward in one transaction, each as [`NewMark::on`] says, and none in slots of others. A dialog and user
+    /// stand among them once.
     async fn mark_read(
         &self,
         identity: &Identity,
-        dialog: DialogId,
-        user: UserId,
-        seq: Seq,
-    ) -> Result<Marked, StoreError>;
+        marks: &[NewMark],
+    ) -> Result<Vec<Marked>, StoreError>;
 
     /// How much lies in the slots that this shard owns. Reads it all: for operators, not for every request.
     async fn counts(&self) -> Result<Counts, StoreError>;

@@ -1,7 +1,7 @@
 //! What a batch becomes, worked out without a database: which messages are stored under which seq, which are repeats, and
 //! which this shard may not take. Both stores write exactly what this says.
 
-use super::{NewMessage, Place, Written};
+use super::{NewMark, NewMessage, Place, Written};
 use crate::dialog::{DialogId, Key, Seq, TextHash, Timestamp, UserId};
 use crate::ownership::{SlotView, Term};
 use crate::ring::Slot;
@@ -134,6 +134,8 @@ pub struct Draft {
     pub expected: HashMap<DialogId, Seq>,
     /// What to store.
     pub plan: BatchPlan,
+    /// Read marks to move after that; their slots are among those of `terms`.
+    pub marks: Vec<NewMark>,
 }
 
 impl Draft {
@@ -153,6 +155,7 @@ impl Draft {
             terms,
             expected,
             plan,
+            marks: Vec::new(),
         }
     }
 

@@ -4,7 +4,7 @@
 //! remembered wrongly costs a round trip.
 
 use super::plan::Draft;
-use super::{NewMessage, Receipt, Written, now};
+use super::{NewMark, NewMessage, Receipt, Written, now};
 use crate::dialog::{DialogId, Seq, Timestamp};
 use crate::ownership::Term;
 use crate::ring::Slot;
@@ -55,9 +55,10 @@ impl Sequencer {
         part.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Works out a batch by what is remembered; `None` if the term of a slot is not.
+    /// Works out a batch by what is remembered; `None` if the term of a slot is not. Of the read marks, those go with it whose
+    /// slot's term is remembered.
     #[must_use]
-    pub fn draft(&self, batch: &[NewMessage]) -> Option<Draft> {
+    pub fn draft(&self, batch: &[NewMessage], marks: &[NewMark]) -> Option<Draft> {
         let shard_now = now().micros() + self.ahead.load(Ordering::Relaxed);
         let hour = Timestamp::from_micros(shard_now).hour();
         let mut terms = BTreeMap::new();
@@ -70,7 +71,17 @@ impl Sequencer {
                 expected.insert(message.dialog, head.last_seq);
             }
         }
-        Some(Draft::new(batch, terms, expected))
+        let mut with_them = Vec::new();
+        for mark in marks {
+            if let Some(term) = self.part(mark.slot).terms.get(&mark.slot) {
+                terms.insert(mark.slot, *term);
+                with_them.push(*mark);
+            }
+        }
+        Some(Draft {
+            marks: with_them,
+            ..Draft::new(batch, terms, expected)
+        })
     }
 
     /// Remembers the terms that a write has shown, and where it stored its messages.
@@ -124,9 +135,9 @@ impl Sequencer {
     }
 
     /// Forgets the terms of these slots.
-    pub fn forget_terms(&self, batch: &[NewMessage]) {
-        for message in batch {
-            self.part(message.slot).terms.remove(&message.slot);
+    pub fn forget_terms(&self, slots: impl IntoIterator<Item = Slot>) {
+        for slot in slots {
+            self.part(slot).terms.remove(&slot);
         }
     }
 
@@ -191,20 +202,20 @@ mod tests {
     #[test]
     fn what_was_stored_is_gone_on_from_and_what_another_instance_stored_too() {
         let (sequencer, batch) = (Sequencer::default(), [message("7_42", "a")]);
-        assert!(sequencer.draft(&batch).is_none(), "no term is known");
+        assert!(sequencer.draft(&batch, &[]).is_none(), "no term is known");
         sequencer.learn(&batch, &receipt(&batch, vec![stored(5)]));
-        let draft = sequencer.draft(&batch).unwrap();
+        let draft = sequencer.draft(&batch, &[]).unwrap();
         assert_eq!(draft.terms[&batch[0].slot], TERM);
         assert_eq!(draft.plan.rows[0].seq, Seq::new(6));
         sequencer.heard(batch[0].dialog, Seq::new(8));
         sequencer.heard(batch[0].dialog, Seq::new(7));
-        let draft = sequencer.draft(&batch).unwrap();
+        let draft = sequencer.draft(&batch, &[]).unwrap();
         assert_eq!(draft.expected[&batch[0].dialog], Seq::new(8));
         sequencer.forget_heads(&batch);
         sequencer.heard(batch[0].dialog, Seq::new(9));
-        assert!(sequencer.draft(&batch).unwrap().expected.is_empty());
-        sequencer.forget_terms(&batch);
-        assert!(sequencer.draft(&batch).is_none());
+        assert!(sequencer.draft(&batch, &[]).unwrap().expected.is_empty());
+        sequencer.forget_terms([batch[0].slot]);
+        assert!(sequencer.draft(&batch, &[]).is_none());
     }
 
     #[test]
@@ -216,7 +227,7 @@ mod tests {
             at: before,
         };
         sequencer.learn(&batch, &receipt(&batch, vec![Written::Stored(place)]));
-        assert!(sequencer.draft(&batch).unwrap().expected.is_empty());
+        assert!(sequencer.draft(&batch, &[]).unwrap().expected.is_empty());
     }
 
     #[test]

@@ -7,10 +7,10 @@
 use super::turns::{Busy, Payer, Turn as ReadTurn, Turns};
 use super::{
     Appended, Counts, Database, Draft, Heads, HeadsOf, Holding, Identity, InboxCursor, InboxPart,
-    Marked, NewMessage, Page, Range, Receipt, SlotSize, StoreError,
+    Marked, NewMark, NewMessage, Page, Range, Receipt, SlotSize, StoreError,
 };
 use crate::config;
-use crate::dialog::{DialogId, Seq, UserId};
+use crate::dialog::{DialogId, UserId};
 use crate::ring::Slot;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
@@ -109,9 +109,11 @@ struct Inner {
 /// How long transactions of sends take, as live traffic feels it.
 #[derive(Default)]
 struct Felt {
-    /// Of late, and usually; in seconds. The usual is not learned while a slot moves.
+    /// Of late, and usually; in seconds. What is usual does not rise while a slot moves.
     late: f64,
     usual: f64,
+    /// Of how many transactions that is the average, up to the number that `USUAL` stands for.
+    known: f64,
     at: Option<Instant>,
     moves: usize,
 }
@@ -132,10 +134,9 @@ impl Felt {
         } else {
             self.late + LATE * (took - self.late)
         };
-        if self.usual == 0.0 {
-            self.usual = took;
-        } else if self.moves == 0 {
-            self.usual += USUAL * (took - self.usual);
+        if self.moves == 0 || self.late < self.usual {
+            self.known = (self.known + 1.0).min(1.0 / USUAL);
+            self.usual += (took - self.usual) / self.known;
         }
         self.at = Some(now);
     }
@@ -236,12 +237,14 @@ impl Shard {
         Moving(self.clone())
     }
 
-    /// How many times as long as usual transactions of sends take of late; 0 while there are none.
+    /// How many times as long as usual transactions of sends take of late; 0 while there are none, and 1 while it is not known
+    /// what is usual.
     #[must_use]
     pub fn strain(&self) -> f64 {
         let felt = self.felt();
         match felt.at {
-            Some(at) if at.elapsed() <= FELT && felt.usual > 0.0 => felt.late / felt.usual,
+            Some(at) if at.elapsed() <= FELT && felt.known > 0.0 => felt.late / felt.usual,
+            Some(at) if at.elapsed() <= FELT => 1.0,
             Some(_) | None => 0.0,
         }
     }
@@ -471,20 +474,11 @@ impl Shard {
             .await
     }
 
-    /// [`super::Store::mark_read`].
-    pub async fn mark_read(
-        &self,
-        dialog: DialogId,
-        user: UserId,
-        seq: Seq,
-    ) -> Result<Marked, ShardDown> {
-        self.call(move |inner| async move {
-            inner
-                .store
-                .mark_read(&inner.identity, dialog, user, seq)
-                .await
-        })
-        .await
+    /// [`super::Store::mark_read`]. Called on the database runtime, and carried out in the caller's task.
+    pub async fn mark_read(&self, marks: &[NewMark]) -> Result<Vec<Marked>, ShardDown> {
+        let inner = &self.inner;
+        self.batch(inner.store.mark_read(&inner.identity, marks))
+            .await
     }
 
     /// Anything else that a database can be asked, within the same limits and the same circuit.

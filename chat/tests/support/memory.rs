@@ -8,9 +8,9 @@ use chat::ring::Slot;
 use chat::store::{
     Acceptance, Appended, BatchPlan, Control, CopiedMessage, Counts, DialogHead, DocRef, Draft,
     Head, Heads, HeadsOf, Holding, Identity, InboxCursor, InboxPart, InboxRow, Known, Marked,
-    Membership, Meta, NewMessage, Page, Part, Phase, Place, Purged, Range, Receipt, SlotSet,
-    SlotSize, Standing, Store, StoreError, StoredMessage, Turn, UNREAD_CAP, Unlike, absent,
-    as_duplicate, fits,
+    Membership, Meta, NewMark, NewMessage, Page, Part, Phase, Place, Purged, Range, Receipt,
+    SlotSet, SlotSize, Standing, Store, StoreError, StoredMessage, Turn, UNREAD_CAP, Unlike,
+    absent, as_duplicate, fits,
 };
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -63,6 +63,10 @@ pub enum Guard {
     TermOfAppends,
     /// A text ends at its first error, before COMMIT.
     StopAtError,
+    /// A read mark that comes late does not move it back.
+    MarksGoForward,
+    /// A read mark is not beyond the last message.
+    MarksEndAtTheLast,
 }
 
 /// A database server.
@@ -339,6 +343,26 @@ impl Data {
         self.raise_to(plan, now);
     }
 
+    /// Moves a read mark in a slot that is owned.
+    fn mark_read(&mut self, mark: &NewMark) -> Marked {
+        let name = mark.dialog.to_string();
+        let last = self.dialogs.get(&(mark.slot, name.clone()));
+        let last = last.map_or(Seq::ZERO, |head| head.0);
+        let (backward, beyond) = (
+            self.is_off(Guard::MarksGoForward),
+            self.is_off(Guard::MarksEndAtTheLast),
+        );
+        let Some(member) = self.members.get_mut(&(mark.slot, name, mark.user)) else {
+            return Marked::NoDialog;
+        };
+        let read = if backward { Seq::ZERO } else { member.0 };
+        let marked = mark.on(read, if beyond { mark.seq } else { last });
+        if let Marked::At { seq, moved: true } = marked {
+            member.0 = seq;
+        }
+        marked
+    }
+
     fn raise_to(&mut self, plan: &BatchPlan, now: Timestamp) {
         for ((slot, dialog), seq) in &plan.heads {
             let member = |user| Membership {
@@ -499,6 +523,7 @@ impl Store for MemoryStore {
                     }
                 }
             }
+            let marks = draft.marks.clone();
             let written = draft.settle(batch, now, &last.into_iter().collect());
             let plan = BatchPlan::of(batch, written.clone());
             // What a database's unique keys refuse.
@@ -516,7 +541,12 @@ impl Store for MemoryStore {
                 return unlike(Unlike::Key);
             }
             data.store(batch, &plan, now);
-            Ok(Appended::Stored { written, now })
+            let marked = marks.iter().map(|mark| data.mark_read(mark)).collect();
+            Ok(Appended::Stored {
+                written,
+                marked,
+                now,
+            })
         })
         .await
     }
@@ -694,26 +724,19 @@ impl Store for MemoryStore {
     async fn mark_read(
         &self,
         identity: &Identity,
-        dialog: DialogId,
-        user: UserId,
-        seq: Seq,
-    ) -> Result<Marked, StoreError> {
+        marks: &[NewMark],
+    ) -> Result<Vec<Marked>, StoreError> {
         self.transact(|data, _| {
             data.check(identity)?;
-            let (slot, name) = (Slot::of(dialog), dialog.to_string());
-            let state = data.row(slot).state;
-            if !state.takes_writes() {
-                return Ok(Marked::NotOwner(Some(state)));
-            }
-            let last = data
-                .dialogs
-                .get(&(slot, name.clone()))
-                .map_or(Seq::ZERO, |head| head.0);
-            let Some(member) = data.members.get_mut(&(slot, name, user)) else {
-                return Ok(Marked::NoDialog);
-            };
-            member.0 = member.0.max(seq.min(last));
-            Ok(Marked::At(member.0))
+            let marked = marks.iter().map(|mark| {
+                let state = data.row(mark.slot).state;
+                if state.takes_writes() {
+                    data.mark_read(mark)
+                } else {
+                    Marked::NotOwner(Some(state))
+                }
+            });
+            Ok(marked.collect())
         })
         .await
     }
@@ -881,12 +904,18 @@ impl Control for MemoryStore {
         .await
     }
 
-    async fn leftovers(&self, identity: &Identity) -> Result<Vec<Slot>, StoreError> {
-        self.transact(|data, _| {
+    async fn leftovers(
+        &self,
+        identity: &Identity,
+        grace: Duration,
+    ) -> Result<Vec<Slot>, StoreError> {
+        self.transact(|data, now| {
             data.check(identity)?;
             let left = |slot: &Slot| {
                 let any = data.is_off(Guard::StateOfPurges);
+                let released = data.slots[slot.index()].1.micros();
                 (any || data.row(*slot).state == SlotState::None)
+                    && released + grace.as_micros() as i64 <= now.micros()
                     && data.heads(*slot).next().is_some()
             };
             Ok(Slot::all().filter(left).collect())

@@ -13,12 +13,13 @@ use std::time::{Duration, Instant};
 use tokio::task::JoinHandle;
 
 /// Settings for changes in tests: no limits that protect against single users, and rows of slots that left go at once.
-pub const QUICK: [(&str, &str); 5] = [
+pub const QUICK: [(&str, &str); 6] = [
     ("LIMITS__SENDS_PER_SECOND", "100000"),
     ("LIMITS__SENDS_BURST", "100000"),
     ("LIMITS__FRAMES_PER_SECOND", "100000"),
     ("LIMITS__CONNECTIONS_PER_IP", "10000"),
     ("CHANGE__PURGE_AFTER_MS", "200"),
+    ("CHANGE__THROTTLE", "false"),
 ];
 
 /// One `[[shard]]` of the file.

@@ -1,8 +1,8 @@
 //! [`Control`] on MySQL and MariaDB. Locks are taken in the order meta, slots, dialogs, messages.
 
 use super::{
-    BEGIN, MetaRow, MysqlStore, SELECT_META, SNAPSHOT, check_identity, classify, comma, meta_of,
-    push_hex, result_sets, rows, select_identity, unreachable,
+    BEGIN, MetaRow, MysqlStore, NOW, SELECT_META, SNAPSHOT, check_identity, classify, comma,
+    meta_of, push_hex, result_sets, rows, select_identity, unreachable,
     write::{heads_of, lock_heads},
 };
 use crate::dialog::{DialogId, Key, Seq, Timestamp, UserId};
@@ -267,11 +267,16 @@ impl Control for MysqlStore {
         .await
     }
 
-    async fn leftovers(&self, identity: &Identity) -> Result<Vec<Slot>, StoreError> {
+    async fn leftovers(
+        &self,
+        identity: &Identity,
+        grace: Duration,
+    ) -> Result<Vec<Slot>, StoreError> {
         let sql = format!(
-            "{SNAPSHOT}{}; SELECT slot FROM slots WHERE state = 'none'
+            "{SNAPSHOT}{}; SELECT slot FROM slots WHERE state = 'none' AND released_at <= {NOW} - {}
                 AND EXISTS (SELECT 1 FROM dialogs WHERE dialogs.slot = slots.slot) ORDER BY slot; COMMIT",
-            select_identity()
+            select_identity(),
+            grace.as_micros()
         );
         self.on_read(async |conn| {
             let mut sets = result_sets(conn, sql).await?.into_iter().skip(2);

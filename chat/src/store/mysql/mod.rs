@@ -4,12 +4,13 @@
 //! What users wrote enters them as hexadecimal literals only, so that there is nothing to escape.
 
 mod control;
+mod marks;
 mod write;
 
 use super::{
     Appended, Counts, Draft, HEADS_CAP, Heads, HeadsOf, HeldSlots, Holding, Identity, InboxCursor,
-    InboxPart, InboxRow, Marked, Meta, NewMessage, Page, Phase, Range, Receipt, SlotSet, Store,
-    StoreError, StoredMessage, UNREAD_CAP, corrupt, migrate,
+    InboxPart, InboxRow, Marked, Meta, NewMark, NewMessage, Page, Phase, Range, Receipt, SlotSet,
+    Store, StoreError, StoredMessage, UNREAD_CAP, corrupt, migrate,
 };
 use crate::config;
 use crate::dialog::{DialogId, Seq, Timestamp, UserId};
@@ -18,7 +19,7 @@ use crate::ring::Slot;
 use async_trait::async_trait;
 use mysql_async::prelude::{FromRow, Queryable};
 use mysql_async::{Conn, Opts, OptsBuilder, Pool, PoolConstraints, PoolOpts, Row};
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::time::Duration;
 use tokio::runtime::Handle;
@@ -561,35 +562,10 @@ impl Store for MysqlStore {
     async fn mark_read(
         &self,
         identity: &Identity,
-        dialog: DialogId,
-        user: UserId,
-        seq: Seq,
-    ) -> Result<Marked, StoreError> {
-        let slot = Slot::of(dialog);
-        let row = format!("m.slot = {slot} AND m.dialog = '{dialog}' AND m.user_id = {user}");
-        let sql = format!(
-            "{BEGIN}{}; {};
-             UPDATE members m
-               JOIN dialogs d ON d.slot = m.slot AND d.dialog = m.dialog
-               JOIN slots s ON s.slot = m.slot AND s.state = 'owner'
-                SET m.read_seq = GREATEST(m.read_seq, LEAST({seq}, d.last_seq)) WHERE {row};
-             SELECT m.read_seq FROM members m WHERE {row}; COMMIT",
-            select_identity(),
-            write::fence(&BTreeSet::from([slot])),
-        );
-        self.on_write(async |conn| {
-            let mut sets = result_sets(conn, sql).await?.into_iter().skip(1);
-            check_identity(identity, sets.next())?;
-            let view = views_of(sets.next())?.remove(&slot);
-            if !view.as_ref().is_some_and(|view| view.state.takes_writes()) {
-                return Ok(Marked::NotOwner(view.map(|view| view.state)));
-            }
-            let read: Vec<u64> = rows(sets.nth(1))?;
-            Ok(read
-                .first()
-                .map_or(Marked::NoDialog, |seq| Marked::At(Seq::new(*seq))))
-        })
-        .await
+        marks: &[NewMark],
+    ) -> Result<Vec<Marked>, StoreError> {
+        self.on_write(async |conn| marks::mark_read(conn, identity, marks).await)
+            .await
     }
 
     async fn counts(&self) -> Result<Counts, StoreError> {

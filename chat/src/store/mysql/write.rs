@@ -2,7 +2,7 @@
 //! show.
 
 use super::{
-    BEGIN, DUPLICATE_KEY, NOW, check_identity, classify, comma, push_hex, result_sets, rows,
+    BEGIN, DUPLICATE_KEY, NOW, check_identity, classify, comma, marks, push_hex, result_sets, rows,
     select_identity, views_of,
 };
 use crate::dialog::{DialogId, Key, Seq, Timestamp, UserId};
@@ -26,6 +26,7 @@ pub(super) async fn append(
     batch: &[NewMessage],
     draft: Draft,
 ) -> Result<Appended, StoreError> {
+    let marks = draft.marks.clone();
     if let Some(call) = call_of(identity, batch, &draft) {
         return append_one(conn, call, batch, draft).await;
     }
@@ -35,10 +36,15 @@ pub(super) async fn append(
             let mut sets = sets.into_iter().skip(FENCE);
             let now = rows::<i64>(sets.next())?.pop();
             let now = Timestamp::from_micros(now.ok_or_else(|| corrupt("the fence"))?);
-            // Only the statement that asks for last seqs has rows.
-            let last = heads_of(sets.find(|set| !set.is_empty()))?;
+            // Only the statements that ask for last seqs and for read marks have rows; and dialogs that are there have last seqs.
+            let mut with_rows = sets.filter(|set| !set.is_empty());
+            let last = match unremembered(&draft).next() {
+                Some(_) => heads_of(with_rows.next())?,
+                None => HashMap::new(),
+            };
             Ok(Appended::Stored {
                 written: draft.settle(batch, now, &last),
+                marked: marks::marked(&marks, with_rows.next())?,
                 now,
             })
         }
@@ -66,7 +72,7 @@ pub(super) async fn append(
 
 /// The common batch: one message, of a dialog that is remembered. A procedure stores it.
 fn call_of(identity: &Identity, batch: &[NewMessage], draft: &Draft) -> Option<String> {
-    let ([message], [row]) = (batch, &draft.plan.rows[..]) else {
+    let ([message], [row], []) = (batch, &draft.plan.rows[..], &draft.marks[..]) else {
         return None;
     };
     let last_seq = draft.expected.get(&message.dialog)?;
@@ -104,7 +110,11 @@ async fn append_one(
             let now = rows::<i64>(sets.into_iter().next())?.pop();
             let now = Timestamp::from_micros(now.ok_or_else(|| corrupt("the procedure"))?);
             let written = draft.settle(batch, now, &HashMap::new());
-            return Ok(Appended::Stored { written, now });
+            return Ok(Appended::Stored {
+                written,
+                marked: Vec::new(),
+                now,
+            });
         }
         (_, Some(mysql_async::Error::Server(e))) if e.code == OTHER_TERM => Unlike::Term,
         (_, Some(mysql_async::Error::Server(e))) if e.code == OTHER_HEAD => Unlike::Head,
@@ -172,7 +182,11 @@ fn append_text(identity: &Identity, batch: &[NewMessage], draft: &Draft) -> Stri
             "; SELECT dialog, last_seq FROM dialogs WHERE (slot, dialog) IN ({unknown})"
         );
     }
-    sql.push_str("; COMMIT");
+    sql.push_str("; ");
+    if !draft.marks.is_empty() {
+        marks::push(&mut sql, &draft.marks, "");
+    }
+    sql.push_str("COMMIT");
     sql
 }
 

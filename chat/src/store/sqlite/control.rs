@@ -222,16 +222,22 @@ impl Control for SqliteStore {
         .await
     }
 
-    async fn leftovers(&self, identity: &Identity) -> Result<Vec<Slot>, StoreError> {
+    async fn leftovers(
+        &self,
+        identity: &Identity,
+        grace: Duration,
+    ) -> Result<Vec<Slot>, StoreError> {
         let identity = identity.clone();
+        let grace = i64::try_from(grace.as_micros()).unwrap_or(i64::MAX);
+        let released_before = now().micros().saturating_sub(grace);
         self.read_on(move |snapshot| {
             check_identity(snapshot, &identity)?;
             let slots: Vec<u16> = snapshot
                 .prepare_cached(
-                    "SELECT slot FROM slots WHERE state = 'none' AND EXISTS (SELECT 1 FROM dialogs WHERE dialogs.slot = slots.slot)
-                      ORDER BY slot",
+                    "SELECT slot FROM slots WHERE state = 'none' AND released_at <= ?
+                        AND EXISTS (SELECT 1 FROM dialogs WHERE dialogs.slot = slots.slot) ORDER BY slot",
                 )
-                .and_then(|mut select| select.query_map([], |row| row.get(0))?.collect())
+                .and_then(|mut select| select.query_map([released_before], |row| row.get(0))?.collect())
                 .map_err(|e| classify(&e))?;
             Ok(slots.into_iter().filter_map(Slot::new).collect())
         })

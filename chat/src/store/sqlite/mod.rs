@@ -7,8 +7,8 @@ mod control;
 
 use super::{
     Appended, Counts, Draft, HEADS_CAP, Heads, HeadsOf, HeldSlots, Holding, Identity, InboxCursor,
-    InboxPart, InboxRow, Known, Marked, Meta, NewMessage, Page, Phase, Place, Range, Receipt,
-    SlotSet, Store, StoreError, StoredMessage, UNREAD_CAP, Unlike, corrupt, migrate, now,
+    InboxPart, InboxRow, Known, Marked, Meta, NewMark, NewMessage, Page, Phase, Place, Range,
+    Receipt, SlotSet, Store, StoreError, StoredMessage, UNREAD_CAP, Unlike, corrupt, migrate, now,
     plan::BatchPlan,
 };
 use crate::config;
@@ -284,11 +284,17 @@ impl Store for SqliteStore {
             if !known_keys(&tx, &batch)?.is_empty() {
                 return unlike(Unlike::Key);
             }
+            let marks = draft.marks.clone();
             let plan = BatchPlan::of(&batch, draft.settle(&batch, now, &last));
             insert(&tx, &batch, &plan, now).map_err(|e| classify(&e))?;
+            let marked = marks
+                .iter()
+                .map(|mark| mark_read(&tx, mark))
+                .collect::<Result<_, _>>()?;
             tx.commit().map_err(|e| classify(&e))?;
             Ok(Appended::Stored {
                 written: plan.outcomes,
+                marked,
                 now,
             })
         })
@@ -460,30 +466,23 @@ impl Store for SqliteStore {
     async fn mark_read(
         &self,
         identity: &Identity,
-        dialog: DialogId,
-        user: UserId,
-        seq: Seq,
-    ) -> Result<Marked, StoreError> {
-        let identity = identity.clone();
+        marks: &[NewMark],
+    ) -> Result<Vec<Marked>, StoreError> {
+        let (identity, marks) = (identity.clone(), marks.to_vec());
         self.write_on(move |connection| {
             let tx = immediate(connection)?;
             check_identity(&tx, &identity)?;
-            let slot = Slot::of(dialog);
-            let view = view(&tx, slot)?;
-            if !view.as_ref().is_some_and(|view| view.state.takes_writes()) {
-                return Ok(Marked::NotOwner(view.map(|view| view.state)));
-            }
-            let seq = seq.min(head(&tx, slot, dialog)?.0);
-            let read: Option<u64> = tx
-                .query_row(
-                    "UPDATE members SET read_seq = MAX(read_seq, ?) WHERE slot = ? AND dialog = ? AND user_id = ? RETURNING read_seq",
-                    params![clamp(seq.get()), slot.get(), dialog.to_string(), user.get()],
-                    |row| row.get(0),
-                )
-                .optional()
-                .map_err(|e| classify(&e))?;
+            let marked = marks.iter().map(|mark| {
+                let view = view(&tx, mark.slot)?;
+                if view.as_ref().is_some_and(|view| view.state.takes_writes()) {
+                    mark_read(&tx, mark)
+                } else {
+                    Ok(Marked::NotOwner(view.map(|view| view.state)))
+                }
+            });
+            let marked = marked.collect::<Result<_, _>>()?;
             tx.commit().map_err(|e| classify(&e))?;
-            Ok(read.map_or(Marked::NoDialog, |seq| Marked::At(Seq::new(seq))))
+            Ok(marked)
         })
         .await
     }
@@ -502,6 +501,32 @@ impl Store for SqliteStore {
         })
         .await
     }
+}
+
+/// Moves a read mark in a slot that is owned.
+fn mark_read(tx: &Transaction<'_>, mark: &NewMark) -> Result<Marked, StoreError> {
+    let (slot, dialog, user) = (mark.slot.get(), mark.dialog.to_string(), mark.user.get());
+    let read: Option<u64> = tx
+        .prepare_cached(
+            "SELECT read_seq FROM members WHERE slot = ? AND dialog = ? AND user_id = ?",
+        )
+        .and_then(|mut select| {
+            let row = select.query_row(params![slot, dialog, user], |row| row.get(0));
+            row.optional()
+        })
+        .map_err(|e| classify(&e))?;
+    let Some(read) = read else {
+        return Ok(Marked::NoDialog);
+    };
+    let marked = mark.on(Seq::new(read), head(tx, mark.slot, mark.dialog)?.0);
+    if let Marked::At { seq, moved: true } = marked {
+        tx.prepare_cached(
+            "UPDATE members SET read_seq = ? WHERE slot = ? AND dialog = ? AND user_id = ?",
+        )
+        .and_then(|mut update| update.execute(params![seq.get(), slot, dialog, user]))
+        .map_err(|e| classify(&e))?;
+    }
+    Ok(marked)
 }
 
 fn immediate(connection: &mut Connection) -> Result<Transaction<'_>, StoreError> {

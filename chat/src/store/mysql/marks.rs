@@ -1,0 +1,83 @@
+//! Read marks: many in one statement, alone or with a batch of messages.
+
+use super::{BEGIN, check_identity, comma, result_sets, rows, select_identity, views_of, write};
+use crate::dialog::{DialogId, Seq, UserId};
+use crate::store::{Identity, Marked, NewMark, StoreError, corrupt};
+use mysql_async::{Conn, Row};
+use std::collections::{BTreeSet, HashMap};
+use std::fmt::Write as _;
+
+/// Moves read marks in one transaction, and none in slots of others or of another shard.
+pub(super) async fn mark_read(
+    conn: &mut Conn,
+    identity: &Identity,
+    marks: &[NewMark],
+) -> Result<Vec<Marked>, StoreError> {
+    let slots: BTreeSet<_> = marks.iter().map(|mark| mark.slot).collect();
+    let mut sql = format!("{BEGIN}{}; {}; ", select_identity(), write::fence(&slots));
+    let owned = format!(
+        " AND EXISTS (SELECT 1 FROM meta i JOIN slots s ON s.slot = members.slot AND s.state = 'owner' \
+          WHERE i.id = 1 AND i.cluster_id = '{}' AND i.shard_name = '{}')",
+        identity.cluster_id, identity.shard_name
+    );
+    push(&mut sql, marks, &owned);
+    sql.push_str("COMMIT");
+    let mut sets = result_sets(conn, sql).await?.into_iter().skip(1);
+    check_identity(identity, sets.next())?;
+    let views = views_of(sets.next())?;
+    let marked = marked(marks, sets.next())?;
+    let settled = marks.iter().zip(marked).map(|(mark, marked)| {
+        let view = views.get(&mark.slot);
+        if view.is_some_and(|view| view.state.takes_writes()) {
+            marked
+        } else {
+            Marked::NotOwner(view.map(|view| view.state))
+        }
+    });
+    Ok(settled.collect())
+}
+
+/// Two statements, in a transaction that has locked the slots: the first locks the rows in key order and tells how they are, for
+/// [`marked`]; the second moves them, where `owned` is so. Dialogs are read and not locked: last seqs only grow.
+pub(super) fn push(sql: &mut String, marks: &[NewMark], owned: &str) {
+    const LAST_SEQ: &str = "(SELECT d.last_seq FROM dialogs d WHERE d.slot = members.slot AND d.dialog = members.dialog)";
+    let (mut keys, mut cases) = (String::new(), String::new());
+    for NewMark {
+        slot,
+        dialog,
+        user,
+        seq,
+    } in marks
+    {
+        let _ = write!(keys, "{}({slot},'{dialog}',{user})", comma(&keys));
+        let _ = write!(
+            cases,
+            " WHEN user_id = {user} AND dialog = '{dialog}' THEN {seq}"
+        );
+    }
+    let _ = write!(
+        sql,
+        "SELECT dialog, user_id, read_seq, {LAST_SEQ} FROM members WHERE (slot, dialog, user_id) IN ({keys}) \
+          ORDER BY slot, dialog, user_id FOR UPDATE; \
+         UPDATE members SET read_seq = GREATEST(read_seq, LEAST(CASE{cases} END, {LAST_SEQ})) \
+          WHERE (slot, dialog, user_id) IN ({keys}){owned}; "
+    );
+}
+
+/// What becomes of each mark, by the rows that the first statement of [`push`] found.
+pub(super) fn marked(
+    marks: &[NewMark],
+    found: Option<Vec<Row>>,
+) -> Result<Vec<Marked>, StoreError> {
+    let mut there = HashMap::<(DialogId, UserId), (Seq, Seq)>::new();
+    for (dialog, user, read, last) in rows::<(String, u64, u64, u64)>(found)? {
+        let dialog = dialog.parse().map_err(|_| corrupt("members.dialog"))?;
+        let user = UserId::new(user).map_err(|_| corrupt("members.user_id"))?;
+        there.insert((dialog, user), (Seq::new(read), Seq::new(last)));
+    }
+    let marked = marks.iter().map(|mark| {
+        let row = there.get(&(mark.dialog, mark.user));
+        row.map_or(Marked::NoDialog, |(read, last)| mark.on(*read, *last))
+    });
+    Ok(marked.collect())
+}
