@@ -53,7 +53,7 @@ const ATTACKS: [&str; 6] = ["inbox", "read", "pages", "resume", "watch", "ping"]
 const ATTACKER: u64 = 900_001;
 
 /// Whom an attacker has the long dialog with.
-const COUNTERPART: u64 = 1_000_000;
+pub const COUNTERPART: u64 = 1_000_000;
 
 /// Pairs who talk, and how often each of them says something.
 const PAIRS: u64 = 20;
@@ -346,7 +346,12 @@ fn key(number: u64) -> String {
 }
 
 /// Gives an account many dialogs, spread over the past year, and one long one; straight into the shards' tables.
-async fn fill(service: &Service, account: u64, dialogs: u64, messages: u64) -> anyhow::Result<()> {
+pub async fn fill(
+    service: &Service,
+    account: u64,
+    dialogs: u64,
+    messages: u64,
+) -> anyhow::Result<()> {
     let hour = 3_600_000_000u64;
     let now = std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)?

@@ -14,6 +14,7 @@ mod prove;
 #[allow(dead_code)] // the tests use more of it
 #[path = "../../chat/tests/support/proxy.rs"]
 mod proxy;
+mod reads;
 mod saturate;
 mod service;
 
@@ -41,6 +42,8 @@ enum Cli {
     Deliver(deliver::Options),
     /// Ordinary accounts ask for all they can while others talk.
     Attack(attack::Options),
+    /// Reads pages of a very long dialog, and inboxes.
+    Reads(reads::Options),
     /// Moves a slot with one very long dialog while it is written to and read to its first message.
     Huge(huge::Options),
 }
@@ -59,6 +62,7 @@ fn main() -> anyhow::Result<()> {
         Cli::Prove(options) => runtime.block_on(prove::run(options)),
         Cli::Deliver(options) => runtime.block_on(deliver::run(options)),
         Cli::Attack(options) => runtime.block_on(attack::run(options)),
+        Cli::Reads(options) => runtime.block_on(reads::run(options)),
         Cli::Huge(options) => runtime.block_on(huge::run(options)),
     }
 }
