@@ -23,6 +23,9 @@ pub struct Options {
     /// Messages in the dialog.
     #[arg(long, default_value_t = 1_000_000)]
     messages: u64,
+    /// Nobody writes and nobody reads meanwhile.
+    #[arg(long)]
+    quiet: bool,
     /// The first port; some dozens above it are used.
     #[arg(long, default_value_t = 8600)]
     port: u16,
@@ -36,10 +39,10 @@ const ROWS: u64 = 1000;
 pub async fn run(options: Options) -> anyhow::Result<()> {
     std::fs::create_dir_all(&options.dir)?;
     let mut service = Service::new(options.chat.clone(), options.dir.clone(), options.port);
-    show(&mut service, options.messages).await
+    show(&mut service, options.messages, options.quiet).await
 }
 
-async fn show(service: &mut Service, messages: u64) -> anyhow::Result<()> {
+async fn show(service: &mut Service, messages: u64, quiet: bool) -> anyhow::Result<()> {
     service.start_servers()?;
     service.save(&SHARDS)?;
     service.start_instance(0, "").await?;
@@ -58,6 +61,7 @@ async fn show(service: &mut Service, messages: u64) -> anyhow::Result<()> {
     let done = Arc::new(AtomicBool::new(false));
     let writers: Vec<_> = [(7u64, 42u64), (42, 7)]
         .into_iter()
+        .filter(|_| !quiet)
         .enumerate()
         .map(|(i, (me, with))| {
             let access = service.access(i as u16);
@@ -80,6 +84,7 @@ async fn show(service: &mut Service, messages: u64) -> anyhow::Result<()> {
         .collect();
     let read = Arc::new(AtomicU64::new(0));
     let readers: Vec<_> = (0..2u16)
+        .filter(|_| !quiet)
         .map(|i| {
             let (access, done, read) = (service.access(i), done.clone(), read.clone());
             tokio::spawn(async move {
@@ -211,7 +216,7 @@ async fn fill(service: &Service, shard: u16, slot: u64, messages: u64) -> anyhow
     conn.query_drop(format!(
         "SET SESSION cte_max_recursion_depth = 100000000;
          INSERT INTO dialogs VALUES ({slot}, '7_42', {messages}, 1);
-         INSERT INTO members VALUES ({slot}, '7_42', 7, 0, 1), ({slot}, '7_42', 42, 0, 1);
+         INSERT INTO members (slot, dialog, user_id, read_seq, joined_at, last_hour) VALUES ({slot}, '7_42', 7, 0, 1, 0), ({slot}, '7_42', 42, 0, 1, 0);
          INSERT INTO messages (slot, dialog, seq, author, client_key, text_hash, kind, text, created_at)
            WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {messages})
            SELECT {slot}, '7_42', i, IF(i % 2, 7, 42), CONCAT('f', i), UNHEX(LPAD(HEX(i), 32, '0')), 'text',

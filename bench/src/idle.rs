@@ -1,4 +1,4 @@
-//! What an idle session costs a process in memory.
+//! What an idle session costs a process in memory, and what is left when all have gone.
 
 use chat_client::{Access, TokenSource};
 use clap::Args;
@@ -48,9 +48,13 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     }
     tokio::time::sleep(Duration::from_secs(options.settle_seconds)).await;
     let after = resident(options.pid)?;
+    drop(sockets);
+    tokio::time::sleep(Duration::from_secs(options.settle_seconds + 5)).await;
+    let left = resident(options.pid)?;
     println!(
-        "{:.1}",
-        (after - before) as f64 / options.sessions as f64 / 1024.0
+        "{:.1} {:.2}",
+        (after - before) as f64 / options.sessions as f64 / 1024.0,
+        left as f64 / before as f64
     );
     Ok(())
 }

@@ -49,8 +49,9 @@ pub enum NotTaken {
 /// How long a send or read mark may be parked altogether.
 const PARK_LIMIT: Duration = Duration::from_secs(2);
 
-/// Between two looks at who owns a parked slot; it is also looked at when this instance hears of a new owner.
-const LOOK_EVERY: Duration = Duration::from_millis(10);
+/// Between the first two looks at who owns a parked slot, and between later ones at most: the pause doubles, because with
+/// a slot whose owner is lost hundreds are parked. It is also looked at when this instance hears of a new owner.
+const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(160));
 
 impl Dispatch {
     /// Starts with a writer for each shard of the document; `on_commit` is called for every message that is stored, and every read mark
@@ -242,7 +243,7 @@ impl Inner {
 
 /// Looks after a parked slot until nothing of it is parked.
 async fn see_on(inner: Weak<Inner>, slot: Slot) {
-    let mut looked = false;
+    let (mut looked, mut pause) = (false, LOOK_AGAIN.0);
     loop {
         let Some(inner) = inner.upgrade() else { return };
         // Not before the first look at the shards: until then the map names the one that has just refused.
@@ -260,7 +261,7 @@ async fn see_on(inner: Weak<Inner>, slot: Slot) {
         drop(inner);
         tokio::select! {
             biased;
-            () = tokio::time::sleep(LOOK_EVERY) => {}
+            () = tokio::time::sleep(pause) => pause = (pause * 2).min(LOOK_AGAIN.1),
             _ = changed.changed() => {}
         }
     }
