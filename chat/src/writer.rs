@@ -2,7 +2,7 @@
 //!
 //! A writer is one task. While its transactions are in flight the sends of other slots gather, so batches size themselves: an
 //! idle writer adds no delay, a busy one spreads the cost of a commit over many. How many are in flight is measured
-//! ([`InFlight`]). Read marks go with the next batch of sends, and without one after [`GATHER`].
+//! ([`InFlight`]). Read marks go with the next batch of sends, and without one a moment later.
 
 use crate::chance;
 use crate::config;
