@@ -209,8 +209,8 @@ impl Inner {
 
     /// Nobody is known who could take what is queued.
     fn fail(&self, slot: Slot) {
-        let mut taken = Taken::default();
-        self.queues.of(slot).give_all_up(&mut taken);
+        let given_up = self.queues.of(slot).give_all_up();
+        drop(given_up);
     }
 
     /// Lets a parked slot go to its owner, if that is known.

@@ -144,6 +144,15 @@ pub struct SlotQueue {
     stage: Stage,
 }
 
+/// How much a transaction takes.
+#[derive(Clone, Copy, Debug)]
+pub struct Most {
+    /// Sends.
+    pub jobs: usize,
+    /// Read marks.
+    pub marks: usize,
+}
+
 /// What was taken out of queues.
 #[derive(Default)]
 pub struct Taken {
@@ -234,22 +243,27 @@ impl SlotQueue {
         }
     }
 
-    /// Takes at most `limit` sends of a slot that is ready, and its read marks: it is in flight from now on, until
-    /// [`SlotQueue::landed`].
-    pub fn take_off(&mut self, limit: usize, into: &mut Taken) {
+    /// Takes sends of a slot that is ready, and read marks, until there are `most` of each in `into`: it is in flight from now on,
+    /// until [`SlotQueue::landed`].
+    pub fn take_off(&mut self, most: Most, into: &mut Taken) {
         self.stage = Stage::InFlight;
-        let count = limit.min(self.jobs.len());
-        into.jobs.extend(self.jobs.drain(..count));
-        into.marks
-            .extend(std::mem::take(&mut self.marks).into_values());
+        let jobs = most.jobs.saturating_sub(into.jobs.len());
+        into.jobs
+            .extend(self.jobs.drain(..jobs.min(self.jobs.len())));
+        while into.marks.len() < most.marks
+            && let Some((_, job)) = self.marks.pop_first()
+        {
+            into.marks.push(job);
+        }
     }
 
     /// Takes the read marks of a slot that has nothing else, as [`SlotQueue::take_off`]; `false` if it is not such a slot any more.
     #[must_use]
-    pub fn take_marks_off(&mut self, into: &mut Taken) -> bool {
+    pub fn take_marks_off(&mut self, most: usize, into: &mut Taken) -> bool {
         let gathering = self.stage == Stage::Gathering;
         if gathering {
-            self.take_off(0, into);
+            let (jobs, marks) = (0, most);
+            self.take_off(Most { jobs, marks }, into);
         }
         gathering
     }
@@ -306,10 +320,10 @@ impl SlotQueue {
         idle
     }
 
-    /// Takes out everything that is queued: there is nobody to take it.
-    pub fn give_all_up(&mut self, into: &mut Taken) {
-        self.take_off(usize::MAX, into);
-        self.stage = Stage::Idle;
+    /// Takes out everything that is queued: there is nobody to take it. It is to be dropped without the lock: then it answers.
+    #[must_use]
+    pub fn give_all_up(&mut self) -> Self {
+        std::mem::take(self)
     }
 }
 
@@ -333,6 +347,10 @@ mod tests {
         }
     }
 
+    fn most(jobs: usize) -> Most {
+        Most { jobs, marks: 10 }
+    }
+
     fn keys(taken: &Taken) -> Vec<&str> {
         taken
             .jobs
@@ -348,7 +366,7 @@ mod tests {
         assert_eq!(queue.push(job("a", &taken)), Then::TellWriter);
         assert_eq!(queue.push(job("b", &taken)), Then::Nothing);
         let mut batch = Taken::default();
-        queue.take_off(1, &mut batch);
+        queue.take_off(most(1), &mut batch);
         assert_eq!(
             queue.push(job("c", &taken)),
             Then::Nothing,
@@ -358,7 +376,7 @@ mod tests {
         assert_eq!(queue.push(job("d", &taken)), Then::Nothing, "it is parked");
         assert_eq!(queue.unpark(), Then::TellWriter);
         let mut batch = Taken::default();
-        queue.take_off(10, &mut batch);
+        queue.take_off(most(10), &mut batch);
         assert_eq!(keys(&batch), ["a", "b", "c", "d"]);
         assert_eq!(
             queue.landed(Taken::default(), Instant::now()),
@@ -376,7 +394,7 @@ mod tests {
         let mut queue = SlotQueue::default();
         let _ = queue.push(job("a", &taken));
         let mut batch = Taken::default();
-        queue.take_off(10, &mut batch);
+        queue.take_off(most(10), &mut batch);
         let _ = queue.push(job("b", &taken));
         assert_eq!(
             queue.landed(Taken::default(), Instant::now()),
@@ -411,18 +429,34 @@ mod tests {
         assert_eq!(queue.push_mark(mark(7, 3, &taken)), Then::Nothing);
         assert_eq!(queue.push_mark(mark(42, 4, &taken)), Then::Nothing);
         let mut batch = Taken::default();
-        assert!(queue.take_marks_off(&mut batch));
+        assert!(queue.take_marks_off(10, &mut batch));
         assert_eq!(marks(&batch), [(7, 5, 2), (42, 4, 1)]);
         let _ = queue.push_mark(mark(7, 4, &taken));
         let mut none = Taken::default();
-        assert!(!queue.take_marks_off(&mut none), "it is in flight");
+        assert!(!queue.take_marks_off(10, &mut none), "it is in flight");
         assert_eq!(queue.landed(batch, Instant::now()), Then::FindOwner);
         assert_eq!(queue.unpark(), Then::TellWriter);
         let mut batch = Taken::default();
-        queue.take_off(10, &mut batch);
+        queue.take_off(most(10), &mut batch);
         assert_eq!(marks(&batch), [(7, 5, 3), (42, 4, 1)]);
         let _ = queue.push_mark(mark(7, 6, &taken));
         assert_eq!(queue.landed(none, Instant::now()), Then::Gather);
+    }
+
+    #[test]
+    fn a_transaction_takes_so_many_read_marks_and_the_others_go_with_the_next() {
+        let taken = Gauge::default();
+        let mut queue = SlotQueue::default();
+        for user in [7, 42] {
+            let _ = queue.push_mark(mark(user, 5, &taken));
+        }
+        let mut batch = Taken::default();
+        assert!(queue.take_marks_off(1, &mut batch));
+        assert_eq!(marks(&batch), [(7, 5, 1)]);
+        let then = queue.landed(Taken::default(), Instant::now());
+        assert_eq!(then, Then::Gather);
+        assert!(queue.take_marks_off(2, &mut batch));
+        assert_eq!(marks(&batch), [(7, 5, 1), (42, 5, 1)]);
     }
 
     #[test]
@@ -432,8 +466,8 @@ mod tests {
         let _ = queue.push_mark(mark(7, 5, &taken));
         assert_eq!(queue.push(job("a", &taken)), Then::TellWriter);
         let mut batch = Taken::default();
-        assert!(!queue.take_marks_off(&mut batch), "it has sends");
-        queue.take_off(10, &mut batch);
+        assert!(!queue.take_marks_off(10, &mut batch), "it has sends");
+        queue.take_off(most(10), &mut batch);
         assert_eq!((keys(&batch), marks(&batch)), (vec!["a"], vec![(7, 5, 1)]));
         assert_eq!(
             queue.landed(Taken::default(), Instant::now()),
@@ -454,7 +488,7 @@ mod tests {
         let _ = queue.push(patient("a"));
         let _ = queue.push_mark(mark(7, 5, &taken));
         let mut batch = Taken::default();
-        queue.take_off(10, &mut batch);
+        queue.take_off(most(10), &mut batch);
         let _ = queue.landed(batch, begun);
         let _ = queue.push(patient("b"));
         let mut late = Taken::default();

@@ -10,7 +10,9 @@ use crate::dialog::{DialogId, UserId};
 use crate::in_flight::InFlight;
 use crate::metrics::WriterMetrics;
 use crate::ring::Slot;
-use crate::slot_queue::{Answer, Job, MarkJob, Place, Settled, SlotQueues, Taken, Then, Unsettled};
+use crate::slot_queue::{
+    Answer, Job, MarkJob, Most, Place, Settled, SlotQueues, Taken, Then, Unsettled,
+};
 use crate::store::{
     self, Appended, Marked, NewMark, NewMessage, Sequencer, Shard, ShardDown, StoreError, Unlike,
     Written,
@@ -157,7 +159,7 @@ struct Work {
 /// How long read marks wait for a batch of sends to go with.
 const GATHER: Duration = Duration::from_millis(50);
 
-/// Read marks of a transaction; those of a slot are not parted.
+/// Read marks of a transaction.
 const MARKS: usize = 64;
 
 /// A batch that is settled, but for what the shard does not own.
@@ -220,20 +222,28 @@ impl Work {
     /// Puts the sends of ready slots under way, as many as a transaction takes, and read marks with them.
     fn begin(&mut self) {
         let (mut slots, mut taken) = (Vec::new(), Taken::default());
-        while taken.jobs.len() < self.batch_rows {
+        let most = Most {
+            jobs: self.batch_rows,
+            marks: MARKS,
+        };
+        while taken.jobs.len() < most.jobs {
             let Some(slot) = self.ready.pop_front() else {
                 break;
             };
             slots.push(slot);
-            let room = self.batch_rows - taken.jobs.len();
-            self.shared.queues.of(slot).take_off(room, &mut taken);
+            self.shared.queues.of(slot).take_off(most, &mut taken);
         }
         while taken.marks.len() < MARKS {
             let Some((_, slot)) = self.gathering.pop_front() else {
                 break;
             };
             // Sends may have come for it meanwhile, and taken its read marks with them.
-            if self.shared.queues.of(slot).take_marks_off(&mut taken) {
+            if self
+                .shared
+                .queues
+                .of(slot)
+                .take_marks_off(MARKS, &mut taken)
+            {
                 slots.push(slot);
             }
         }

@@ -5,7 +5,7 @@
 mod support;
 
 use chat::config::Settings;
-use chat::dialog::{DialogId, Key, Seq, Text, UserId};
+use chat::dialog::{DialogId, Key, Seq, Text, Timestamp, UserId};
 use chat::ownership::{SlotState, Step, Term};
 use chat::ring::{SLOTS, Slot};
 use chat::store::{
@@ -1331,7 +1331,101 @@ mod held_locks {
     }
 }
 
-/// Every case on every store; the name says both.
+/// A page costs what is on it, wherever it is in however long a dialog, whatever the optimizer believes; and so does the first page
+/// of an inbox.
+async fn a_page_reads_no_more_rows_than_are_on_it(kind: Kind) {
+    const LENGTH: u64 = 4000;
+    const PAGE: u32 = 50;
+    let (databases, store) = founded(kind).await;
+    for part in (1..=LENGTH).collect::<Vec<_>>().chunks(500) {
+        let batch: Vec<_> = part
+            .iter()
+            .map(|n| message("7_42", 42, &format!("{n}"), "x"))
+            .collect();
+        write(&store, &batch).await;
+    }
+    let mut conn = mysql_async::Conn::from_url(databases.url(0)).await.unwrap();
+    if kind == Kind::Mariadb {
+        conn.query_drop("SET GLOBAL userstat = 1").await.unwrap();
+    }
+    for range in [
+        Range::Newest,
+        Range::Before(Seq::new(LENGTH)),
+        Range::Before(Seq::new(LENGTH / 2)),
+        Range::Before(Seq::new(60)),
+        Range::After(Seq::ZERO),
+        Range::After(Seq::new(LENGTH / 2)),
+        Range::After(Seq::new(LENGTH - 60)),
+    ] {
+        let before = rows_read(&mut conn, kind, "messages").await;
+        let page = store.page(&identity(), dialog("7_42"), range, PAGE).await;
+        let read = rows_read(&mut conn, kind, "messages").await - before;
+        assert_eq!(page.unwrap().messages.len(), PAGE as usize);
+        assert!(
+            (u64::from(PAGE)..=u64::from(PAGE) + 2).contains(&read),
+            "{range:?}: {read} rows"
+        );
+    }
+
+    // Of 600 dialogs, twelve an hour: a page of ten takes the hours that hold it.
+    let others: Vec<_> = (1000..1600)
+        .map(|with| message(&format!("7_{with}"), 7, "a", "x"))
+        .collect();
+    write(&store, &others).await;
+    let hour = Timestamp::HOUR;
+    conn.query_drop(format!(
+        "UPDATE dialogs SET last_at = last_at - (CAST(SUBSTRING(dialog, 3) AS SIGNED) - 1000) DIV 12 * {hour} WHERE dialog LIKE '7\\_1___'"
+    ))
+    .await
+    .unwrap();
+    conn.query_drop(format!(
+        "UPDATE members m JOIN dialogs d USING (slot, dialog) SET m.last_hour = d.last_at DIV {hour}"
+    ))
+    .await
+    .unwrap();
+    let mut before = Vec::new();
+    for table in ["members", "dialogs", "messages"] {
+        before.push(rows_read(&mut conn, kind, table).await);
+    }
+    let part = store.inbox(&identity(), user(7), None, 10).await.unwrap();
+    assert_eq!(part.rows.len(), 10);
+    for (table, before) in ["members", "dialogs", "messages"].into_iter().zip(before) {
+        let read = rows_read(&mut conn, kind, table).await - before;
+        assert!((10..=100).contains(&read), "{table}: {read} rows");
+    }
+    conn.disconnect().await.unwrap();
+}
+
+/// Rows of a table that the server has read so far, in this database.
+async fn rows_read(conn: &mut mysql_async::Conn, kind: Kind, table: &str) -> u64 {
+    let count = if kind == Kind::Mariadb {
+        // It counts a connection's reads when a statement of it ends.
+        format!(
+            "SELECT CAST(SUM(rows_read) AS UNSIGNED) FROM information_schema.table_statistics WHERE table_schema = DATABASE() AND table_name = '{table}'"
+        )
+    } else {
+        format!(
+            "SELECT CAST(SUM(count_read) AS UNSIGNED) FROM performance_schema.table_io_waits_summary_by_table WHERE object_schema = DATABASE() AND object_name = '{table}'"
+        )
+    };
+    let count: Option<Option<u64>> = conn.query_first(count).await.unwrap();
+    count.flatten().unwrap_or_default()
+}
+
+mod a_page_reads_no_more_rows_than_are_on_it {
+    use super::Kind;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn mysql() {
+        super::a_page_reads_no_more_rows_than_are_on_it(Kind::Mysql).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn mariadb() {
+        super::a_page_reads_no_more_rows_than_are_on_it(Kind::Mariadb).await;
+    }
+}
+
 async fn heads_tell_how_far_dialogs_have_come_and_who_has_read(kind: Kind) {
     let (databases, store) = founded(kind).await;
     for (name, author, count) in [("7_42", 7, 3), ("7_9", 9, 1), ("8_9", 8, 2)] {
@@ -1416,6 +1510,7 @@ async fn heads_tell_how_far_dialogs_have_come_and_who_has_read(kind: Kind) {
     ));
 }
 
+/// Every case on every store; the name says both.
 macro_rules! on_every_store {
     ($($case:ident)*) => {
         mod sqlite { $( #[tokio::test(flavor = "multi_thread")] async fn $case() { super::$case(super::Kind::Sqlite).await } )* }

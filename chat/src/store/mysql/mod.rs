@@ -444,19 +444,21 @@ impl Store for MysqlStore {
                 format!("AND (d.last_at, d.dialog) < ({at}, '{dialog}')"),
             )
         });
-        // Hours are read whole, the newest first, until they hold a page; that of the cursor may hold what is above it.
+        // Hours are read whole, the newest first, until they hold a page; that of the cursor may hold what is above it. The last of
+        // them is found by a statement of its own: MariaDB makes no range of a subquery, and would read all that the user has.
         let earlier = until.replace("<=", "<");
         let sql = format!(
             "{SNAPSHOT}{};
+             SET @hour = COALESCE(
+                (SELECT u.last_hour FROM members u FORCE INDEX (by_recency)
+                   JOIN slots s ON s.slot = u.slot AND s.state IN ('owner', 'sealed')
+                  WHERE u.user_id = {user} {earlier} ORDER BY u.last_hour DESC LIMIT 1 OFFSET {}), 0);
              SELECT t.slot, t.dialog, t.last_at, t.read_seq, m.seq, m.author, m.client_key, m.text, m.created_at
                FROM (SELECT d.slot, d.dialog, d.last_seq, d.last_at, u.read_seq
                        FROM members u FORCE INDEX (by_recency)
                        JOIN slots s ON s.slot = u.slot AND s.state IN ('owner', 'sealed')
                        JOIN dialogs d FORCE INDEX (PRIMARY) ON d.slot = u.slot AND d.dialog = u.dialog
-                      WHERE u.user_id = {user} AND d.last_seq > 0 {until} {below} AND u.last_hour >= COALESCE(
-                            (SELECT u.last_hour FROM members u FORCE INDEX (by_recency)
-                               JOIN slots s ON s.slot = u.slot AND s.state IN ('owner', 'sealed')
-                              WHERE u.user_id = {user} {earlier} ORDER BY u.last_hour DESC LIMIT 1 OFFSET {}), 0)
+                      WHERE u.user_id = {user} AND d.last_seq > 0 {until} {below} AND u.last_hour >= @hour
                       ORDER BY d.last_at DESC, d.dialog DESC LIMIT {limit}) t
                JOIN messages m FORCE INDEX (PRIMARY) ON m.slot = t.slot AND m.dialog = t.dialog AND m.seq = t.last_seq
               ORDER BY t.last_at DESC, t.dialog DESC",
@@ -466,6 +468,7 @@ impl Store for MysqlStore {
         self.on_read(async |conn| {
             let mut sets = result_sets(conn, sql).await?.into_iter().skip(2);
             let (_, revision) = check_snapshot(identity, sets.next())?;
+            let of_hours = sets.nth(1);
             type InboxRaw = (
                 u16,
                 String,
@@ -477,7 +480,7 @@ impl Store for MysqlStore {
                 String,
                 i64,
             );
-            let raw: Vec<InboxRaw> = rows(sets.next())?;
+            let raw: Vec<InboxRaw> = rows(of_hours)?;
             let slots = self.holding(conn, revision).await?;
             let unread = unread_counts(
                 conn,
