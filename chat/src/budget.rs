@@ -14,9 +14,6 @@ pub mod cost {
     /// A statement at a shard, or a subscription or question on the bus.
     pub const STATEMENT: u32 = 1;
 
-    /// A transaction that writes.
-    pub const COMMIT: u32 = 10;
-
     /// A read mark: many share a transaction.
     pub const MARK: u32 = 3;
 

@@ -460,7 +460,6 @@ impl Cluster {
     }
 }
 
-/// A shard that comes back may own other slots than before.
 /// Notes what shards have answered of a slot: the numbers of its owner and of the shard that hands it over.
 fn note(
     slot: &AtomicU16,
@@ -479,6 +478,7 @@ fn note(
     }
 }
 
+/// A shard that comes back may own other slots than before.
 async fn refresh_when_up(cluster: Weak<Inner>, shard: Shard) {
     let mut state = shard.watch();
     drop(shard);

@@ -307,12 +307,15 @@ impl SlotQueue {
             .partition(|job| job.reply.is_late(parked_before, now));
         self.jobs = kept;
         into.jobs.extend::<VecDeque<Job>>(late);
-        let late = |job: &MarkJob| {
-            let mut replies = job.replies.iter();
-            replies.all(|reply| reply.is_late(parked_before, now))
-        };
-        let marks = self.marks.extract_if(.., |_, job| late(job));
-        into.marks.extend(marks.map(|(_, job)| job));
+        for job in self.marks.values_mut() {
+            let late = |reply: &mut Reply<Marked>| reply.is_late(parked_before, now);
+            let replies: Vec<_> = job.replies.extract_if(.., late).collect();
+            if !replies.is_empty() {
+                let mark = job.mark;
+                into.marks.push(MarkJob { mark, replies });
+            }
+        }
+        self.marks.retain(|_, job| !job.replies.is_empty());
         let idle = self.jobs.is_empty() && self.marks.is_empty();
         if idle {
             self.stage = Stage::Idle;
@@ -500,6 +503,23 @@ mod tests {
         assert!(queue.give_up(before, begun + long, &mut late));
         assert_eq!(keys(&late), ["a", "b"]);
         assert_eq!(queue.push(job("c", &taken)), Then::TellWriter, "it is idle");
+    }
+
+    #[test]
+    fn who_asked_for_a_read_mark_too_long_ago_does_not_wait_for_those_who_asked_later() {
+        let (taken, now) = (Gauge::default(), Instant::now());
+        let mut queue = SlotQueue::default();
+        let _ = queue.push_mark(mark(7, 5, &taken));
+        let mut patient = mark(7, 6, &taken);
+        patient.replies[0].deadline = now + Duration::from_secs(60);
+        let _ = queue.push_mark(patient);
+        let mut late = Taken::default();
+        let before = now.checked_sub(Duration::from_secs(60)).unwrap();
+        let then = now + Duration::from_secs(1);
+        assert!(!queue.give_up(before, then, &mut late));
+        assert_eq!(marks(&late), [(7, 6, 1)]);
+        assert!(!queue.give_up(before, then, &mut late), "one still waits");
+        assert_eq!(late.marks.len(), 1);
     }
 
     #[test]

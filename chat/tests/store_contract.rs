@@ -298,6 +298,14 @@ async fn mark(store: &Arc<dyn Database>, name: &str, who: u64, seq: u64) -> Mark
     marked[0]
 }
 
+/// How far a user has read in the only dialog of a slot, by its row.
+async fn read_by(store: &Arc<dyn Database>, who: &Identity, slot: Slot, user: u64) -> u64 {
+    let heads = store.heads(who, slot).await.unwrap();
+    let mut members = heads[0].members.iter();
+    let member = members.find(|member| member.user.get() == user).unwrap();
+    member.read_seq.get()
+}
+
 async fn a_draft_is_stored_as_it_is_or_not_at_all(kind: Kind) {
     let (_databases, store) = founded(kind).await;
     let append = async |batch: &[NewMessage], draft| {
@@ -531,6 +539,8 @@ async fn what_is_not_owned_is_refused_and_nothing_of_it_is_written(kind: Kind) {
 
 async fn a_database_that_is_somebody_else_is_noticed_by_every_call(kind: Kind) {
     let (_databases, store) = founded(kind).await;
+    let there = message("7_42", 42, "there", "x");
+    write(&store, std::slice::from_ref(&there)).await;
     for wrong in [
         Identity {
             cluster_id: "c2".into(),
@@ -566,6 +576,8 @@ async fn a_database_that_is_somebody_else_is_noticed_by_every_call(kind: Kind) {
             page.as_ref().err().is_some_and(is_wrong) || page.is_ok_and(|page| page.slot.is_none())
         );
     }
+    let read = read_by(&store, &identity(), there.slot, 7).await;
+    assert_eq!(read, 0, "nothing was written");
 }
 
 async fn an_inbox_lists_dialogs_newest_first_with_their_unread(kind: Kind) {
@@ -1080,6 +1092,14 @@ async fn a_slot_moves_step_by_step_and_takes_no_other_step(kind: Kind) {
         .await
         .unwrap();
     assert_eq!(marked, [at_seq(3, false)]);
+
+    // The rows that are left at the source are no longer its own to write to.
+    let marked = a
+        .mark_read(&one, &[NewMark::new(dialog("7_42"), user(42), Seq::new(5))])
+        .await
+        .unwrap();
+    assert_eq!(marked, [Marked::NotOwner(Some(SlotState::None))]);
+    assert_eq!(read_by(&a, &one, slot, 42).await, 3);
 
     // What is left is seen, kept for a while, and then goes; and nothing comes back before it has gone.
     assert_eq!(a.leftovers(&one, Duration::ZERO).await.unwrap(), [slot]);

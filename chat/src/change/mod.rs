@@ -635,6 +635,8 @@ impl Inner {
                     Ok(moved) => {
                         self.cluster.note_owner(a_move.slot, &a_move.to);
                         self.progress.moved(&pair, moved);
+                        let shards = [&a_move.from, &a_move.to];
+                        a_move.pace.rest(&shards, moved.frozen).await;
                         true
                     }
                     Err(NotMoved::Leftovers) => false,

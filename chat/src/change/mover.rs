@@ -146,9 +146,6 @@ impl Move {
         )
         .await?;
         point("released");
-        self.pace
-            .rest(&[&self.from, &self.to], asked.elapsed())
-            .await;
         Ok(moved)
     }
 

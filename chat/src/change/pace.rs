@@ -36,12 +36,16 @@ impl Pace {
 
     /// Leaves shards alone for a while after so much work, where there is live traffic.
     pub async fn rest(&self, shards: &[&Shard], worked: Duration) {
-        let strain = self.strain(shards);
-        if strain > 0.0 {
-            let rest = REST + (strain - UNFELT).max(0.0) * REST_OF_STRAIN;
-            tokio::time::sleep(worked.mul_f64(rest.min(LONGEST_REST))).await;
-        }
+        tokio::time::sleep(rest_after(worked, self.strain(shards))).await;
     }
+}
+
+fn rest_after(worked: Duration, strain: f64) -> Duration {
+    if strain <= 0.0 {
+        return Duration::ZERO;
+    }
+    let rest = REST + (strain - UNFELT).max(0.0) * REST_OF_STRAIN;
+    worked.mul_f64(rest.min(LONGEST_REST))
 }
 
 /// How many slots move at once: some where there is no live traffic, and one where there is.
@@ -69,5 +73,20 @@ impl Lanes {
         let permits = if all { self.count } else { 1 };
         // It is never closed.
         self.permits.acquire_many(permits).await.ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rests_grow_with_what_live_traffic_feels() {
+        let worked = Duration::from_millis(10);
+        let rest = |strain| rest_after(worked, strain).as_millis();
+        assert_eq!(rest(0.0), 0, "nobody writes");
+        assert_eq!((rest(0.5), rest(1.0)), (10, 10), "nobody feels it");
+        assert!(rest(1.1) > 10 && rest(1.2) > rest(1.1));
+        assert_eq!(rest(50.0), 100);
     }
 }

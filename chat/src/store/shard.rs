@@ -520,3 +520,23 @@ impl Shard {
         .await
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_usual_is_an_average_that_does_not_rise_while_a_slot_moves() {
+        let (mut felt, now) = (Felt::default(), Instant::now());
+        let usual = |felt: &Felt| (felt.usual * 1000.0).round() as u64;
+        felt.batch(Duration::from_millis(30), now);
+        (0..9).for_each(|_| felt.batch(Duration::from_millis(10), now));
+        assert_eq!(usual(&felt), 12, "the first counts as one of ten");
+        felt.moves = 1;
+        (0..100).for_each(|_| felt.batch(Duration::from_millis(40), now));
+        assert_eq!(usual(&felt), 12);
+        assert!(felt.late > 3.0 * felt.usual);
+        (0..1000).for_each(|_| felt.batch(Duration::from_millis(2), now));
+        assert_eq!(usual(&felt), 2, "it may fall");
+    }
+}
