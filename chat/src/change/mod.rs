@@ -6,9 +6,10 @@
 //! - [`mod@file`]: an edit is seen.
 //! - [`install`]: it is put in force on all shards, or refused. [`rivals`]: two were proposed at once.
 //! - [`judge`]: slots of shards that were declared down get new owners.
-//! - [`mover`]: a slot moves. [`merge`]: what a shard that returned alone holds comes back.
+//! - [`mover`]: a slot moves, in the parts that `copy` reads. [`merge`]: what a shard that returned alone holds comes back.
 //! - [`plan`]: what an edit would do. [`progress`], [`peers`]: what is told about it.
 
+mod copy;
 mod fault;
 pub mod file;
 pub mod install;

@@ -3,14 +3,14 @@
 //! Everything up to the seal happens beside live traffic. From the seal to the activation the slot takes no writes; only what
 //! changed since the last pass is copied then, and what was compared before is not compared again.
 
+use super::copy::{Piece, Reader};
 use super::fault::point;
 use super::pace::Pace;
 use crate::dialog::{DialogId, Seq};
 use crate::ownership::{Refused, SlotRow, SlotState, Step, Verdict, judge_sealed};
 use crate::ring::Slot;
-use crate::store::{CopiedMessage, DocRef, Head, Part, Purged, Shard, ShardDown};
+use crate::store::{CopiedMessage, DocRef, Head, Purged, Shard, ShardDown};
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -64,15 +64,6 @@ pub enum NotMoved {
     #[error("the copy of slot {0} differs from its source")]
     Differs(Slot),
 }
-
-/// Messages that go over in one transaction, at most.
-const PART_ROWS: u32 = 1000;
-
-/// Bytes of text in one transaction, at most, but for a single message.
-const PART_BYTES: usize = 1 << 20;
-
-/// Dialogs that are asked for in one query.
-const DIALOGS_AT_ONCE: usize = 64;
 
 /// A pass that is shorter than this is the last before the seal.
 const SHORT_PASS: Duration = Duration::from_millis(100);
@@ -278,6 +269,8 @@ impl Move {
     }
 
     /// Brings the target up to what the source has now; `until` bounds it while the slot is sealed.
+    ///
+    /// Three parts are under way at once: one is read, the one before is written, the one before that is read back.
     async fn pass(
         &self,
         term: u64,
@@ -286,109 +279,69 @@ impl Move {
     ) -> Result<u64, NotMoved> {
         let mut copied = 0;
         let heads = self.heads_at(&self.from).await?;
-        let changed: Vec<Head> = heads
+        let changed = heads
             .into_iter()
             .filter(|head| done.get(&head.dialog) != Some(head))
+            .map(|head| {
+                let there = done.get(&head.dialog).map(|head| head.last_seq);
+                (there.unwrap_or(Seq::ZERO), head)
+            })
             .collect();
-        for group in changed.chunks(DIALOGS_AT_ONCE) {
-            let last_of = |dialog: DialogId, done: &Done| {
-                done.get(&dialog).map_or(Seq::ZERO, |head| head.last_seq)
-            };
-            loop {
-                if until.is_some_and(|until| Instant::now() > until) {
-                    return Err(NotMoved::TooSlow(self.pace.freeze));
-                }
-                let begun = Instant::now();
-                let above: Vec<(DialogId, Seq)> = group
-                    .iter()
-                    .filter(|head| last_of(head.dialog, done) < head.last_seq)
-                    .map(|head| (head.dialog, last_of(head.dialog, done)))
-                    .collect();
-                let messages = self.messages_at(&self.from, &above, PART_ROWS).await?;
-                let messages = cut(messages);
-                let complete = above.iter().all(|(dialog, _)| {
-                    let head = group.iter().find(|head| head.dialog == *dialog);
-                    let last = messages
-                        .iter()
-                        .rev()
-                        .find(|message| message.dialog == *dialog);
-                    head.zip(last)
-                        .is_some_and(|(head, last)| last.seq >= head.last_seq)
-                });
-                if messages.is_empty() && !complete {
-                    return Err(NotMoved::Differs(self.slot));
-                }
-                copied += messages.len() as u64;
-                // A head is written when all below it is there, so that whatever is at the target is whole up to its head.
-                let reached: Vec<Head> = group
-                    .iter()
-                    .filter_map(|head| {
-                        let last = messages
-                            .iter()
-                            .rev()
-                            .find(|message| message.dialog == head.dialog)
-                            .map(|message| message.seq);
-                        let last = last.unwrap_or_else(|| last_of(head.dialog, done));
-                        (last > Seq::ZERO || head.last_seq == Seq::ZERO).then(|| Head {
-                            last_seq: last.min(head.last_seq),
-                            ..head.clone()
-                        })
-                    })
-                    .collect();
-                self.copy_part(term, &above, messages, reached.clone())
-                    .await?;
-                done.extend(reached.into_iter().map(|head| (head.dialog, head)));
-                if until.is_none() {
-                    self.pace
-                        .rest(&[&self.from, &self.to], begun.elapsed())
-                        .await;
-                }
-                if complete {
-                    break;
-                }
+        let mut reader = Reader::new(changed);
+        let (mut written, mut read) = (None, reader.next(self).await?);
+        while read.is_some() || written.is_some() {
+            if until.is_some_and(|until| Instant::now() > until) {
+                return Err(NotMoved::TooSlow(self.pace.freeze));
             }
-            for head in group {
-                done.insert(head.dialog, head.clone());
+            let begun = Instant::now();
+            let (next, wrote, compared) = tokio::join!(
+                reader.next(self),
+                self.write(term, read.as_ref()),
+                self.read_back(written.as_ref()),
+            );
+            compared?;
+            wrote?;
+            if let Some(piece) = written {
+                copied += piece.part.messages.len() as u64;
+                let heads = piece.part.heads.iter();
+                done.extend(heads.map(|head| (head.dialog, head.clone())));
+            }
+            (written, read) = (read, next?);
+            if until.is_none() {
+                self.pace
+                    .rest(&[&self.from, &self.to], begun.elapsed())
+                    .await;
             }
         }
         Ok(copied)
     }
 
-    /// Copies a part and reads it back.
-    async fn copy_part(
-        &self,
-        term: u64,
-        above: &[(DialogId, Seq)],
-        messages: Vec<CopiedMessage>,
-        heads: Vec<Head>,
-    ) -> Result<(), NotMoved> {
-        let part = Arc::new(Part { messages, heads });
-        let (doc, slot, from, sent) = (
-            self.doc.clone(),
-            self.slot,
-            self.from.name().to_owned(),
-            part.clone(),
-        );
-        let copied = self
-            .to
-            .ask(move |store, identity| async move {
-                store
-                    .copy_in(&identity, &doc, slot, &from, term, &sent)
-                    .await
-            })
-            .await?;
-        copied.map_err(|refused| NotMoved::Refused {
+    async fn write(&self, term: u64, piece: Option<&Piece>) -> Result<(), NotMoved> {
+        let Some(piece) = piece else { return Ok(()) };
+        let (doc, slot, part) = (self.doc.clone(), self.slot, piece.part.clone());
+        let from = self.from.name().to_owned();
+        let copied = self.to.ask(move |store, identity| async move {
+            store
+                .copy_in(&identity, &doc, slot, &from, term, &part)
+                .await
+        });
+        copied.await?.map_err(|refused| NotMoved::Refused {
             step: "copy",
             shard: self.to.name().to_owned(),
             refused,
-        })?;
-        if !part.messages.is_empty() {
-            let there = self
-                .messages_at(&self.to, above, part.messages.len() as u32)
-                .await?;
-            if there != part.messages {
-                return Err(NotMoved::Differs(self.slot));
-            }
+        })
+    }
+
+    /// Compares what stands at the target with what was read at the source.
+    async fn read_back(&self, piece: Option<&Piece>) -> Result<(), NotMoved> {
+        let Some(piece) = piece else { return Ok(()) };
+        let sent = &piece.part.messages;
+        if sent.is_empty() {
+            return Ok(());
+        }
+        let there = self.messages_at(&self.to, &piece.above, sent.len() as u32);
+        if there.await? != *sent {
+            return Err(NotMoved::Differs(self.slot));
         }
         Ok(())
     }
@@ -400,7 +353,7 @@ impl Move {
             .await?)
     }
 
-    async fn messages_at(
+    pub(super) async fn messages_at(
         &self,
         shard: &Shard,
         above: &[(DialogId, Seq)],
@@ -459,18 +412,6 @@ pub async fn take(
         shard: shard.name().to_owned(),
         refused,
     })
-}
-
-/// As many from the front as may go over at once.
-fn cut(mut messages: Vec<CopiedMessage>) -> Vec<CopiedMessage> {
-    let mut bytes = 0;
-    let fits = messages.iter().position(|message| {
-        let first = bytes == 0;
-        bytes += message.text.len() + 100;
-        bytes > PART_BYTES && !first
-    });
-    messages.truncate(fits.unwrap_or(messages.len()));
-    messages
 }
 
 /// Purges what lies in a slot that left; returns how many messages went.
