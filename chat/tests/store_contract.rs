@@ -1386,6 +1386,27 @@ async fn a_page_reads_no_more_rows_than_are_on_it(kind: Kind) {
             "{range:?}: {read} rows"
         );
     }
+    // What a move reads, of one dialog and of the end of one and the beginning of another.
+    let slot = Slot::of(dialog("7_42"));
+    let mut others = (100..).map(|with| dialog(&format!("9_{with}")));
+    let pair = others.find(|other| Slot::of(*other) == slot).unwrap();
+    write(&store, &[message(&pair.to_string(), 9, "a", "x")]).await;
+    for (above, rows) in [
+        (vec![(dialog("7_42"), Seq::new(LENGTH / 2))], PAGE),
+        (
+            vec![(dialog("7_42"), Seq::new(LENGTH - 20)), (pair, Seq::ZERO)],
+            21,
+        ),
+    ] {
+        let before = rows_read(&mut conn, kind, "messages").await;
+        let part = store.messages_of(&identity(), slot, &above, PAGE).await;
+        let read = rows_read(&mut conn, kind, "messages").await - before;
+        assert_eq!(part.unwrap().len(), rows as usize);
+        assert!(
+            (u64::from(rows)..=u64::from(rows) + 3).contains(&read),
+            "above {above:?}: {read} rows"
+        );
+    }
 
     // Of 600 dialogs, twelve an hour: a page of ten takes the hours that hold it.
     let others: Vec<_> = (1000..1600)

@@ -163,7 +163,7 @@ impl Control for MysqlStore {
             );
         }
         let sql = format!(
-            "{SNAPSHOT}{}; SELECT {MESSAGE_COLUMNS} FROM messages WHERE {ranges} ORDER BY dialog, seq LIMIT {limit}; COMMIT",
+            "{SNAPSHOT}{}; SELECT {MESSAGE_COLUMNS} FROM messages FORCE INDEX (PRIMARY) WHERE {ranges} ORDER BY dialog, seq LIMIT {limit}; COMMIT",
             select_identity()
         );
         self.on_read(async |conn| {
