@@ -4,14 +4,16 @@
 
 mod support;
 
+use chat::change::mover::{Move, NotMoved, row_at};
+use chat::change::pace::Pace;
 use chat::config::Settings;
 use chat::dialog::{DialogId, Key, Seq, Text, Timestamp, UserId};
 use chat::ownership::{SlotState, Step, Term};
 use chat::ring::{SLOTS, Slot};
 use chat::store::{
     Acceptance, Appended, Database, DocRef, Draft, Head, Heads, HeadsOf, Identity, InboxCursor,
-    Marked, Meta, MysqlStore, NewMark, NewMessage, Part, Phase, Purged, Range, SlotSet, SlotSize,
-    SqliteStore, StoreError, Unlike, Written,
+    Marked, Meta, MysqlStore, NewMark, NewMessage, Part, Phase, Purged, Range, Shard, ShardMetrics,
+    SlotSet, SlotSize, SqliteStore, StoreError, Timing, Unlike, Written,
 };
 use chat::topology::{Document, Topology};
 use mysql_async::prelude::Queryable;
@@ -1368,6 +1370,14 @@ async fn a_page_reads_no_more_rows_than_are_on_it(kind: Kind) {
     if kind == Kind::Mariadb {
         conn.query_drop("SET GLOBAL userstat = 1").await.unwrap();
     }
+    // The optimizer believes that there is next to nothing, as of a table that is being filled.
+    conn.query_drop(
+        "UPDATE mysql.innodb_table_stats SET n_rows = 1, clustered_index_size = 1 WHERE database_name = DATABASE() AND table_name = 'messages';
+         UPDATE mysql.innodb_index_stats SET stat_value = 1 WHERE database_name = DATABASE() AND table_name = 'messages';
+         FLUSH TABLES messages",
+    )
+    .await
+    .unwrap();
     for range in [
         Range::Newest,
         Range::Before(Seq::new(LENGTH)),
@@ -1464,6 +1474,90 @@ mod a_page_reads_no_more_rows_than_are_on_it {
     #[tokio::test(flavor = "multi_thread")]
     async fn mariadb() {
         super::a_page_reads_no_more_rows_than_are_on_it(Kind::Mariadb).await;
+    }
+}
+
+async fn a_copy_that_differs_from_its_source_is_not_activated(kind: Kind) {
+    const LENGTH: u64 = 2500;
+    let Pair {
+        _databases: databases,
+        a,
+        b,
+        doc,
+    } = pair(kind).await;
+    for part in (1..=LENGTH).collect::<Vec<_>>().chunks(500) {
+        let batch: Vec<_> = part
+            .iter()
+            .map(|n| message("7_42", 42, &format!("{n}"), "x"))
+            .collect();
+        write(&a, &batch).await;
+    }
+    let shard = |number, name: &str, store: &Arc<dyn Database>| {
+        let timing = Timing::from(&Settings::from_toml("").unwrap().store);
+        let runtime = tokio::runtime::Handle::current();
+        let metrics = ShardMetrics::default();
+        Shard::new(number, of(name), store.clone(), timing, runtime, metrics)
+    };
+    let slot = Slot::of(dialog("7_42"));
+    let a_move = Move {
+        doc: doc.clone(),
+        slot,
+        from: shard(1, "shard1", &a),
+        to: shard(2, "shard2", &b),
+        pace: Pace {
+            freeze: Duration::from_secs(60),
+            purge_after: Duration::ZERO,
+            throttle: false,
+        },
+    };
+    // In the middle one of three parts: it is read back while the last is written.
+    let garbles = if kind == Kind::Sqlite {
+        "AFTER INSERT ON messages WHEN NEW.seq = 1500 BEGIN UPDATE messages SET text = 'y' WHERE dialog = NEW.dialog AND seq = NEW.seq; END"
+    } else {
+        "BEFORE INSERT ON messages FOR EACH ROW SET NEW.text = IF(NEW.seq = 1500, 'y', NEW.text)"
+    };
+    databases
+        .execute(1, &format!("CREATE TRIGGER garbles {garbles}"))
+        .await;
+    let moved = a_move.run().await;
+    assert!(matches!(moved, Err(NotMoved::Differs(of)) if of == slot));
+    let state = async |shard| row_at(shard, &doc, slot).await.unwrap().state;
+    assert_eq!(state(&a_move.from).await, SlotState::Owner);
+    assert_eq!(state(&a_move.to).await, SlotState::None);
+
+    // What it left is cleared, and all goes over.
+    databases.execute(1, "DROP TRIGGER garbles").await;
+    assert_eq!(a_move.run().await.unwrap().messages, LENGTH);
+    assert_eq!(state(&a_move.from).await, SlotState::None);
+    assert_eq!(state(&a_move.to).await, SlotState::Owner);
+    let start = [(dialog("7_42"), Seq::ZERO)];
+    let there = b.messages_of(&of("shard2"), slot, &start, 3000).await;
+    let there: Vec<_> = there
+        .unwrap()
+        .iter()
+        .map(|message| (message.seq.get(), message.text.to_string()))
+        .collect();
+    let sent: Vec<_> = (1..=LENGTH).map(|seq| (seq, "x".to_owned())).collect();
+    assert!(there == sent);
+}
+
+/// Of servers that SQL can garble something in.
+mod a_copy_that_differs_from_its_source_is_not_activated {
+    use super::Kind;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn sqlite() {
+        super::a_copy_that_differs_from_its_source_is_not_activated(Kind::Sqlite).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn mysql() {
+        super::a_copy_that_differs_from_its_source_is_not_activated(Kind::Mysql).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn mariadb() {
+        super::a_copy_that_differs_from_its_source_is_not_activated(Kind::Mariadb).await;
     }
 }
 

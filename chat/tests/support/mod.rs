@@ -131,8 +131,13 @@ impl Databases {
         path
     }
 
-    /// Runs a statement in a MySQL or MariaDB database.
+    /// Runs a statement in a database, whichever it is.
     pub async fn execute(&self, i: usize, sql: &str) {
+        if self.kind == Kind::Sqlite {
+            let path = self.directory.path().join(&self.names[i]);
+            let conn = rusqlite::Connection::open(path).unwrap();
+            return conn.execute_batch(sql).unwrap();
+        }
         execute(&self.url(i), sql).await;
     }
 
