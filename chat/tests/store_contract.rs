@@ -1418,6 +1418,17 @@ async fn a_page_reads_no_more_rows_than_are_on_it(kind: Kind) {
         );
     }
 
+    // Messages that were sent before are found by their keys.
+    let repeats = ["9", "2000", "3990"].map(|key| message("7_42", 42, key, "x"));
+    let before = rows_read(&mut conn, kind, "messages").await;
+    let written = store.write(&identity(), &repeats, true).await.unwrap();
+    let read = rows_read(&mut conn, kind, "messages").await - before;
+    assert_eq!(
+        seqs(&written.written),
+        [(9, true), (2000, true), (3990, true)]
+    );
+    assert!((3..=9).contains(&read), "three keys: {read} rows");
+
     // Of 600 dialogs, twelve an hour: a page of ten takes the hours that hold it.
     let others: Vec<_> = (1000..1600)
         .map(|with| message(&format!("7_{with}"), 7, "a", "x"))

@@ -582,7 +582,7 @@ async fn standing(
         return Ok(Standing::new());
     }
     let sql = format!(
-        "SELECT dialog, seq, author, text_hash FROM messages WHERE (slot, dialog, seq) IN ({places})"
+        "SELECT dialog, seq, author, text_hash FROM messages FORCE INDEX (PRIMARY) WHERE (slot, dialog, seq) IN ({places})"
     );
     let found: Vec<(String, u64, u64, Vec<u8>)> = conn.query(sql).await.map_err(classify)?;
     found
@@ -619,7 +619,7 @@ async fn stored_keys(
         return Ok(HashMap::new());
     }
     let sql = format!(
-        "SELECT dialog, author, client_key, seq FROM messages WHERE (slot, dialog, author, client_key) IN ({keys})"
+        "SELECT dialog, author, client_key, seq FROM messages FORCE INDEX (once) WHERE (slot, dialog, author, client_key) IN ({keys})"
     );
     let found: Vec<(String, u64, Vec<u8>, u64)> = conn.query(sql).await.map_err(classify)?;
     found

@@ -520,7 +520,7 @@ async fn known_keys(
     batch: &[NewMessage],
 ) -> Result<HashMap<(DialogId, UserId, Key), Known>, StoreError> {
     let mut sql = String::from(
-        "SELECT dialog, author, client_key, seq, created_at, text_hash FROM messages WHERE (slot, dialog, author, client_key) IN (",
+        "SELECT dialog, author, client_key, seq, created_at, text_hash FROM messages FORCE INDEX (once) WHERE (slot, dialog, author, client_key) IN (",
     );
     for (i, message) in batch.iter().enumerate() {
         let comma = if i == 0 { "" } else { "," };
