@@ -451,16 +451,16 @@ impl Store for MysqlStore {
             "{SNAPSHOT}{};
              SET @hour = COALESCE(
                 (SELECT u.last_hour FROM members u FORCE INDEX (by_recency)
-                   JOIN slots s ON s.slot = u.slot AND s.state IN ('owner', 'sealed')
+                   STRAIGHT_JOIN slots s ON s.slot = u.slot AND s.state IN ('owner', 'sealed')
                   WHERE u.user_id = {user} {earlier} ORDER BY u.last_hour DESC LIMIT 1 OFFSET {}), 0);
              SELECT t.slot, t.dialog, t.last_at, t.read_seq, m.seq, m.author, m.client_key, m.text, m.created_at
                FROM (SELECT d.slot, d.dialog, d.last_seq, d.last_at, u.read_seq
                        FROM members u FORCE INDEX (by_recency)
-                       JOIN slots s ON s.slot = u.slot AND s.state IN ('owner', 'sealed')
-                       JOIN dialogs d FORCE INDEX (PRIMARY) ON d.slot = u.slot AND d.dialog = u.dialog
+                       STRAIGHT_JOIN slots s ON s.slot = u.slot AND s.state IN ('owner', 'sealed')
+                       STRAIGHT_JOIN dialogs d FORCE INDEX (PRIMARY) ON d.slot = u.slot AND d.dialog = u.dialog
                       WHERE u.user_id = {user} AND d.last_seq > 0 {until} {below} AND u.last_hour >= @hour
                       ORDER BY d.last_at DESC, d.dialog DESC LIMIT {limit}) t
-               JOIN messages m FORCE INDEX (PRIMARY) ON m.slot = t.slot AND m.dialog = t.dialog AND m.seq = t.last_seq
+               STRAIGHT_JOIN messages m FORCE INDEX (PRIMARY) ON m.slot = t.slot AND m.dialog = t.dialog AND m.seq = t.last_seq
               ORDER BY t.last_at DESC, t.dialog DESC",
             select_snapshot(),
             limit.saturating_sub(1),
@@ -522,7 +522,7 @@ impl Store for MysqlStore {
                     let _ = write!(keys, "{}({},'{dialog}')", comma(&keys), Slot::of(*dialog));
                 }
                 format!(
-                    "SELECT slot, dialog, last_seq, last_at FROM dialogs WHERE (slot, dialog) IN ({keys})"
+                    "SELECT slot, dialog, last_seq, last_at FROM dialogs FORCE INDEX (PRIMARY) WHERE (slot, dialog) IN ({keys})"
                 )
             }
             HeadsOf::Users { users, within } => {
@@ -534,18 +534,19 @@ impl Store for MysqlStore {
                 let within = i64::try_from(within.as_micros()).unwrap_or(i64::MAX / 2);
                 format!(
                     "SELECT DISTINCT d.slot, d.dialog, d.last_seq, d.last_at FROM members u FORCE INDEX (by_recency) \
-                       JOIN dialogs d FORCE INDEX (PRIMARY) ON d.slot = u.slot AND d.dialog = u.dialog \
+                       STRAIGHT_JOIN dialogs d FORCE INDEX (PRIMARY) ON d.slot = u.slot AND d.dialog = u.dialog \
                       WHERE u.user_id IN ({list}) AND u.last_hour >= GREATEST({NOW} - {within}, 0) DIV {} AND d.last_at >= {NOW} - {within} \
                       ORDER BY d.last_at DESC LIMIT {HEADS_CAP}",
                     Timestamp::HOUR
                 )
             }
         };
+        // In this order, whatever the optimizer believes: what is wanted is little, and the others are found by their keys.
         let sql = format!(
             "{SNAPSHOT}{};
              SELECT k.dialog, k.last_seq, k.last_at, m.user_id, m.read_seq FROM ({wanted}) k
-               JOIN slots s ON s.slot = k.slot AND s.state IN ('owner', 'sealed')
-               JOIN members m FORCE INDEX (PRIMARY) ON m.slot = k.slot AND m.dialog = k.dialog
+               STRAIGHT_JOIN slots s ON s.slot = k.slot AND s.state IN ('owner', 'sealed')
+               STRAIGHT_JOIN members m FORCE INDEX (PRIMARY) ON m.slot = k.slot AND m.dialog = k.dialog
               WHERE k.last_seq > 0 ORDER BY k.dialog, m.user_id",
             select_snapshot(),
         );

@@ -179,7 +179,7 @@ fn append_text(identity: &Identity, batch: &[NewMessage], draft: &Draft) -> Stri
     if !unknown.is_empty() {
         let _ = write!(
             sql,
-            "; SELECT dialog, last_seq FROM dialogs WHERE (slot, dialog) IN ({unknown})"
+            "; SELECT dialog, last_seq FROM dialogs FORCE INDEX (PRIMARY) WHERE (slot, dialog) IN ({unknown})"
         );
     }
     sql.push_str("; ");
@@ -450,7 +450,7 @@ pub(super) fn lock_heads(dialogs: &BTreeSet<(Slot, DialogId)>) -> String {
         let _ = write!(list, "{}({slot},'{dialog}')", comma(&list));
     }
     format!(
-        "SELECT dialog, last_seq FROM dialogs WHERE (slot, dialog) IN ({list}) ORDER BY slot, dialog FOR UPDATE"
+        "SELECT dialog, last_seq FROM dialogs FORCE INDEX (PRIMARY) WHERE (slot, dialog) IN ({list}) ORDER BY slot, dialog FOR UPDATE"
     )
 }
 
@@ -499,7 +499,7 @@ fn insert(
         let now = now.micros();
         let _ = write!(
             sql,
-            "; UPDATE dialogs SET last_seq = last_seq + {step}, last_at = {now} WHERE (slot, dialog) IN ({dialogs})"
+            "; UPDATE dialogs FORCE INDEX (PRIMARY) SET last_seq = last_seq + {step}, last_at = {now} WHERE (slot, dialog) IN ({dialogs})"
         );
     }
     let mut dialogs = String::new();
@@ -508,7 +508,7 @@ fn insert(
     }
     let _ = write!(
         sql,
-        "; UPDATE members SET last_hour = {} WHERE (slot, dialog) IN ({dialogs}); COMMIT",
+        "; UPDATE members FORCE INDEX (PRIMARY) SET last_hour = {} WHERE (slot, dialog) IN ({dialogs}); COMMIT",
         now.hour()
     );
     sql
