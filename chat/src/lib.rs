@@ -60,6 +60,8 @@ pub mod feed;
 
 pub mod registry;
 
+pub mod hints;
+
 pub mod delivery;
 
 pub mod presence;

@@ -26,6 +26,8 @@ pub enum Topic {
     Pulse,
     /// What instances tell each other about themselves.
     Instances,
+    /// How far dialogs have come that somebody here was told of a while ago.
+    Hints,
 }
 
 /// Takes what comes for a topic. Called on the bus's own tasks: it must not wait.

@@ -125,6 +125,7 @@ impl NatsBus {
             Topic::Presence(user) => format!("chat.{}.p.{user}", self.service),
             Topic::Pulse => format!("chat.{}.pulse", self.service),
             Topic::Instances => format!("chat.{}.i", self.service),
+            Topic::Hints => format!("chat.{}.hints", self.service),
         }
     }
 }
