@@ -2,6 +2,7 @@
 
 mod attack;
 mod chance;
+mod delay;
 mod deliver;
 mod devices;
 mod echo;
@@ -32,6 +33,8 @@ enum Cli {
         #[arg(long, default_value = "127.0.0.1:9000")]
         listen: String,
     },
+    /// Stands before a server, whose answers come late, until it is killed.
+    Delay(delay::Options),
     /// Opens many WebSockets, waits, and prints what a process needs for each.
     Idle(idle::Options),
     /// Keeps sends of many users under way and prints what is acknowledged and delivered a second.
@@ -57,6 +60,7 @@ fn main() -> anyhow::Result<()> {
         Cli::Echo { listen } => actix_web::rt::System::new().block_on(echo::serve(&listen)),
         Cli::Plain(options) => runtime.block_on(plain::run(options)),
         Cli::Paced(options) => runtime.block_on(plain::paced(options)),
+        Cli::Delay(options) => runtime.block_on(delay::run(options)),
         Cli::Idle(options) => runtime.block_on(idle::run(options)),
         Cli::Saturate(options) => runtime.block_on(saturate::run(options)),
         Cli::Prove(options) => runtime.block_on(prove::run(options)),

@@ -103,6 +103,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let delivered = messages as f64 / begun.elapsed().as_secs_f64();
     let acknowledged =
         messages as f64 / (run.acknowledged_by.load(Ordering::Relaxed) as f64 / 1000.0);
+    println!("messages     {messages:>8}");
     match run.options.plain {
         Some(plain) => {
             println!("plain INSERT {plain:>8.0} rows/s");
@@ -115,9 +116,10 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
                 delivered / plain
             );
         }
-        None => println!(
-            "acknowledged {acknowledged:.0} messages/s, delivered {delivered:.0} messages/s"
-        ),
+        None => {
+            println!("acknowledged {acknowledged:>8.0} messages/s");
+            println!("delivered    {delivered:>8.0} messages/s");
+        }
     }
     Ok(())
 }

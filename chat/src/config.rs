@@ -103,8 +103,10 @@ pub struct Limits {
 pub struct Store {
     /// Threads of the runtime that database connections live on.
     pub threads: usize,
-    /// Lanes of a shard's writer: transactions in flight at once.
+    /// Lanes of a shard's writer: transactions in flight at once, at most.
     pub lanes: usize,
+    /// Lanes that are always there; as many as `lanes`, and nothing is measured.
+    pub lanes_min: usize,
     /// Messages that one transaction takes at most.
     pub batch_rows: usize,
     /// Sends that may wait for one shard; more are refused as `overloaded`.

@@ -9,6 +9,7 @@ use tokio::time::Instant;
 
 /// The limit of one writer.
 pub struct InFlight {
+    least: usize,
     most: usize,
     limit: usize,
     /// What is being tried, and against which rate.
@@ -45,12 +46,15 @@ const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 impl InFlight {
-    /// Begins with one, and never has more than `most`.
+    /// Begins with `least`, and never has more than `most`. Nothing is tried where they are the same.
     #[must_use]
-    pub fn new(most: usize, now: Instant) -> Self {
+    pub fn new(least: usize, most: usize, now: Instant) -> Self {
+        let most = most.max(1);
+        let least = least.clamp(1, most);
         Self {
-            most: most.max(1),
-            limit: 1,
+            least,
+            most,
+            limit: least,
             trial: None,
             downwards: false,
             next_trial: now,
@@ -107,9 +111,9 @@ impl InFlight {
     fn attempt(&mut self, rate: f64) {
         let before = self.limit;
         self.limit = match (self.downwards, self.limit) {
-            (true, limit) if limit > 1 => limit - 1,
+            (true, limit) if limit > self.least => limit - 1,
             (_, limit) if limit < self.most => limit + 1,
-            (_, limit) if limit > 1 => limit - 1,
+            (_, limit) if limit > self.least => limit - 1,
             _ => return,
         };
         self.trial = Some(Trial { before, rate });
@@ -142,7 +146,7 @@ mod tests {
     #[test]
     fn it_climbs_while_that_pays_and_comes_down_again() {
         let mut now = Instant::now();
-        let mut in_flight = InFlight::new(8, now);
+        let mut in_flight = InFlight::new(1, 8, now);
         assert_eq!(in_flight.limit(), 1);
         // Waiting is most of it: five are five times as good as one, and no more than that.
         run(&mut in_flight, &mut now, 60, |limit| {
@@ -161,7 +165,7 @@ mod tests {
     #[test]
     fn it_stays_at_one_where_more_do_not_pay_and_under_its_bound_where_they_do() {
         let mut now = Instant::now();
-        let mut in_flight = InFlight::new(4, now);
+        let mut in_flight = InFlight::new(1, 4, now);
         run(&mut in_flight, &mut now, 60, |limit| 9000.0 / limit as f64);
         assert!(in_flight.limit() <= 2);
         run(&mut in_flight, &mut now, 300, |limit| 2000.0 * limit as f64);
@@ -169,9 +173,20 @@ mod tests {
     }
 
     #[test]
+    fn a_limit_that_is_set_is_kept() {
+        let mut now = Instant::now();
+        let mut in_flight = InFlight::new(4, 4, now);
+        run(&mut in_flight, &mut now, 60, |limit| 9000.0 / limit as f64);
+        assert_eq!(in_flight.limit(), 4);
+        let mut in_flight = InFlight::new(2, 4, now);
+        run(&mut in_flight, &mut now, 300, |limit| 9000.0 / limit as f64);
+        assert!((2..=3).contains(&in_flight.limit()));
+    }
+
+    #[test]
     fn without_anybody_waiting_nothing_is_tried() {
         let mut now = Instant::now();
-        let mut in_flight = InFlight::new(4, now);
+        let mut in_flight = InFlight::new(1, 4, now);
         for _ in 0..10_000 {
             now += Duration::from_millis(5);
             in_flight.ended(1, false, now);

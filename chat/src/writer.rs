@@ -107,7 +107,7 @@ impl Writer {
             ready: VecDeque::new(),
             gathering: VecDeque::new(),
             batch_rows: settings.batch_rows.max(1),
-            in_flight: InFlight::new(settings.lanes, Instant::now()),
+            in_flight: InFlight::new(settings.lanes_min, settings.lanes, Instant::now()),
             under_way: FuturesUnordered::new(),
             shared,
         };
