@@ -90,15 +90,16 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         start: Barrier::new(users as usize + 1),
         options,
     });
-    let mut tasks = Vec::new();
+    let mut tasks = tokio::task::JoinSet::new();
     for user in 1..=users {
         let socket = connect(&run, user).await?;
-        tasks.push(tokio::spawn(talk(run.clone(), user, socket)));
+        tasks.spawn(talk(run.clone(), user, socket));
     }
     run.start.wait().await;
     let begun = Instant::now();
-    for task in tasks {
-        task.await??;
+    // Whoever fails first says why; the others only miss what did not come.
+    while let Some(ended) = tasks.join_next().await {
+        ended??;
     }
     let delivered = messages as f64 / begun.elapsed().as_secs_f64();
     let acknowledged =
