@@ -216,12 +216,21 @@ impl Settings {
         file: impl config::Source + Send + Sync + 'static,
         environment: config::Environment,
     ) -> Result<Self, config::ConfigError> {
-        config::Config::builder()
+        let settings: Self = config::Config::builder()
             .add_source(config::File::from_str(DEFAULTS, config::FileFormat::Toml))
             .add_source(file)
             .add_source(environment)
             .build()?
-            .try_deserialize()
+            .try_deserialize()?;
+        let Store {
+            lanes, lanes_min, ..
+        } = settings.store;
+        if !(1..=lanes).contains(&lanes_min) {
+            return Err(config::ConfigError::Message(format!(
+                "store.lanes_min is {lanes_min}: it must lie between 1 and store.lanes, which is {lanes}"
+            )));
+        }
+        Ok(settings)
     }
 }
 
@@ -242,6 +251,15 @@ mod tests {
             .unwrap_err()
             .to_string();
         assert!(refusal.contains("text_characters"), "{refusal}");
+    }
+
+    #[test]
+    fn lanes_that_contradict_each_other_are_refused() {
+        for lanes in ["lanes_min = 0", "lanes_min = 5", "lanes = 0"] {
+            let refusal = Settings::from_toml(&format!("[store]\n{lanes}")).unwrap_err();
+            assert!(refusal.to_string().contains("store.lanes_min"), "{refusal}");
+        }
+        assert!(Settings::from_toml("[store]\nlanes = 8\nlanes_min = 8").is_ok());
     }
 
     #[test]
