@@ -179,6 +179,9 @@ impl fmt::Debug for Secret {
     }
 }
 
+/// A TEXT of MySQL takes 65,535 bytes, and a character up to four.
+const TEXT_CHARS: u32 = 16_383;
+
 const DEFAULTS: &str = include_str!("defaults.toml");
 
 impl Settings {
@@ -222,6 +225,12 @@ impl Settings {
             .add_source(environment)
             .build()?
             .try_deserialize()?;
+        let text_chars = settings.limits.text_chars;
+        if !(1..=TEXT_CHARS).contains(&text_chars) {
+            return Err(config::ConfigError::Message(format!(
+                "limits.text_chars is {text_chars}: it must lie between 1 and {TEXT_CHARS}"
+            )));
+        }
         let Store {
             lanes, lanes_min, ..
         } = settings.store;
@@ -260,6 +269,16 @@ mod tests {
             assert!(refusal.to_string().contains("store.lanes_min"), "{refusal}");
         }
         assert!(Settings::from_toml("[store]\nlanes = 8\nlanes_min = 8").is_ok());
+    }
+
+    #[test]
+    fn a_text_that_no_column_takes_is_not_allowed() {
+        for chars in [0, 16_384] {
+            let refusal = Settings::from_toml(&format!("[limits]\ntext_chars = {chars}"));
+            let refusal = refusal.unwrap_err().to_string();
+            assert!(refusal.contains("limits.text_chars"), "{refusal}");
+        }
+        assert!(Settings::from_toml("[limits]\ntext_chars = 16383").is_ok());
     }
 
     #[test]

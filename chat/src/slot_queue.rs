@@ -149,8 +149,17 @@ pub struct SlotQueue {
 pub struct Most {
     /// Sends.
     pub jobs: usize,
+    /// Bytes of sends, by [`store::size`], but for a single one.
+    pub bytes: usize,
     /// Read marks.
     pub marks: usize,
+}
+
+impl Most {
+    /// Whether `taken` has room for one more send of this size.
+    fn fits(&self, taken: &Taken, size: usize) -> bool {
+        taken.jobs.is_empty() || (taken.jobs.len() < self.jobs && taken.bytes + size <= self.bytes)
+    }
 }
 
 /// What was taken out of queues.
@@ -158,6 +167,8 @@ pub struct Most {
 pub struct Taken {
     /// Sends, those of a slot in order.
     pub jobs: Vec<Job>,
+    /// Bytes of those that were taken for a transaction.
+    bytes: usize,
     /// Read marks.
     pub marks: Vec<MarkJob>,
 }
@@ -244,13 +255,22 @@ impl SlotQueue {
     }
 
     /// Takes sends of a slot that is ready, and read marks, until there are `most` of each in `into`: it is in flight from now on,
-    /// until [`SlotQueue::landed`].
-    pub fn take_off(&mut self, most: Most, into: &mut Taken) {
+    /// until [`SlotQueue::landed`]. `false` if it has more sends than `into` has room for.
+    pub fn take_off(&mut self, most: Most, into: &mut Taken) -> bool {
         self.stage = Stage::InFlight;
-        let jobs = most.jobs.saturating_sub(into.jobs.len());
-        into.jobs
-            .extend(self.jobs.drain(..jobs.min(self.jobs.len())));
-        while into.marks.len() < most.marks
+        while let Some(job) = self.jobs.front()
+            && let size = store::size(job.message.text.as_str())
+            && most.fits(into, size)
+        {
+            into.bytes += size;
+            into.jobs.extend(self.jobs.pop_front());
+        }
+        self.take_marks(most.marks, into);
+        self.jobs.is_empty()
+    }
+
+    fn take_marks(&mut self, most: usize, into: &mut Taken) {
+        while into.marks.len() < most
             && let Some((_, job)) = self.marks.pop_first()
         {
             into.marks.push(job);
@@ -262,8 +282,8 @@ impl SlotQueue {
     pub fn take_marks_off(&mut self, most: usize, into: &mut Taken) -> bool {
         let gathering = self.stage == Stage::Gathering;
         if gathering {
-            let (jobs, marks) = (0, most);
-            self.take_off(Most { jobs, marks }, into);
+            self.take_marks(most, into);
+            self.stage = Stage::InFlight;
         }
         gathering
     }
@@ -337,10 +357,14 @@ mod tests {
     use std::time::Duration;
 
     fn job(key: &str, taken: &Gauge) -> Job {
+        job_of(key, "x", taken)
+    }
+
+    fn job_of(key: &str, text: &str, taken: &Gauge) -> Job {
         let dialog: crate::dialog::DialogId = "7_42".parse().unwrap();
         let (key, text) = (
             Key::new(key.into()).unwrap(),
-            Text::new("x".into(), 1).unwrap(),
+            Text::new(text.into(), text.len()).unwrap(),
         );
         let place = Place::take(taken, 10).unwrap();
         Job {
@@ -351,7 +375,8 @@ mod tests {
     }
 
     fn most(jobs: usize) -> Most {
-        Most { jobs, marks: 10 }
+        let (bytes, marks) = (1 << 20, 10);
+        Most { jobs, bytes, marks }
     }
 
     fn keys(taken: &Taken) -> Vec<&str> {
@@ -389,6 +414,29 @@ mod tests {
         drop(batch);
         assert_eq!(taken.get(), 0);
         assert_eq!(queue.push(job("e", &taken)), Then::TellWriter);
+    }
+
+    #[test]
+    fn a_transaction_takes_so_many_bytes_but_a_single_send_of_any_size() {
+        let taken = Gauge::default();
+        let mut queue = SlotQueue::default();
+        let bytes = store::size("x") * 2;
+        let most = Most { bytes, ..most(10) };
+        for (key, text) in [
+            ("a", "x"),
+            ("b", "x"),
+            ("c", "x"),
+            ("d", &"x".repeat(bytes)),
+        ] {
+            let _ = queue.push(job_of(key, text, &taken));
+        }
+        for (expected, all) in [(&["a", "b"][..], false), (&["c"], false), (&["d"], true)] {
+            let mut batch = Taken::default();
+            assert_eq!(queue.take_off(most, &mut batch), all);
+            assert_eq!(keys(&batch), expected);
+            let then = queue.landed(Taken::default(), Instant::now());
+            assert_eq!(then == Then::Nothing, all);
+        }
     }
 
     #[test]

@@ -224,14 +224,16 @@ impl Work {
         let (mut slots, mut taken) = (Vec::new(), Taken::default());
         let most = Most {
             jobs: self.batch_rows,
+            bytes: store::TRANSACTION_BYTES,
             marks: MARKS,
         };
-        while taken.jobs.len() < most.jobs {
-            let Some(slot) = self.ready.pop_front() else {
-                break;
-            };
+        let mut room = true;
+        while room
+            && taken.jobs.len() < most.jobs
+            && let Some(slot) = self.ready.pop_front()
+        {
             slots.push(slot);
-            self.shared.queues.of(slot).take_off(most, &mut taken);
+            room = self.shared.queues.of(slot).take_off(most, &mut taken);
         }
         while taken.marks.len() < MARKS {
             let Some((_, slot)) = self.gathering.pop_front() else {

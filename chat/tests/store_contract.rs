@@ -11,9 +11,9 @@ use chat::dialog::{DialogId, Key, Seq, Text, Timestamp, UserId};
 use chat::ownership::{SlotState, Step, Term};
 use chat::ring::{SLOTS, Slot};
 use chat::store::{
-    Acceptance, Appended, Database, DocRef, Draft, Head, Heads, HeadsOf, Identity, InboxCursor,
-    Marked, Meta, MysqlStore, NewMark, NewMessage, Part, Phase, Purged, Range, Shard, ShardMetrics,
-    SlotSet, SlotSize, SqliteStore, StoreError, Timing, Unlike, Written,
+    self, Acceptance, Appended, Database, DocRef, Draft, Head, Heads, HeadsOf, Identity,
+    InboxCursor, Marked, Meta, MysqlStore, NewMark, NewMessage, Part, Phase, Purged, Range, Shard,
+    ShardMetrics, SlotSet, SlotSize, SqliteStore, StoreError, Timing, Unlike, Written,
 };
 use chat::topology::{Document, Topology};
 use mysql_async::prelude::Queryable;
@@ -412,6 +412,35 @@ async fn a_draft_is_stored_as_it_is_or_not_at_all(kind: Kind) {
     let last = [message("7_42", 7, "h", "'; ROLLBACK; --")];
     let stored = append(&last, draft(&last, term, &[("7_42", 5)])).await;
     assert_eq!(stored, Ok(vec![(6, false)]));
+}
+
+/// The longest texts that settings allow, as many as a transaction takes, in both ways to store them.
+async fn a_transaction_of_the_largest_size_is_stored(kind: Kind) {
+    let (_databases, store) = founded(kind).await;
+    let text = "\u{1f980}".repeat(16_383);
+    let count = store::TRANSACTION_BYTES / store::size(&text);
+    let long = |from: usize, key: &str| -> Vec<NewMessage> {
+        let dialog = dialog("7_42");
+        let keys = (from..from + count).map(|i| Key::new(format!("{key}{i}")).unwrap());
+        let text = Text::new(text.clone(), 16_383).unwrap();
+        keys.map(|key| NewMessage::new(dialog, user(7), key, text.clone()))
+            .collect()
+    };
+    let first = long(0, "a");
+    let receipt = store.write(&identity(), &first, false).await.unwrap();
+    assert_eq!(receipt.written.len(), count);
+    let (second, term) = (long(count, "a"), receipt.terms[0].1);
+    let draft = draft(&second, term, &[("7_42", count as u64)]);
+    let appended = store.append(&identity(), &second, draft).await.unwrap();
+    let Appended::Stored { written, .. } = appended else {
+        panic!("{appended:?}");
+    };
+    let seqs = seqs(&written).into_iter();
+    assert!(seqs.eq((1..=count as u64).map(|i| (count as u64 + i, false))));
+    let page = store
+        .page(&identity(), dialog("7_42"), Range::Newest, 1)
+        .await;
+    assert_eq!(page.unwrap().messages[0].text, text);
 }
 
 async fn instances_that_write_at_once_share_one_dense_order(kind: Kind) {
@@ -1697,6 +1726,7 @@ on_every_store! {
     a_batch_is_stored_in_order_and_read_back_both_ways
     a_key_is_stored_once
     a_draft_is_stored_as_it_is_or_not_at_all
+    a_transaction_of_the_largest_size_is_stored
     instances_that_write_at_once_share_one_dense_order
     what_is_not_owned_is_refused_and_nothing_of_it_is_written
     a_database_that_is_somebody_else_is_noticed_by_every_call

@@ -2,14 +2,11 @@
 
 use super::mover::{Move, NotMoved};
 use crate::dialog::{DialogId, Seq};
-use crate::store::{CopiedMessage, Head, Part};
+use crate::store::{self, CopiedMessage, Head, Part};
 use std::sync::Arc;
 
 /// Messages that go over in one transaction, at most.
 const PART_ROWS: u32 = 1000;
-
-/// Bytes of text in one transaction, at most, but for a single message.
-const PART_BYTES: usize = 1 << 20;
 
 /// Dialogs that are asked for in one query.
 const DIALOGS_AT_ONCE: usize = 64;
@@ -90,12 +87,12 @@ impl Reader {
 }
 
 /// As many from the front as may go over at once.
-fn cut(mut messages: Vec<CopiedMessage>) -> Vec<CopiedMessage> {
+pub(super) fn cut(mut messages: Vec<CopiedMessage>) -> Vec<CopiedMessage> {
     let mut bytes = 0;
     let fits = messages.iter().position(|message| {
         let first = bytes == 0;
-        bytes += message.text.len() + 100;
-        bytes > PART_BYTES && !first
+        bytes += store::size(&message.text);
+        bytes > store::TRANSACTION_BYTES && !first
     });
     messages.truncate(fits.unwrap_or(messages.len()));
     messages

@@ -1,6 +1,7 @@
 //! A shard that was declared down is back: what it alone holds goes to those who own its slots now (A6 of
 //! `docs/SHARDING.md`).
 
+use super::copy::cut;
 use super::fault::point;
 use super::mover::{NotMoved, take};
 use super::pace::Pace;
@@ -45,6 +46,8 @@ pub async fn merge(
                     store.messages_of(&identity, slot, &asked, PART_ROWS).await
                 })
                 .await?;
+            let read = messages.len();
+            let messages = cut(messages);
             for message in &messages {
                 above.insert(message.dialog, message.seq);
             }
@@ -69,7 +72,7 @@ pub async fn merge(
             })?;
             point("merging");
             pace.rest(&[from, owner], begun.elapsed()).await;
-            if count < PART_ROWS as usize {
+            if count == read && read < PART_ROWS as usize {
                 break;
             }
         }

@@ -35,6 +35,18 @@ use std::fmt;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+/// Bytes of messages that one transaction takes, by [`size`], but for a single message: as hex they are twice as many in a
+/// statement, and MariaDB takes statements of 16 MiB (`max_allowed_packet`).
+pub const TRANSACTION_BYTES: usize = 1 << 20;
+
+/// What a message with this text counts for in [`TRANSACTION_BYTES`].
+#[must_use]
+pub fn size(text: &str) -> usize {
+    /// Key, dialog and numbers.
+    const BESIDE_TEXT: usize = 100;
+    text.len() + BESIDE_TEXT
+}
+
 /// A message on its way into a shard.
 #[derive(Clone, Debug)]
 pub struct NewMessage {
