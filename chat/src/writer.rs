@@ -519,6 +519,7 @@ impl Line {
             | ShardDown::Failed(
                 _,
                 StoreError::Unreachable(_)
+                | StoreError::Slow(_)
                 | StoreError::WrongIdentity(_)
                 | StoreError::Refused(_)
                 | StoreError::OtherDocument(_),

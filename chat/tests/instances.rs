@@ -6,7 +6,9 @@ mod support;
 
 use chat_client::{Api, ClientError};
 use chat_wire::{ErrorCode, ServerFrame};
+use futures_util::future::join_all;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::process::Command;
 use std::time::Instant;
 use support::instance::{Instance, access};
@@ -341,6 +343,48 @@ async fn a_dead_shard_hurts_only_its_own_dialogs_and_comes_back_by_itself() {
         assert_eq!(api.inbox(10, None).await.unwrap().incomplete.len(), 0);
         assert_eq!(api.log_upwards(dead).await.unwrap().len(), 2);
     }
+}
+
+/// A full machine opens connections slowly. While what is asked on others is answered, the shard is not dead.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shard_that_answers_is_not_down_because_a_connection_takes_long_to_open() {
+    let databases = Databases::new(Kind::Mysql, 1).await;
+    let server = std::env::var("CHAT_TEST_MYSQL").unwrap();
+    let proxy = Proxy::to(server.rsplit('@').next().unwrap().to_owned()).await;
+    let file = databases.shards_file_with(&[databases.url_through(0, proxy.port)]);
+    let instance = Instance::start(&file, &[]).await;
+    let api = instance.api(7).await;
+    assert_eq!(code(api.send(42, "0", "x").await), Ok(1));
+
+    proxy.set(Mode::HangNew);
+    // More pages at once than there are connections for reading, while sends are answered.
+    let mut reading = pin!(join_all((0..4).map(|_| api.history(42, &[]))));
+    let mut sent = 1;
+    let pages = loop {
+        let key = sent.to_string();
+        tokio::select! {
+            pages = &mut reading => break pages,
+            seq = api.send(42, &key, "x") => {
+                sent += 1;
+                assert_eq!(code(seq), Ok(sent));
+            }
+        }
+    };
+    let refused = pages.into_iter().filter_map(|page| match page {
+        Ok(_) => None,
+        Err(ClientError::Refused(body)) => Some(body.code),
+        Err(e) => panic!("{e}"),
+    });
+    let refused: Vec<_> = refused.collect();
+    assert!(!refused.is_empty() && refused.iter().all(|code| *code == ErrorCode::Overloaded));
+    assert!(!instance.log().contains("shard down"), "{}", instance.log());
+
+    // Nothing is answered any more: now it is.
+    proxy.set(Mode::Hang);
+    assert_eq!(
+        code(api.send(42, "last", "x").await),
+        Err(ErrorCode::ShardDown)
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -585,9 +585,12 @@ pub enum StoreError {
     /// A deadlock or a lock wait that took too long: nothing was written, the whole transaction may be repeated.
     #[error("conflict: {0}")]
     Conflict(String),
-    /// No connection, or none in time: nothing was written.
+    /// No connection: nothing was written.
     #[error("unreachable: {0}")]
     Unreachable(String),
+    /// No connection in time: nothing was written. The database is dead, or it is slow.
+    #[error("unreachable: {0}")]
+    Slow(String),
     /// All connections that this instance may have are in use: nothing was written, and it says nothing about the database.
     #[error("busy: {0}")]
     Busy(String),

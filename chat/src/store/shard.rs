@@ -2,7 +2,8 @@
 //!
 //! The circuit keeps a dead shard from hurting anybody but its own dialogs: once the database does not answer, every call
 //! is refused at once, until a probe in the background gets an answer again. Slow is not dead: a call that takes long is
-//! only given up when a fresh connection gets no answer either, or at the limit.
+//! only given up when a fresh connection gets no answer either, or at the limit; and a connection that does not open in time
+//! speaks against a shard only if nothing else was answered meanwhile.
 
 use super::turns::{Busy, Payer, Turn as ReadTurn, Turns};
 use super::{
@@ -12,6 +13,7 @@ use super::{
 use crate::config;
 use crate::dialog::{DialogId, UserId};
 use crate::ring::Slot;
+use futures_util::FutureExt;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
@@ -38,6 +40,8 @@ const COUNTING_LIMIT: Duration = Duration::from_secs(300);
 pub struct Timing {
     /// The most that any call may take.
     pub answer: Duration,
+    /// The most that a connection may take to open.
+    pub connect: Duration,
     /// How many pages are read at once.
     pub readers: usize,
 }
@@ -46,6 +50,7 @@ impl From<&config::Store> for Timing {
     fn from(settings: &config::Store) -> Self {
         Self {
             answer: Duration::from_millis(settings.answer_ms),
+            connect: Duration::from_millis(settings.connect_ms),
             readers: settings.read_connections,
         }
     }
@@ -100,6 +105,8 @@ struct Inner {
     state: watch::Sender<ShardState>,
     /// When a probe last got an answer; held while one is under way, so that many who wait ask once.
     probed: tokio::sync::Mutex<Option<Instant>>,
+    /// When any call last got an answer, whatever it said.
+    answered: Mutex<Option<Instant>>,
     metrics: ShardMetrics,
     logged: Mutex<Option<Instant>>,
     turns: Turns,
@@ -171,6 +178,7 @@ impl Shard {
             runtime,
             state,
             probed: tokio::sync::Mutex::default(),
+            answered: Mutex::default(),
             metrics,
             logged: Mutex::default(),
             turns: Turns::new(timing.readers, timing.answer / 2),
@@ -315,13 +323,29 @@ impl Shard {
         }
     }
 
-    /// Whether a fresh connection gets an answer. Callers at the same time share one.
+    fn answered(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.inner
+            .answered
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a call got an answer while a connection that was just given up was being opened.
+    fn answers_others(&self) -> bool {
+        self.answered()
+            .is_some_and(|at| at.elapsed() < self.inner.timing.connect)
+    }
+
+    /// Whether a fresh connection gets an answer, or another call has got one meanwhile. Callers at the same time share one.
     async fn probe(&self) -> Result<(), StoreError> {
         let mut probed = self.inner.probed.lock().await;
         if probed.is_some_and(|at| at.elapsed() < PATIENCE) {
             return Ok(());
         }
-        self.inner.store.ping().await?;
+        match self.inner.store.ping().await {
+            Err(StoreError::Slow(_)) if self.answers_others() => {}
+            result => result?,
+        }
         *probed = Some(Instant::now());
         Ok(())
     }
@@ -362,7 +386,11 @@ impl Shard {
                 self.open(&e.to_string());
                 ShardDown::Down(self.name().to_owned())
             }
-            StoreError::Busy(_) => ShardDown::Busy(self.name().to_owned()),
+            StoreError::Slow(_) if !self.answers_others() => {
+                self.open(&e.to_string());
+                ShardDown::Down(self.name().to_owned())
+            }
+            StoreError::Busy(_) | StoreError::Slow(_) => ShardDown::Busy(self.name().to_owned()),
             StoreError::Conflict(_)
             | StoreError::Lost(_)
             | StoreError::Refused(_)
@@ -376,6 +404,21 @@ impl Shard {
         call: impl Future<Output = Result<T, StoreError>>,
     ) -> Result<T, StoreError> {
         let begun = Instant::now();
+        let call = call.inspect(|result| match result {
+            Err(
+                StoreError::Unreachable(_)
+                | StoreError::Slow(_)
+                | StoreError::Busy(_)
+                | StoreError::Lost(_),
+            ) => {}
+            Ok(_)
+            | Err(
+                StoreError::Conflict(_)
+                | StoreError::WrongIdentity(_)
+                | StoreError::Refused(_)
+                | StoreError::OtherDocument(_),
+            ) => *self.answered() = Some(Instant::now()),
+        });
         let mut call = pin!(call);
         loop {
             tokio::select! {

@@ -14,6 +14,8 @@ pub enum Mode {
     Pass,
     /// Connections are accepted, and nothing passes in either direction.
     Hang,
+    /// As `Pass` for connections that were there before; on new ones nothing passes.
+    HangNew,
     /// Whatever the server says comes 300 ms late, and every hundredth time two seconds.
     Slow,
     /// Connections are closed, and none is accepted.
@@ -44,7 +46,10 @@ impl Proxy {
         let accepting = proxy.clone();
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                if *accepting.mode.borrow() != Mode::Cut {
+                let mode = *accepting.mode.borrow();
+                if mode == Mode::HangNew {
+                    tokio::spawn(accepting.clone().hold(client));
+                } else if mode != Mode::Cut {
                     tokio::spawn(accepting.clone().carry(client, target.clone()));
                 }
             }
@@ -59,6 +64,12 @@ impl Proxy {
     /// How many times a client's COMMIT has passed while its answer was withheld.
     pub fn commits_withheld(&self) -> u64 {
         self.commits.load(Ordering::SeqCst)
+    }
+
+    /// Keeps a connection open, and says nothing, until the mode is another.
+    async fn hold(self, _client: TcpStream) {
+        let mut mode = self.mode.subscribe();
+        let _ = mode.wait_for(|mode| *mode != Mode::HangNew).await;
     }
 
     async fn carry(self, client: TcpStream, target: String) {

@@ -381,7 +381,7 @@ impl Control for MysqlStore {
         };
         timeout(self.connect_limit, taking)
             .await
-            .unwrap_or_else(|_| Err(StoreError::Unreachable("no answer in time".into())))
+            .unwrap_or_else(|_| Err(StoreError::Slow("no answer in time".into())))
     }
 }
 

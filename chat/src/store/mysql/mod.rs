@@ -133,7 +133,7 @@ impl MysqlStore {
         match timeout(self.connect_limit, of.pool.get_conn()).await {
             Ok(Ok(conn)) => Ok((place, conn)),
             Ok(Err(e)) => Err(unreachable(e)),
-            Err(_) => Err(StoreError::Unreachable(format!(
+            Err(_) => Err(StoreError::Slow(format!(
                 "no connection within {} ms",
                 self.connect_limit.as_millis()
             ))),
@@ -241,7 +241,7 @@ impl Store for MysqlStore {
         timeout(self.connect_limit, round_trip)
             .await
             .unwrap_or_else(|_| {
-                Err(StoreError::Unreachable(format!(
+                Err(StoreError::Slow(format!(
                     "no answer within {} ms",
                     self.connect_limit.as_millis()
                 )))
