@@ -31,6 +31,8 @@ pub mod slot_queue;
 
 pub mod in_flight;
 
+pub mod commit_delay;
+
 pub mod writer;
 
 pub mod dispatch;

@@ -2,9 +2,10 @@
 //!
 //! A writer is one task. While its transactions are in flight the sends of other slots gather, so batches size themselves: an
 //! idle writer adds no delay, a busy one spreads the cost of a commit over many. How many are in flight is measured
-//! ([`InFlight`]). Read marks go with the next batch of sends, and without one a moment later.
+//! ([`InFlight`]), and so is how long it pays to wait between two ([`CommitDelay`]). Read marks go with the next batch of sends, and without one a moment later.
 
 use crate::chance;
+use crate::commit_delay::CommitDelay;
 use crate::config;
 use crate::dialog::{DialogId, UserId};
 use crate::in_flight::InFlight;
@@ -101,13 +102,15 @@ impl Writer {
             sequencer: sequencer.clone(),
             metrics,
         };
+        let now = Instant::now();
         let work = Work {
             line: Arc::new(line),
             is_ready,
             ready: VecDeque::new(),
             gathering: VecDeque::new(),
             batch_rows: settings.batch_rows.max(1),
-            in_flight: InFlight::new(settings.lanes_min, settings.lanes, Instant::now()),
+            in_flight: InFlight::new(settings.lanes_min, settings.lanes, now),
+            delay: CommitDelay::new(now),
             under_way: FuturesUnordered::new(),
             shared,
         };
@@ -152,6 +155,7 @@ struct Work {
     gathering: VecDeque<(Instant, Slot)>,
     batch_rows: usize,
     in_flight: InFlight,
+    delay: CommitDelay,
     under_way: FuturesUnordered<BoxFuture<'static, Landed>>,
     shared: Shared,
 }
@@ -169,6 +173,7 @@ struct Landed {
     outcomes: Outcomes,
     /// Others had to wait when it began.
     waited_for: bool,
+    took: Duration,
 }
 
 /// What became of a batch.
@@ -182,11 +187,13 @@ impl Work {
     async fn run(mut self) {
         let mut closed = false;
         loop {
-            while self.under_way.len() < self.in_flight.limit() && self.is_due(closed) {
-                self.begin();
-            }
-            let may_begin = self.under_way.len() < self.in_flight.limit();
-            let due = self.gathering.front().map(|(since, _)| *since + GATHER);
+            let due = loop {
+                let may_begin = self.under_way.len() < self.in_flight.limit();
+                match self.due(closed) {
+                    Some(due) if may_begin && due <= Instant::now() => self.begin(),
+                    due => break due.filter(|_| may_begin),
+                }
+            };
             tokio::select! {
                 biased;
                 Some(landed) = self.under_way.next() => self.land(landed),
@@ -199,7 +206,7 @@ impl Work {
                     }
                     None => closed = true,
                 },
-                () = tokio::time::sleep_until(due.unwrap_or_else(Instant::now)), if may_begin && due.is_some() => {}
+                () = tokio::time::sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {}
                 else => return,
             }
         }
@@ -212,11 +219,18 @@ impl Work {
         }
     }
 
-    /// Whether there is something that waits no longer.
-    fn is_due(&self, closed: bool) -> bool {
-        let gathered = self.gathering.front();
-        !self.ready.is_empty()
-            || gathered.is_some_and(|(since, _)| closed || since.elapsed() >= GATHER)
+    /// When the next transaction begins, if there is something for it and it may; when `closed`, read marks wait for nothing more.
+    fn due(&self, closed: bool) -> Option<Instant> {
+        let may = self.delay.until();
+        if !self.ready.is_empty() {
+            return Some(may);
+        }
+        let (since, _) = self.gathering.front()?;
+        Some(if closed {
+            may
+        } else {
+            may.max(*since + GATHER)
+        })
     }
 
     /// Puts the sends of ready slots under way, as many as a transaction takes, and read marks with them.
@@ -258,7 +272,7 @@ impl Work {
         if rows > 0 {
             self.line.metrics.batch_rows.observe(rows as f64);
         }
-        let line = self.line.clone();
+        let (line, begun) = (self.line.clone(), Instant::now());
         self.under_way.push(Box::pin(async move {
             // Whatever happens in there: the slots go on, and what is dropped answers that it is not through.
             let outcomes = AssertUnwindSafe(line.carry_out(taken)).catch_unwind().await;
@@ -267,6 +281,7 @@ impl Work {
                 rows,
                 outcomes: outcomes.unwrap_or_default(),
                 waited_for,
+                took: begun.elapsed(),
             }
         }));
     }
@@ -277,6 +292,7 @@ impl Work {
         if landed.rows > 0 {
             let waiting = landed.waited_for || !self.ready.is_empty();
             self.in_flight.ended(landed.rows, waiting, now);
+            self.delay.ended(landed.rows, landed.took, now);
         }
         self.line
             .metrics
