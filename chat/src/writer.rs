@@ -368,7 +368,7 @@ struct Line {
     metrics: WriterMetrics,
 }
 
-/// Between two tries of a transaction that met a conflict.
+/// Between two tries of a transaction that met a conflict, or no connection in time.
 const CONFLICT_PAUSE: Duration = Duration::from_millis(5);
 
 /// Between two tries of a transaction whose connection was lost.
@@ -521,7 +521,8 @@ impl Line {
     /// Returns when a transaction that failed may be tried again.
     async fn again(&self, e: ShardDown, deadline: Option<Instant>) -> Result<(), ShardDown> {
         let pause = match &e {
-            ShardDown::Failed(_, StoreError::Conflict(_) | StoreError::Busy(_)) => CONFLICT_PAUSE,
+            // Nothing is written. A machine that is full opens connections slowly: that is no reason to refuse what still has time.
+            ShardDown::Busy(_) | ShardDown::Failed(_, StoreError::Conflict(_)) => CONFLICT_PAUSE,
             ShardDown::Failed(_, StoreError::Lost(_)) => {
                 self.sequencer.clear();
                 LOST_PAUSE
@@ -531,10 +532,10 @@ impl Line {
                 self.sequencer.clear();
                 return Err(e);
             }
-            ShardDown::Busy(_)
-            | ShardDown::Failed(
+            ShardDown::Failed(
                 _,
                 StoreError::Unreachable(_)
+                | StoreError::Busy(_)
                 | StoreError::Slow(_)
                 | StoreError::WrongIdentity(_)
                 | StoreError::Refused(_)

@@ -352,31 +352,43 @@ async fn a_shard_that_answers_is_not_down_because_a_connection_takes_long_to_ope
     let server = std::env::var("CHAT_TEST_MYSQL").unwrap();
     let proxy = Proxy::to(server.rsplit('@').next().unwrap().to_owned()).await;
     let file = databases.shards_file_with(&[databases.url_through(0, proxy.port)]);
-    let instance = Instance::start(&file, &[]).await;
+    let settings = [("STORE__LANES", "16"), ("STORE__LANES_MIN", "16")];
+    let instance = Instance::start(&file, &settings).await;
     let api = instance.api(7).await;
     assert_eq!(code(api.send(42, "0", "x").await), Ok(1));
 
     proxy.set(Mode::HangNew);
     // More pages at once than there are connections for reading, while sends are answered.
-    let mut reading = pin!(join_all((0..4).map(|_| api.history(42, &[]))));
-    let mut sent = 1;
-    let pages = loop {
-        let key = sent.to_string();
-        tokio::select! {
-            pages = &mut reading => break pages,
-            seq = api.send(42, &key, "x") => {
-                sent += 1;
-                assert_eq!(code(seq), Ok(sent));
+    let (mut sent, mut refused) = (1, Vec::new());
+    while refused.is_empty() {
+        let mut reading = pin!(join_all((0..8).map(|_| api.history(42, &[]))));
+        let pages = loop {
+            let key = sent.to_string();
+            tokio::select! {
+                pages = &mut reading => break pages,
+                seq = api.send(42, &key, "x") => {
+                    sent += 1;
+                    assert_eq!(code(seq), Ok(sent));
+                }
             }
+        };
+        refused.extend(pages.into_iter().filter_map(|page| match page {
+            Ok(_) => None,
+            Err(ClientError::Refused(body)) => Some(body.code),
+            Err(e) => panic!("{e}"),
+        }));
+    }
+    assert!(refused.iter().all(|code| *code == ErrorCode::Overloaded));
+    // More transactions at once than there are connections for writing: those without one come to their turn.
+    for n in 1.. {
+        let (api, key) = (instance.api(1000 + n).await, n.to_string());
+        let sends = join_all((100..116).map(|peer| api.send(peer, &key, "x"))).await;
+        let stored: Vec<_> = sends.into_iter().map(code).collect();
+        assert_eq!(stored, [Ok(1); 16]);
+        if instance.log().contains("transaction repeated") {
+            break;
         }
-    };
-    let refused = pages.into_iter().filter_map(|page| match page {
-        Ok(_) => None,
-        Err(ClientError::Refused(body)) => Some(body.code),
-        Err(e) => panic!("{e}"),
-    });
-    let refused: Vec<_> = refused.collect();
-    assert!(!refused.is_empty() && refused.iter().all(|code| *code == ErrorCode::Overloaded));
+    }
     assert!(!instance.log().contains("shard down"), "{}", instance.log());
 
     // Nothing is answered any more: now it is.
