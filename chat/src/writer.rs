@@ -292,7 +292,10 @@ impl Work {
         if landed.rows > 0 {
             let waiting = landed.waited_for || !self.ready.is_empty();
             self.in_flight.ended(landed.rows, waiting, now);
-            self.delay.ended(landed.rows, landed.took, now);
+            // One that was refused at once, or came too late, says nothing about how long a transaction takes.
+            if landed.outcomes.sends.iter().any(|(_, sent)| sent.is_ok()) {
+                self.delay.ended(landed.rows, landed.took, now);
+            }
         }
         self.line
             .metrics
