@@ -368,7 +368,7 @@ pub async fn fill(
     }
     for n in 0..dialogs {
         let with = COUNTERPART + n;
-        let slot = chat::ring::Slot::of(format!("{account}_{with}").parse()?).get();
+        let slot = chat::domain::slot::Slot::of(format!("{account}_{with}").parse()?).get();
         by_shard
             .entry(*owners.get(&slot).context("no owner")?)
             .or_default()

@@ -1,10 +1,10 @@
 //! Whatever is lost on the way, every device has every message once and in order: shown on real servers, with the bus losing
 //! messages, instances killed and asked to go, readers that stop, and crowds that come back at once.
 
-use crate::chance::Chance;
 use crate::devices::{Device, Said, Talk, all_connected, answered, compare, level};
 use crate::lossy::Lossy;
 use crate::proxy::{Mode, Proxy};
+use crate::rng::Chance;
 use crate::service::{Service, locked};
 use anyhow::{Context, ensure};
 use chat_client::Api;

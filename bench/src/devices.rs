@@ -1,6 +1,6 @@
 //! Devices that write down what they are told, and people who talk through them.
 
-use crate::chance::Chance;
+use crate::rng::Chance;
 use crate::service::{Service, locked};
 use anyhow::ensure;
 use chat_client::{Access, Api, Client, Event};

@@ -1,7 +1,6 @@
 //! What the service is measured against, each in its plainest form: `bench/saturation` and `bench/idle` run these beside it.
 
 mod attack;
-mod chance;
 mod delay;
 mod deliver;
 mod devices;
@@ -16,6 +15,7 @@ mod prove;
 #[path = "../../chat/tests/support/proxy.rs"]
 mod proxy;
 mod reads;
+mod rng;
 mod saturate;
 mod service;
 

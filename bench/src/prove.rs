@@ -2,7 +2,7 @@
 //! while processes are killed in the middle of it. Afterwards everything is compared with what was acknowledged: through every
 //! instance, for both users, and straight in the shards' tables; and every key is sent once more.
 
-use crate::chance::Chance;
+use crate::rng::Chance;
 use crate::service::{Service, locked};
 use anyhow::{Context, bail, ensure};
 use chat_client::{Access, Api, Client, ClientError, Event};

@@ -211,8 +211,8 @@ impl Service {
             )
             .env("CHAT__AUTH__SECRET", SECRET)
             .envs(self.limits())
-            .env("CHAT__CHANGE__PURGE_AFTER_MS", "3000")
-            .env("CHAT_FAULT", fault)
+            .env("CHAT__RESHARDING__PURGE_AFTER_MS", "3000")
+            .env("CHAT_FAILPOINTS", fault)
             .stdout(Stdio::null())
             .stderr(log)
             .spawn()?;
@@ -269,7 +269,7 @@ impl Service {
 
     pub async fn status(&self) -> anyhow::Result<Value> {
         for i in 0..2 {
-            if let Ok(answer) = reqwest::get(format!("{}/admin/change", self.admin(i))).await {
+            if let Ok(answer) = reqwest::get(format!("{}/admin/resharding", self.admin(i))).await {
                 return Ok(answer.json().await?);
             }
         }
@@ -300,7 +300,7 @@ impl Service {
         bail!("no instance answers")
     }
 
-    /// Waits until the document of `version` is carried out, reviving what dies meanwhile.
+    /// Waits until the topology of `version` is carried out, reviving what dies meanwhile.
     pub async fn carried_out(
         &mut self,
         version: u64,

@@ -3,7 +3,7 @@
 //! A request is let in while anything is left, and pays when it is known what it cost: so the balance may fall below zero, and
 //! the user waits until it is above again.
 
-use crate::dialog::UserId;
+use crate::domain::dialog::UserId;
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -23,7 +23,7 @@ pub mod cost {
     /// Dialogs of an inbox that a unit pays for: what is unread is counted for each.
     const DIALOGS: usize = 4;
 
-    /// An inbox's part of so many dialogs, or a look at how far so many have come.
+    /// An inbox's stripe of so many dialogs, or a look at how far so many have come.
     #[must_use]
     pub fn inbox(dialogs: usize) -> u32 {
         u32::try_from(dialogs / DIALOGS).unwrap_or(u32::MAX)
@@ -45,7 +45,7 @@ pub struct Budgets {
     per_second: f64,
     most: f64,
     /// Cut by user, so that no single lock sees every request.
-    parts: Vec<Mutex<HashMap<UserId, Balance>>>,
+    stripes: Vec<Mutex<HashMap<UserId, Balance>>>,
 }
 
 #[derive(Clone, Copy)]
@@ -54,9 +54,9 @@ struct Balance {
     at: Instant,
 }
 
-const PARTS: u64 = 16;
+const STRIPES: u64 = 16;
 
-/// Users of a part of whom those with a full budget are forgotten.
+/// Users of a stripe of whom those with a full budget are forgotten.
 const CROWD: usize = 4096;
 
 impl Budgets {
@@ -66,13 +66,13 @@ impl Budgets {
         Self {
             per_second: f64::from(per_second.max(1)),
             most: f64::from(most.max(1)),
-            parts: (0..PARTS).map(|_| Mutex::default()).collect(),
+            stripes: (0..STRIPES).map(|_| Mutex::default()).collect(),
         }
     }
 
-    fn part(&self, user: UserId) -> MutexGuard<'_, HashMap<UserId, Balance>> {
-        let part = &self.parts[(user.get() % PARTS) as usize];
-        part.lock().unwrap_or_else(PoisonError::into_inner)
+    fn stripe(&self, user: UserId) -> MutexGuard<'_, HashMap<UserId, Balance>> {
+        let stripe = &self.stripes[(user.get() % STRIPES) as usize];
+        stripe.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn now(&self, balance: Balance, now: Instant) -> f64 {
@@ -86,26 +86,26 @@ impl Budgets {
     /// Nothing is left; how long to wait.
     pub fn take(&self, user: UserId, units: u32) -> Result<(), Duration> {
         let now = Instant::now();
-        let mut part = self.part(user);
-        let left = part
+        let mut stripe = self.stripe(user);
+        let left = stripe
             .get(&user)
             .map_or(self.most, |balance| self.now(*balance, now));
         if left <= 0.0 {
             let wait = (1.0 - left) / self.per_second;
             return Err(Duration::from_secs_f64(wait));
         }
-        if part.len() >= CROWD && !part.contains_key(&user) {
-            part.retain(|_, balance| self.now(*balance, now) < self.most);
+        if stripe.len() >= CROWD && !stripe.contains_key(&user) {
+            stripe.retain(|_, balance| self.now(*balance, now) < self.most);
         }
         let left = left - f64::from(units);
-        part.insert(user, Balance { left, at: now });
+        stripe.insert(user, Balance { left, at: now });
         Ok(())
     }
 
     /// Takes what it turned out to cost beyond that.
     pub fn charge(&self, user: UserId, units: u32) {
         let now = Instant::now();
-        if let Some(balance) = self.part(user).get_mut(&user) {
+        if let Some(balance) = self.stripe(user).get_mut(&user) {
             let left = self.now(*balance, now) - f64::from(units);
             *balance = Balance { left, at: now };
         }
@@ -142,11 +142,11 @@ mod tests {
     async fn users_who_have_been_quiet_are_forgotten() {
         let budgets = Budgets::new(10, 20);
         for n in 1..=CROWD as u64 {
-            budgets.take(user(n * PARTS), 1).unwrap();
+            budgets.take(user(n * STRIPES), 1).unwrap();
         }
         tokio::time::advance(Duration::from_secs(1)).await;
-        budgets.take(user((CROWD as u64 + 1) * PARTS), 1).unwrap();
-        assert_eq!(budgets.part(user(PARTS)).len(), 1);
+        budgets.take(user((CROWD as u64 + 1) * STRIPES), 1).unwrap();
+        assert_eq!(budgets.stripe(user(STRIPES)).len(), 1);
     }
 
     #[test]

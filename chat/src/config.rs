@@ -35,7 +35,7 @@ pub struct Settings {
     /// How the shards are used.
     pub store: Store,
     /// How the set of shards is changed.
-    pub change: Change,
+    pub resharding: Resharding,
     /// What is logged.
     pub log: Log,
 }
@@ -124,7 +124,7 @@ pub struct Store {
 /// How slots move when the set of shards changes.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Change {
+pub struct Resharding {
     /// Slots that move at once.
     pub slots_at_once: usize,
     /// How long a slot may take no writes, in milliseconds; an attempt that needs longer is made again.

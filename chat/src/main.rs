@@ -1,10 +1,10 @@
 //! The command `chat`: reads settings, builds, runs.
 
-mod operator;
+mod cli;
 
 use anyhow::Context;
 use chat::config::{LogFormat, Secret, Settings};
-use chat::dialog::{DialogId, UserId};
+use chat::domain::dialog::{DialogId, UserId};
 use chat::http::Tokens;
 use chat::server::Server;
 use clap::{Parser, Subcommand};
@@ -41,16 +41,16 @@ enum Command {
         #[command(flatten)]
         embedded: Embedded,
     },
-    /// Say what a shards.toml would do, before anything moves.
+    /// Show what a shards.toml would do, before anything moves.
     Plan {
         /// The file to look at; usually a copy of shards.toml with the edit in it.
         file: PathBuf,
         #[command(flatten)]
         embedded: Embedded,
     },
-    /// Show the shards, the document in force and how a change of them stands.
+    /// Show the shards, the topology in effect and the progress of rebalancing.
     Status {
-        /// Show it again every second, until Ctrl-C.
+        /// Repeat every second, until Ctrl-C.
         #[arg(long)]
         watch: bool,
         /// The admin listener of a running instance; that of the settings if left out.
@@ -59,16 +59,19 @@ enum Command {
         #[command(flatten)]
         embedded: Embedded,
     },
-    /// Halt all moves of slots, or let them go on.
+    /// Pause rebalancing: no slot moves until `chat resume`.
     Pause {
-        /// Let them go on.
-        #[arg(long)]
-        resume: bool,
         /// The admin listener of a running instance; that of the settings if left out.
         #[arg(long)]
         admin: Option<std::net::SocketAddr>,
     },
-    /// Say where the dialog of two users lies.
+    /// Resume rebalancing.
+    Resume {
+        /// The admin listener of a running instance; that of the settings if left out.
+        #[arg(long)]
+        admin: Option<std::net::SocketAddr>,
+    },
+    /// Show the slot, owner and target shard of the dialog of two users.
     Where {
         a: u64,
         b: u64,
@@ -79,7 +82,7 @@ enum Command {
 
 #[derive(clap::Args)]
 struct Embedded {
-    /// Everything in one process and in files: four SQLite shards, no bus, tokens for anybody on this machine.
+    /// Everything in one process and in files: four SQLite shards, no NATS, tokens for everyone on this machine.
     #[arg(long)]
     embedded: bool,
     /// Where embedded mode keeps its files.
@@ -137,7 +140,7 @@ async fn run() -> anyhow::Result<()> {
         }
         Command::Plan { file, embedded } => {
             embedded.apply(&mut settings)?;
-            operator::plan(&settings, &file).await
+            cli::plan(&settings, &file).await
         }
         Command::Status {
             watch,
@@ -146,15 +149,19 @@ async fn run() -> anyhow::Result<()> {
         } => {
             embedded.apply(&mut settings)?;
             let admin = admin.unwrap_or(settings.admin_listen);
-            operator::status(admin, settings.admin_token.as_ref(), watch).await
+            cli::status(admin, settings.admin_token.as_ref(), watch).await
         }
-        Command::Pause { resume, admin } => {
+        Command::Pause { admin } => {
             let admin = admin.unwrap_or(settings.admin_listen);
-            operator::pause(admin, settings.admin_token.as_ref(), resume).await
+            cli::pause(admin, settings.admin_token.as_ref(), true).await
+        }
+        Command::Resume { admin } => {
+            let admin = admin.unwrap_or(settings.admin_listen);
+            cli::pause(admin, settings.admin_token.as_ref(), false).await
         }
         Command::Where { a, b, embedded } => {
             embedded.apply(&mut settings)?;
-            operator::find(
+            cli::find(
                 &settings,
                 DialogId::between(UserId::new(a)?, UserId::new(b)?),
             )

@@ -1,6 +1,5 @@
-//! What is measured, under the names that Prometheus reads. Every gauge and counter is made here and handed to its owner.
+//! The metrics, under their names in Prometheus. Every gauge and counter is created here and handed to the module that sets it.
 
-use crate::store::Unlike;
 use chat_wire::{Close, ErrorCode};
 use prometheus_client::encoding::{EncodeLabelSet, EncodeMetric, MetricEncoder, NoLabelSet};
 use prometheus_client::metrics::counter::Counter;
@@ -8,22 +7,30 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::metrics::{MetricType, TypedMetric};
-use prometheus_client::registry::Registry;
+use prometheus_client::registry::{Metric, Registry};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// The label of what is counted per shard.
+/// The label of metrics per shard.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ShardLabel {
     shard: String,
 }
 
-/// The labels of batches that were not as they were remembered.
+impl ShardLabel {
+    fn of(name: &str) -> Self {
+        Self {
+            shard: name.to_owned(),
+        }
+    }
+}
+
+/// The labels of batches that needed another round trip.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct UnlikeLabel {
+pub struct MismatchLabel {
     shard: String,
-    unlike: &'static str,
+    mismatch: &'static str,
 }
 
 /// The label of errors.
@@ -38,7 +45,7 @@ pub struct ReasonLabel {
     reason: &'static str,
 }
 
-/// A histogram of durations that every message passes: counters only, where the library's holds a lock.
+/// A histogram of durations on the path of every message: it has only counters, where that of the library holds a lock.
 #[derive(Clone, Debug)]
 pub struct Latency {
     inner: Arc<LatencyInner>,
@@ -105,348 +112,180 @@ impl EncodeMetric for Latency {
     }
 }
 
-/// Everything that is measured; one for each server in a process.
+/// All metrics; one for each server in a process.
 pub struct Metrics {
     registry: Registry,
     /// Open sessions.
     pub sessions: Gauge,
     /// Frames from clients.
-    pub frames_in: Counter,
-    /// Bytes of those.
-    pub bytes_in: Counter,
+    pub received_frames: Counter,
+    /// Bytes of frames from clients.
+    pub received_bytes: Counter,
     /// Frames to clients.
-    pub frames_out: Counter,
-    /// Bytes of those.
-    pub bytes_out: Counter,
-    /// Seconds from a send's arrival to its answer.
+    pub sent_frames: Counter,
+    /// Bytes of frames to clients.
+    pub sent_bytes: Counter,
+    /// Seconds from the arrival of a send to its answer.
     pub send_seconds: Latency,
-    /// Errors told to clients.
     errors: Family<CodeLabel, Counter>,
-    /// Sessions closed by the server.
     closes: Family<ReasonLabel, Counter>,
-    /// Messages that were stored.
-    stored: Family<ShardLabel, Counter>,
-    /// Sends that turned out to be repeats.
-    repeats: Family<ShardLabel, Counter>,
-    batch_rows: Family<ShardLabel, Histogram>,
-    batch_seconds: Family<ShardLabel, Histogram>,
-    queue_rows: Family<ShardLabel, Gauge>,
-    in_flight: Family<ShardLabel, Gauge>,
-    drafts_unlike: Family<UnlikeLabel, Counter>,
+    messages_stored: Family<ShardLabel, Counter>,
+    messages_repeated: Family<ShardLabel, Counter>,
+    write_batch_size: Family<ShardLabel, Histogram>,
+    transaction_seconds: Family<ShardLabel, Histogram>,
+    write_queue_length: Family<ShardLabel, Gauge>,
+    transactions_in_flight_limit: Family<ShardLabel, Gauge>,
+    batches_redone: Family<MismatchLabel, Counter>,
     slots: Family<ShardLabel, Gauge>,
     circuit_open: Family<ShardLabel, Gauge>,
     circuit_opened: Family<ShardLabel, Counter>,
-    /// Requests that were refused because their user had nothing left of the budget.
-    pub over_budget: Counter,
+    /// Requests that were refused because the budget of their user was used up.
+    pub requests_over_budget: Counter,
     /// Pages that were read from a shard.
     pub history_reads: Counter,
-    /// Pages that shared the read of another.
+    /// Pages that shared the read of another request.
     pub history_shared: Counter,
-    /// Pages that did not add up and were read again.
-    pub history_torn: Counter,
-    /// 1 while the bus is connected.
+    /// Pages that had a gap and were read again.
+    pub history_gap_retries: Counter,
+    /// 1 while NATS is connected.
     pub bus_connected: Gauge,
-    /// Publications that the bus had no room or no connection for.
+    /// Publications that were dropped: the bus had no room, or was disconnected.
     pub bus_dropped: Counter,
     /// Publications that were handed to the bus.
     pub bus_published: Counter,
-    /// What came from the bus.
+    /// Publications that were received from the bus.
     pub bus_received: Counter,
-    /// Messages that sessions were sent from the shards, because they were lost on the way or while away.
-    pub caught_up: Counter,
-    /// Dialogs whose session was told to read the history: too much was missed, or the position was none.
+    /// Messages that sessions were sent from the shards: lost on the bus, or missed while disconnected.
+    pub messages_caught_up: Counter,
+    /// Dialogs whose session was told to read the history: it missed too much, or its position was wrong.
     pub resyncs: Counter,
-    /// Dialogs whose heads were compared with what sessions were sent.
-    pub heads_compared: Counter,
-    /// The version of the document in force.
-    pub document_version: Gauge,
-    /// Slots that are not where they are wanted.
+    /// Dialogs whose last seq was compared with what sessions were sent.
+    pub reconciled_dialogs: Counter,
+    /// The version of the topology in effect.
+    pub topology_version: Gauge,
+    /// 1 while slots of shards that were declared down are being claimed.
+    pub failover_in_progress: Gauge,
+    /// Slots whose sends wait for their new owner.
+    pub slots_buffering: Gauge,
+    /// Slots that are not on their target shard.
     pub slots_to_move: Gauge,
     /// Slots that were moved.
     pub slots_moved: Counter,
-    /// Messages that were copied on the way.
+    /// Messages that were copied with them.
     pub messages_moved: Counter,
-    /// Attempts to move a slot that were given up.
+    /// Attempts to move a slot that failed.
     pub moves_failed: Counter,
     /// Seconds for which a slot that moved took no writes.
-    pub freeze_seconds: Latency,
-    /// Slots whose sends wait for their new owner.
-    pub slots_parked: Gauge,
-    /// 1 while slots of shards that were declared down are being judged.
-    pub adjudicating: Gauge,
+    pub slot_write_pause_seconds: Latency,
 }
 
-/// What the writer of one shard reports.
+/// The metrics of one shard.
+#[derive(Clone, Default)]
+pub struct ShardMetrics {
+    /// 1 while the circuit breaker is open.
+    pub circuit_open: Gauge,
+    /// How often it opened.
+    pub opened: Counter,
+    /// Seconds of a transaction, from its first round trip to COMMIT. `None` where nothing is measured.
+    pub transaction_seconds: Option<Histogram>,
+}
+
+/// The metrics of the writer of one shard.
 #[derive(Clone)]
 pub struct WriterMetrics {
     /// Messages stored.
     pub stored: Counter,
     /// Repeats answered.
     pub repeats: Counter,
-    /// Messages a transaction.
-    pub batch_rows: Histogram,
+    /// Messages of a transaction.
+    pub batch_size: Histogram,
     /// Sends that are not settled yet.
-    pub queue_rows: Gauge,
+    pub queue_length: Gauge,
     /// Transactions that may be in flight.
-    pub in_flight: Gauge,
-    /// Batches that had to be worked out anew, because something was not as it was remembered.
-    drafts_unlike: Family<UnlikeLabel, Counter>,
+    pub in_flight_limit: Gauge,
+    redone: Family<MismatchLabel, Counter>,
     shard: String,
 }
 
 impl WriterMetrics {
-    /// Counts a batch that has to be worked out anew.
-    pub fn drafts_unlike(&self, unlike: Unlike) {
-        let label = UnlikeLabel {
+    /// Counts a batch that needs another round trip, because something was not as remembered.
+    pub fn redone(&self, mismatch: &'static str) {
+        let label = MismatchLabel {
             shard: self.shard.clone(),
-            unlike: match unlike {
-                Unlike::Term => "term",
-                Unlike::Head => "head",
-                Unlike::Key => "key",
-            },
+            mismatch,
         };
-        self.drafts_unlike.get_or_create(&label).inc();
+        self.redone.get_or_create(&label).inc();
     }
+}
+
+/// Creates a metric and registers it.
+fn metric<M: Metric + Clone + Default>(registry: &mut Registry, name: &str, help: &str) -> M {
+    register(registry, name, help, M::default())
+}
+
+fn register<M: Metric + Clone>(registry: &mut Registry, name: &str, help: &str, metric: M) -> M {
+    registry.register(name, help, metric.clone());
+    metric
+}
+
+fn batch_sizes() -> Histogram {
+    Histogram::new(exponential_buckets(1.0, 2.0, 10))
+}
+
+fn transaction_times() -> Histogram {
+    Histogram::new(exponential_buckets(0.0005, 2.0, 16))
 }
 
 impl Metrics {
     /// All at zero.
     #[must_use]
+    #[rustfmt::skip] // one line a metric
     pub fn new() -> Arc<Self> {
-        let metrics = Self {
-            registry: Registry::with_prefix("chat"),
-            sessions: Gauge::default(),
-            frames_in: Counter::default(),
-            bytes_in: Counter::default(),
-            frames_out: Counter::default(),
-            bytes_out: Counter::default(),
-            send_seconds: Latency::default(),
-            errors: Family::default(),
-            closes: Family::default(),
-            stored: Family::default(),
-            repeats: Family::default(),
-            batch_rows: Family::new_with_constructor(|| {
-                Histogram::new(exponential_buckets(1.0, 2.0, 10))
-            }),
-            batch_seconds: Family::new_with_constructor(|| {
-                Histogram::new(exponential_buckets(0.0005, 2.0, 16))
-            }),
-            queue_rows: Family::default(),
-            in_flight: Family::default(),
-            drafts_unlike: Family::default(),
-            slots: Family::default(),
-            circuit_open: Family::default(),
-            circuit_opened: Family::default(),
-            over_budget: Counter::default(),
-            history_reads: Counter::default(),
-            history_shared: Counter::default(),
-            history_torn: Counter::default(),
-            bus_connected: Gauge::default(),
-            bus_dropped: Counter::default(),
-            bus_published: Counter::default(),
-            bus_received: Counter::default(),
-            caught_up: Counter::default(),
-            resyncs: Counter::default(),
-            heads_compared: Counter::default(),
-            document_version: Gauge::default(),
-            adjudicating: Gauge::default(),
-            slots_parked: Gauge::default(),
-            slots_to_move: Gauge::default(),
-            slots_moved: Counter::default(),
-            messages_moved: Counter::default(),
-            moves_failed: Counter::default(),
-            freeze_seconds: Latency::default(),
-        };
         let mut registry = Registry::with_prefix("chat");
         let r = &mut registry;
-        r.register(
-            "sessions",
-            "Open WebSocket sessions",
-            metrics.sessions.clone(),
-        );
-        r.register(
-            "frames_in",
-            "Frames received from clients",
-            metrics.frames_in.clone(),
-        );
-        r.register(
-            "bytes_in",
-            "Bytes of frames received from clients",
-            metrics.bytes_in.clone(),
-        );
-        r.register(
-            "frames_out",
-            "Frames sent to clients",
-            metrics.frames_out.clone(),
-        );
-        r.register(
-            "bytes_out",
-            "Bytes of frames sent to clients",
-            metrics.bytes_out.clone(),
-        );
-        r.register(
-            "send_seconds",
-            "Seconds from the arrival of a send to its answer",
-            metrics.send_seconds.clone(),
-        );
-        r.register("errors", "Errors told to clients", metrics.errors.clone());
-        r.register(
-            "closes",
-            "Sessions closed by the server",
-            metrics.closes.clone(),
-        );
-        r.register(
-            "messages_stored",
-            "Messages committed",
-            metrics.stored.clone(),
-        );
-        r.register(
-            "messages_repeated",
-            "Sends that were stored before",
-            metrics.repeats.clone(),
-        );
-        r.register(
-            "batch_rows",
-            "Messages of one transaction",
-            metrics.batch_rows.clone(),
-        );
-        r.register(
-            "batch_seconds",
-            "Seconds of one transaction",
-            metrics.batch_seconds.clone(),
-        );
-        r.register(
-            "queue_rows",
-            "Sends that are not settled yet",
-            metrics.queue_rows.clone(),
-        );
-        r.register(
-            "transactions_in_flight_limit",
-            "Transactions of a shard that this instance may have in flight, as it has found to be best",
-            metrics.in_flight.clone(),
-        );
-        r.register(
-            "batches_redone",
-            "Batches that were not as remembered (term, head, key) and took another round trip",
-            metrics.drafts_unlike.clone(),
-        );
-        r.register(
-            "slots",
-            "Slots a shard owns, as this instance knows it",
-            metrics.slots.clone(),
-        );
-        r.register(
-            "circuit_open",
-            "1 while a shard does not answer",
-            metrics.circuit_open.clone(),
-        );
-        r.register(
-            "circuit_opened",
-            "Times a shard stopped answering",
-            metrics.circuit_opened.clone(),
-        );
-        r.register(
-            "requests_over_budget",
-            "Requests refused because their user had nothing left of the budget",
-            metrics.over_budget.clone(),
-        );
-        r.register(
-            "history_reads",
-            "Pages read from a shard",
-            metrics.history_reads.clone(),
-        );
-        r.register(
-            "history_shared",
-            "Pages that shared the read of another request",
-            metrics.history_shared.clone(),
-        );
-        r.register(
-            "history_torn",
-            "Pages that did not add up and were read again",
-            metrics.history_torn.clone(),
-        );
-        r.register(
-            "bus_connected",
-            "1 while the bus between instances is connected",
-            metrics.bus_connected.clone(),
-        );
-        r.register(
-            "bus_dropped",
-            "Publications the bus had no room or connection for",
-            metrics.bus_dropped.clone(),
-        );
-        r.register(
-            "bus_published",
-            "Publications handed to the bus",
-            metrics.bus_published.clone(),
-        );
-        r.register(
-            "bus_received",
-            "Deliveries received from the bus",
-            metrics.bus_received.clone(),
-        );
-        r.register(
-            "messages_caught_up",
-            "Messages sent to sessions from the shards: lost on the way, or missed while away",
-            metrics.caught_up.clone(),
-        );
-        r.register(
-            "resyncs",
-            "Dialogs whose session was told to read the history",
-            metrics.resyncs.clone(),
-        );
-        r.register(
-            "heads_compared",
-            "Dialogs compared with the shards after something may have been lost",
-            metrics.heads_compared.clone(),
-        );
-        r.register(
-            "document_version",
-            "Version of the shard document in force",
-            metrics.document_version.clone(),
-        );
-        r.register(
-            "slots_parked",
-            "Slots whose sends wait for their new owner",
-            metrics.slots_parked.clone(),
-        );
-        r.register(
-            "slots_to_move",
-            "Slots that are not where they are wanted, as whoever moves them sees it",
-            metrics.slots_to_move.clone(),
-        );
-        r.register(
-            "slots_moved",
-            "Slots moved by this instance",
-            metrics.slots_moved.clone(),
-        );
-        r.register(
-            "messages_moved",
-            "Messages copied by this instance while moving slots",
-            metrics.messages_moved.clone(),
-        );
-        r.register(
-            "moves_failed",
-            "Attempts to move a slot that were given up",
-            metrics.moves_failed.clone(),
-        );
-        r.register(
-            "freeze_seconds",
-            "Seconds for which a slot that moved took no writes",
-            metrics.freeze_seconds.clone(),
-        );
-        r.register(
-            "document_adjudicating",
-            "1 while slots of shards that were declared down are being judged",
-            metrics.adjudicating.clone(),
-        );
         Arc::new(Self {
+            sessions: metric(r, "sessions", "Open WebSocket sessions"),
+            received_frames: metric(r, "received_frames", "Frames received from clients"),
+            received_bytes: metric(r, "received_bytes", "Bytes of frames received from clients"),
+            sent_frames: metric(r, "sent_frames", "Frames sent to clients"),
+            sent_bytes: metric(r, "sent_bytes", "Bytes of frames sent to clients"),
+            send_seconds: metric(r, "send_seconds", "Seconds from the arrival of a send to its answer"),
+            errors: metric(r, "errors", "Errors sent to clients"),
+            closes: metric(r, "closes", "Sessions closed by the server"),
+            messages_stored: metric(r, "messages_stored", "Messages committed"),
+            messages_repeated: metric(r, "messages_repeated", "Sends that were stored before"),
+            write_batch_size: register(r, "write_batch_size", "Messages of one transaction", Family::new_with_constructor(batch_sizes as fn() -> Histogram)),
+            transaction_seconds: register(r, "transaction_seconds", "Seconds of one transaction", Family::new_with_constructor(transaction_times as fn() -> Histogram)),
+            write_queue_length: metric(r, "write_queue_length", "Sends that are not settled yet"),
+            transactions_in_flight_limit: metric(r, "transactions_in_flight_limit", "Transactions of a shard that this instance may have in flight, as measured to be best"),
+            batches_redone: metric(r, "batches_redone", "Batches that needed another round trip, because a term, last seq or key was not as remembered"),
+            slots: metric(r, "slots", "Slots that a shard owns, as this instance knows it"),
+            circuit_open: metric(r, "circuit_open", "1 while the circuit breaker of a shard is open"),
+            circuit_opened: metric(r, "circuit_opened", "Times the circuit breaker of a shard opened"),
+            requests_over_budget: metric(r, "requests_over_budget", "Requests refused because the budget of their user was used up"),
+            history_reads: metric(r, "history_reads", "Pages read from a shard"),
+            history_shared: metric(r, "history_shared", "Pages that shared the read of another request"),
+            history_gap_retries: metric(r, "history_gap_retries", "Pages that had a gap and were read again"),
+            bus_connected: metric(r, "bus_connected", "1 while NATS is connected; 0 without NATS"),
+            bus_dropped: metric(r, "bus_dropped", "Publications dropped because the bus had no room or was disconnected"),
+            bus_published: metric(r, "bus_published", "Publications handed to the bus"),
+            bus_received: metric(r, "bus_received", "Publications received from the bus"),
+            messages_caught_up: metric(r, "messages_caught_up", "Messages sent to sessions from the shards: lost on the bus, or missed while disconnected"),
+            resyncs: metric(r, "resyncs", "Dialogs whose session was told to read the history"),
+            reconciled_dialogs: metric(r, "reconciled_dialogs", "Dialogs compared with the shards after messages may have been lost"),
+            topology_version: metric(r, "topology_version", "Version of the topology in effect"),
+            failover_in_progress: metric(r, "failover_in_progress", "1 while slots of shards that were declared down are being claimed"),
+            slots_buffering: metric(r, "slots_buffering", "Slots whose sends wait for their new owner"),
+            slots_to_move: metric(r, "slots_to_move", "Slots that are not on their target shard, as the coordinator sees it"),
+            slots_moved: metric(r, "slots_moved", "Slots moved by this instance"),
+            messages_moved: metric(r, "messages_moved", "Messages copied by this instance while moving slots"),
+            moves_failed: metric(r, "moves_failed", "Attempts to move a slot that failed"),
+            slot_write_pause_seconds: metric(r, "slot_write_pause_seconds", "Seconds for which a slot that moved took no writes"),
             registry,
-            ..metrics
         })
     }
 
-    /// Counts an error that a client was told.
+    /// Counts an error that a client was sent.
     pub fn error(&self, code: ErrorCode) {
         self.errors
             .get_or_create(&CodeLabel {
@@ -464,45 +303,41 @@ impl Metrics {
             .inc();
     }
 
-    /// What the circuit of a shard reports to.
+    /// The metrics of a shard.
     #[must_use]
-    pub fn shard(&self, name: &str) -> crate::store::ShardMetrics {
-        let label = ShardLabel {
-            shard: name.to_owned(),
-        };
-        crate::store::ShardMetrics {
+    pub fn shard(&self, name: &str) -> ShardMetrics {
+        let label = ShardLabel::of(name);
+        ShardMetrics {
             circuit_open: self.circuit_open.get_or_create_owned(&label),
             opened: self.circuit_opened.get_or_create_owned(&label),
-            batch_seconds: Some(self.batch_seconds.get_or_create_owned(&label)),
+            transaction_seconds: Some(self.transaction_seconds.get_or_create_owned(&label)),
         }
     }
 
-    /// What the writer of a shard reports to.
+    /// The metrics of the writer of a shard.
     #[must_use]
     pub fn writer(&self, name: &str) -> WriterMetrics {
-        let label = ShardLabel {
-            shard: name.to_owned(),
-        };
+        let label = ShardLabel::of(name);
         WriterMetrics {
-            stored: self.stored.get_or_create_owned(&label),
-            repeats: self.repeats.get_or_create_owned(&label),
-            batch_rows: self.batch_rows.get_or_create_owned(&label),
-            queue_rows: self.queue_rows.get_or_create_owned(&label),
-            in_flight: self.in_flight.get_or_create_owned(&label),
-            drafts_unlike: self.drafts_unlike.clone(),
+            stored: self.messages_stored.get_or_create_owned(&label),
+            repeats: self.messages_repeated.get_or_create_owned(&label),
+            batch_size: self.write_batch_size.get_or_create_owned(&label),
+            queue_length: self.write_queue_length.get_or_create_owned(&label),
+            in_flight_limit: self
+                .transactions_in_flight_limit
+                .get_or_create_owned(&label),
+            redone: self.batches_redone.clone(),
             shard: name.to_owned(),
         }
     }
 
-    /// Where the number of slots of a shard is shown.
+    /// The number of slots of a shard.
     #[must_use]
     pub fn slots(&self, name: &str) -> Gauge {
-        self.slots.get_or_create_owned(&ShardLabel {
-            shard: name.to_owned(),
-        })
+        self.slots.get_or_create_owned(&ShardLabel::of(name))
     }
 
-    /// The text that Prometheus reads.
+    /// All metrics in the text format of Prometheus.
     #[must_use]
     pub fn encode(&self) -> String {
         let mut text = String::new();

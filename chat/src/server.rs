@@ -1,22 +1,22 @@
 //! From settings to a running server: what is built in which order, and what is ended in which.
 
 use crate::bus::{Bus, LocalBus, NatsBus};
-use crate::change::Change;
-use crate::change::file::Source;
-use crate::cluster::{Cluster, Founding, StartError, stores};
+use crate::cluster::{Cluster, IfEmpty, Peers, StartError, stores};
 use crate::config::Settings;
 use crate::delivery::Delivery;
-use crate::heads::Heads;
-use crate::http::{self, App, Counter, Line, Tokens};
+use crate::delivery::Reconcile;
+use crate::delivery::presence::Presence;
+use crate::delivery::registry::Registry;
+use crate::domain::shards_file::ShardsFile;
+use crate::http::{self, App, ConnectionLimiter, TcpHandle, Tokens};
 use crate::messages::Messages;
+use crate::messages::last_seqs::LastSeqReader;
+use crate::messages::writer::{Committed, OnCommit};
 use crate::metrics::Metrics;
-use crate::presence::Presence;
-use crate::rate::Rates;
-use crate::reconcile::Reconcile;
-use crate::registry::Registry;
+use crate::rate_limit::RateLimiter;
+use crate::resharding::Resharding;
+use crate::resharding::watcher::Source;
 use crate::session::Context as SessionContext;
-use crate::topology::Topology;
-use crate::writer::{Committed, OnCommit};
 use actix_web::{App as WebApp, HttpServer, web};
 use anyhow::{Context, bail};
 use chat_wire::Close;
@@ -39,7 +39,7 @@ pub struct Server {
     store_runtime: StoreRuntime,
 }
 
-/// Connections to databases and to the bus live on a runtime of their own: a pool of `mysql_async` must not be shared
+/// ConnectionPermit to databases and to the bus live on a runtime of their own: a pool of `mysql_async` must not be shared
 /// between the single-threaded runtimes of actix's workers.
 struct StoreRuntime(Option<Runtime>);
 
@@ -73,12 +73,12 @@ impl Drop for StoreRuntime {
 ///
 /// # Errors
 /// One line with the file, the line and what is wrong.
-pub fn read_topology(path: &Path) -> anyhow::Result<(Topology, String)> {
+pub fn read_shards_file(path: &Path) -> anyhow::Result<(ShardsFile, String)> {
     let text =
         std::fs::read_to_string(path).with_context(|| format!("shards file {}", path.display()))?;
-    let topology = Topology::parse(&text, &|name| std::env::var(name).ok())
+    let file = ShardsFile::parse(&text, &|name| std::env::var(name).ok())
         .with_context(|| path.display().to_string())?;
-    Ok((topology, text))
+    Ok((file, text))
 }
 
 impl Server {
@@ -94,7 +94,7 @@ impl Server {
                 settings.admin_listen
             );
         }
-        let (topology, text) = read_topology(&settings.shards_file)?;
+        let (file, text) = read_shards_file(&settings.shards_file)?;
         let metrics = Metrics::new();
         let store_runtime = StoreRuntime::start(settings.store.threads)?;
         let runtime = store_runtime.handle();
@@ -103,7 +103,7 @@ impl Server {
         let (admin_address, admin_listener) =
             listen(settings.admin_listen).context("admin_listen")?;
 
-        let cluster = start_cluster(&topology, &settings, &runtime, &metrics).await?;
+        let cluster = start_cluster(&file, &settings, &runtime, &metrics).await?;
         let bus: Arc<dyn Bus> = match &settings.nats_url {
             Some(url) => Arc::new(
                 NatsBus::connect(url.expose(), cluster.id(), &runtime, metrics.clone())
@@ -121,29 +121,32 @@ impl Server {
         };
         let messages = Messages::start(cluster, &settings, on_commit, &runtime, metrics.clone());
         let hears = messages.clone();
-        registry.on_heard(Arc::new(move |dialog, seq| hears.heard(dialog, seq)));
-        let heads = Heads::new(messages.cluster().clone(), &runtime);
+        registry.on_remote_message(Arc::new(move |dialog, seq| {
+            hears.remote_message(dialog, seq)
+        }));
+        let last_seqs = LastSeqReader::new(messages.cluster().clone(), &runtime);
+        let peers = Peers::start(messages.cluster(), bus.clone(), &runtime);
         let reconcile = Reconcile::start(
             messages.cluster(),
-            &heads,
+            &last_seqs,
             &delivery,
             &presence,
-            bus.clone(),
+            &peers,
             metrics.clone(),
             &runtime,
         );
-        let change = Change::start(
+        let resharding = Resharding::start(
             messages.cluster(),
             Source::file(settings.shards_file.clone()),
             text,
-            &settings.change,
-            bus,
+            &settings.resharding,
+            &peers,
             metrics.clone(),
             &runtime,
         );
         let context = SessionContext {
             messages,
-            heads,
+            last_seqs,
             delivery,
             presence,
             authenticate: tokens.clone(),
@@ -155,21 +158,22 @@ impl Server {
             tokens,
             dev_tokens: settings.embedded && address.ip().is_loopback(),
             allowed_origins: settings.auth.allowed_origins.clone(),
-            connections: Counter::new(
+            connections: ConnectionLimiter::new(
                 settings.limits.connections_per_ip,
                 settings.limits.connections,
             ),
-            connects: Rates::new(
+            connects: RateLimiter::new(
                 settings.limits.connects_per_second,
                 settings.limits.connects_burst,
             ),
-            requests: Rates::new(
+            requests: RateLimiter::new(
                 settings.limits.requests_per_second,
                 settings.limits.requests_burst,
             ),
             trust_forwarded_for: settings.trust_forwarded_for,
             draining: AtomicBool::new(false),
-            change,
+            resharding,
+            peers,
             reconcile,
             admin_token: settings.admin_token.clone(),
         });
@@ -216,7 +220,7 @@ impl Server {
             let app = app.clone();
             HttpServer::new(move || WebApp::new().app_data(app.clone()).configure(http::routes))
                 .on_connect(move |connection, extensions| {
-                    Line::keep(connection, extensions, user_timeout)
+                    TcpHandle::keep(connection, extensions, user_timeout)
                 })
                 .client_request_timeout(Duration::from_millis(limits.handshake_ms))
                 .backlog(4096)
@@ -260,7 +264,7 @@ impl Server {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         public_handle.stop(true).await;
-        app.reconcile.farewell().await;
+        app.peers.announce_shutdown().await;
         admin_handle.stop(false).await;
         let _ = tokio::join!(public, admin);
         drop(app);
@@ -281,7 +285,7 @@ fn listen(address: SocketAddr) -> anyhow::Result<(SocketAddr, TcpListener)> {
 
 /// Takes the shards into service; waits a while for those that the founding needs.
 async fn start_cluster(
-    topology: &Topology,
+    file: &ShardsFile,
     settings: &Settings,
     runtime: &tokio::runtime::Handle,
     metrics: &Arc<Metrics>,
@@ -290,10 +294,10 @@ async fn start_cluster(
     let mut said = String::new();
     loop {
         match Cluster::start(
-            topology,
+            file,
             stores(&settings.store, runtime),
             &settings.store,
-            Founding::Allowed,
+            IfEmpty::Initialize,
             runtime,
             metrics,
         )

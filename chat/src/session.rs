@@ -2,20 +2,21 @@
 
 use crate::budget::cost;
 use crate::bus::BusState;
-use crate::catchup::CatchUp;
+use crate::clock;
 use crate::config::Limits;
+use crate::delivery::catchup::CatchUp;
+use crate::delivery::outbound_queue::OutboundQueue;
+use crate::delivery::presence::{Presence, Watch};
+use crate::delivery::registry::{Joined, TooMany};
+use crate::delivery::sequencer::Bounds;
+use crate::delivery::subscriber::Subscriber;
 use crate::delivery::{Delivery, encode};
-use crate::dialog::{DialogId, Seq, Timestamp, UserId};
-use crate::feed::Feed;
-use crate::heads::Heads;
-use crate::messages::{Messages, NotDone, Outgoing};
+use crate::domain::dialog::{DialogId, Seq, Timestamp, UserId};
+use crate::error::ApiError;
+use crate::messages::last_seqs::LastSeqReader;
+use crate::messages::{Messages, Outgoing, RequestError};
 use crate::metrics::Metrics;
-use crate::outbox::Outbox;
-use crate::presence::{Presence, Watch};
-use crate::refusal::Refusal;
-use crate::registry::{Joined, TooMany};
-use crate::sight::Bounds;
-use crate::store::{self, Range};
+use crate::store::Range;
 use chat_wire::{ClientFrame, Close, ErrorCode, ServerFrame};
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
@@ -40,8 +41,8 @@ pub trait Authenticate: Send + Sync {
     /// Who a token belongs to.
     ///
     /// # Errors
-    /// [`Refusal`] with `unauthenticated`, and why.
-    fn authenticate(&self, token: &str) -> Result<Identity, Refusal>;
+    /// [`ApiError`] with `unauthenticated`, and why.
+    fn authenticate(&self, token: &str) -> Result<Identity, ApiError>;
 }
 
 /// What sessions share. A clone is a few references.
@@ -50,7 +51,7 @@ pub struct Context {
     /// Sends and reads.
     pub messages: Messages,
     /// Reads how far dialogs have come.
-    pub heads: Heads,
+    pub last_seqs: LastSeqReader,
     /// Tells people.
     pub delivery: Delivery,
     /// Knows who is there.
@@ -67,15 +68,15 @@ pub struct Context {
 pub struct Session {
     context: Context,
     identity: Identity,
-    outbox: Arc<Outbox>,
+    outbound: Arc<OutboundQueue>,
     joined: Joined,
     /// What this session is told, in order.
-    feed: Arc<Feed>,
+    subscriber: Arc<Subscriber>,
     catch_up: CatchUp,
     watch: Watch,
     /// Sends that are not settled.
     unsettled: Arc<Unsettled>,
-    /// Other requests whose answers are not in the outbox yet.
+    /// Other requests whose answers are not in the outbound yet.
     pending: FuturesUnordered<BoxFuture<'static, ()>>,
     /// Dialogs that are being read because something of them was missed; each at most once.
     catching_up: FuturesUnordered<BoxFuture<'static, ()>>,
@@ -106,15 +107,15 @@ impl Session {
     pub fn begin(
         context: Context,
         identity: Identity,
-        outbox: Arc<Outbox>,
+        outbound: Arc<OutboundQueue>,
     ) -> Result<Self, TooMany> {
         let limits = &context.limits;
         let bounds = Bounds {
             dialogs: limits.resume_dialogs as usize,
             held_bytes: limits.outbound_queue_bytes / 4,
         };
-        let lossless = context.delivery.bus() == BusState::Alone;
-        let feed = Arc::new(Feed::new(outbox.clone(), bounds, lossless));
+        let lossless = context.delivery.bus() == BusState::Standalone;
+        let subscriber = Arc::new(Subscriber::new(outbound.clone(), bounds, lossless));
         let welcome = |session: u64| {
             encode(&ServerFrame::Welcome {
                 user: identity.user.get(),
@@ -134,32 +135,33 @@ impl Session {
                     work_per_second: limits.work_per_second,
                     work_burst: limits.work_burst,
                 },
-                now: store::now().to_string(),
+                now: clock::now().to_string(),
             })
         };
-        let joined = context
-            .delivery
-            .registry()
-            .join(identity.user, feed.clone(), welcome)?;
+        let joined =
+            context
+                .delivery
+                .registry()
+                .join(identity.user, subscriber.clone(), welcome)?;
         let frames = FrameRate::new(limits.frames_per_second);
         let reads = Arc::new(Semaphore::new(context.limits.reads_in_flight));
         let catch_up = CatchUp {
             messages: context.messages.clone(),
-            heads: context.heads.clone(),
-            feed: feed.clone(),
+            last_seqs: context.last_seqs.clone(),
+            subscriber: subscriber.clone(),
             me: identity.user,
             replay: u64::from(limits.resume_messages),
             replay_dialogs: limits.resume_dialogs as usize,
-            turns: Arc::new(Semaphore::new(CATCH_UPS)),
+            permits: Arc::new(Semaphore::new(CATCH_UPS)),
             metrics: context.metrics.clone(),
         };
         Ok(Self {
-            watch: context.presence.watch(joined.session(), feed.clone()),
+            watch: context.presence.watch(joined.session(), subscriber.clone()),
             context,
             identity,
-            outbox,
+            outbound,
             joined,
-            feed,
+            subscriber,
             catch_up,
             unsettled: Arc::default(),
             pending: FuturesUnordered::new(),
@@ -170,7 +172,7 @@ impl Session {
         })
     }
 
-    /// Takes a text frame. Whatever it says, the answer goes to the outbox, now or when it is known.
+    /// Takes a text frame. Whatever it says, the answer goes to the outbound, now or when it is known.
     pub fn receive(&mut self, text: &str) {
         if !self.count_frame() {
             return;
@@ -182,12 +184,12 @@ impl Session {
                     .is_some_and(|id| id.chars().count() > MAX_ID_CHARS) =>
             {
                 let message = format!("an id has at most {MAX_ID_CHARS} characters");
-                self.refuse(Refusal::new(ErrorCode::BadRequest, message), None, None);
+                self.refuse(ApiError::new(ErrorCode::BadRequest, message), None, None);
             }
             Ok(frame) => self.handle(frame),
             Err(e) => {
                 let Names { key, id } = serde_json::from_str(text).unwrap_or_default();
-                self.refuse(Refusal::new(ErrorCode::BadRequest, describe(&e)), key, id);
+                self.refuse(ApiError::new(ErrorCode::BadRequest, describe(&e)), key, id);
             }
         }
     }
@@ -196,7 +198,7 @@ impl Session {
     pub fn count_frame(&mut self) -> bool {
         let taken = self.frames.take(Instant::now());
         if !taken {
-            self.outbox.close(Close::TooManyFrames);
+            self.outbound.close(Close::TooManyFrames);
         }
         taken
     }
@@ -205,7 +207,7 @@ impl Session {
     pub fn receive_binary(&mut self) {
         if self.count_frame() {
             self.refuse(
-                Refusal::new(
+                ApiError::new(
                     ErrorCode::BadRequest,
                     "binary frames are not spoken here; send JSON as text",
                 ),
@@ -224,7 +226,7 @@ impl Session {
         tokio::select! {
             Some(()) = self.pending.next() => {}
             Some(()) = self.catching_up.next() => {}
-            dialog = self.feed.due() => {
+            dialog = self.subscriber.due() => {
                 self.catching_up.push(Box::pin(self.catch_up.clone().dialog(dialog)));
             }
         }
@@ -234,7 +236,7 @@ impl Session {
     pub async fn drain(&mut self) {
         while self.pending.next().await.is_some() {}
         self.unsettled.none().await;
-        self.feed.release();
+        self.subscriber.release();
     }
 
     /// How long the token lasts; zero once it has expired.
@@ -249,11 +251,11 @@ impl Session {
     /// Says that the token has expired, and closes.
     pub fn expire(&self) {
         self.refuse(
-            Refusal::new(ErrorCode::Unauthenticated, "the token has expired"),
+            ApiError::new(ErrorCode::Unauthenticated, "the token has expired"),
             None,
             None,
         );
-        self.outbox.close(Close::Unauthenticated);
+        self.outbound.close(Close::Unauthenticated);
     }
 
     fn handle(&mut self, frame: ClientFrame) {
@@ -271,7 +273,7 @@ impl Session {
             let message = format!(
                 "{under_way} requests of this session are under way; wait for their answers"
             );
-            self.refuse(Refusal::new(ErrorCode::Overloaded, message), key, id);
+            self.refuse(ApiError::new(ErrorCode::Overloaded, message), key, id);
             return;
         }
         let me = self.identity.user;
@@ -294,7 +296,7 @@ impl Session {
                     Ok(range) => range,
                     Err(e) => return self.refuse(e.into(), None, id),
                 };
-                let feed = self.feed.clone();
+                let subscriber = self.subscriber.clone();
                 self.read(id.clone(), async move {
                     let page = messages.history(me, with, range, limit).await?;
                     let to_the_end = match range {
@@ -303,18 +305,18 @@ impl Session {
                         Range::Before(_) => false,
                     };
                     if let (true, Ok(with)) = (to_the_end && page.last > 0, UserId::new(with)) {
-                        feed.shown(DialogId::between(me, with), Seq::new(page.last));
+                        subscriber.track(DialogId::between(me, with), Seq::new(page.last));
                     }
                     Ok(ServerFrame::History { id, page })
                 });
             }
             ClientFrame::Inbox { id, limit, cursor } => {
-                let feed = self.feed.clone();
+                let subscriber = self.subscriber.clone();
                 self.read(id.clone(), async move {
                     let page = messages.inbox(me, limit, cursor.as_deref()).await?;
                     for entry in &page.dialogs {
                         if let Ok(with) = UserId::new(entry.with) {
-                            feed.shown(DialogId::between(me, with), Seq::new(entry.last.seq));
+                            subscriber.track(DialogId::between(me, with), Seq::new(entry.last.seq));
                         }
                     }
                     Ok(ServerFrame::Inbox { id, page })
@@ -343,7 +345,7 @@ impl Session {
             }
             ClientFrame::Typing { with } => match UserId::new(with) {
                 Ok(with) => self.typing(DialogId::between(me, with)),
-                Err(e) => self.refuse(NotDone::from(e).into(), None, None),
+                Err(e) => self.refuse(RequestError::from(e).into(), None, None),
             },
             ClientFrame::Watch { users } => {
                 if let Err(e) = self.watch(&users) {
@@ -358,29 +360,34 @@ impl Session {
             ClientFrame::Auth { token } => match self.context.authenticate.authenticate(&token) {
                 Ok(fresh) if fresh.user == me => {
                     self.identity = fresh;
-                    self.outbox.push(encode(&ServerFrame::Authenticated {
+                    self.outbound.push(encode(&ServerFrame::Authenticated {
                         expires: fresh.expires,
                     }));
                 }
                 Ok(_) => self.refuse(
-                    Refusal::new(ErrorCode::Forbidden, "the token belongs to another user"),
+                    ApiError::new(ErrorCode::Forbidden, "the token belongs to another user"),
                     None,
                     None,
                 ),
                 Err(refusal) => self.refuse(refusal, None, None),
             },
-            ClientFrame::Ping { id } => self.outbox.push(encode(&ServerFrame::Pong { id })),
+            ClientFrame::Ping { id } => self.outbound.push(encode(&ServerFrame::Pong { id })),
         }
     }
 
     /// Sends a message. `sent` has its place among the messages of the dialog, and delivery sees to it; a failure is told here.
-    fn send(&self, message: Outgoing) -> Result<(), NotDone> {
+    fn send(&self, message: Outgoing) -> Result<(), RequestError> {
         let unsettled = Unsettled::one_more(&self.unsettled);
-        let (outbox, metrics) = (self.outbox.clone(), self.context.metrics.clone());
+        let (outbound, metrics) = (self.outbound.clone(), self.context.metrics.clone());
         let key = message.key.clone();
         let settled = move |sent| {
             if let Err(e) = sent {
-                outbox.push(encode(&error(&metrics, NotDone::into(e), Some(key), None)));
+                outbound.push(encode(&error(
+                    &metrics,
+                    RequestError::into(e),
+                    Some(key),
+                    None,
+                )));
             }
             drop(unsettled);
         };
@@ -396,9 +403,9 @@ impl Session {
         &self,
         positions: BTreeMap<String, u64>,
         since: Option<String>,
-    ) -> Result<(Vec<(DialogId, Seq)>, Option<Timestamp>), NotDone> {
+    ) -> Result<(Vec<(DialogId, Seq)>, Option<Timestamp>), RequestError> {
         if positions.len() > self.context.limits.resume_dialogs as usize {
-            return Err(NotDone::BadRequest(
+            return Err(RequestError::BadRequest(
                 "too many dialogs; welcome says how many a resume may name",
             ));
         }
@@ -412,13 +419,14 @@ impl Session {
             .into_iter()
             .map(ours)
             .collect::<Option<Vec<_>>>()
-            .ok_or(NotDone::BadRequest("a position of no dialog of yours"))?;
+            .ok_or(RequestError::BadRequest("a position of no dialog of yours"))?;
         positions.sort_unstable();
         let since = since.map(|since| since.parse()).transpose();
-        let since = since.map_err(|_| NotDone::BadRequest("since is not the now of a welcome"))?;
+        let since =
+            since.map_err(|_| RequestError::BadRequest("since is not the now of a welcome"))?;
         // What was said before that is for the inbox to show.
         let farthest =
-            store::now().micros() - i64::from(self.context.limits.resume_hours) * Timestamp::HOUR;
+            clock::now().micros() - i64::from(self.context.limits.resume_hours) * Timestamp::HOUR;
         let since = since.map(|since: Timestamp| since.max(Timestamp::from_micros(farthest)));
         let units = if since.is_some() {
             cost::RESUME
@@ -447,13 +455,13 @@ impl Session {
         }
     }
 
-    fn watch(&mut self, users: &[u64]) -> Result<(), NotDone> {
+    fn watch(&mut self, users: &[u64]) -> Result<(), RequestError> {
         let users = users.iter().map(|user| UserId::new(*user));
         let users: Vec<UserId> = users.collect::<Result<_, _>>()?;
         let new = users.iter().filter(|user| !self.watch.contains(**user));
         let new = new.count();
         if self.watch.len() + new > self.context.limits.watched_users as usize {
-            return Err(NotDone::BadRequest(
+            return Err(RequestError::BadRequest(
                 "too many users; welcome says how many a session may watch",
             ));
         }
@@ -467,7 +475,7 @@ impl Session {
     fn read(
         &self,
         id: Option<String>,
-        work: impl Future<Output = Result<ServerFrame, NotDone>> + Send + 'static,
+        work: impl Future<Output = Result<ServerFrame, RequestError>> + Send + 'static,
     ) {
         let listening = self.joined.listening();
         let work = async move {
@@ -481,34 +489,34 @@ impl Session {
                     "{} pages are being read for this session; wait for them",
                     self.context.limits.reads_in_flight
                 );
-                self.refuse(Refusal::new(ErrorCode::Overloaded, message), None, id);
+                self.refuse(ApiError::new(ErrorCode::Overloaded, message), None, id);
             }
         }
     }
 
-    /// Puts the result of `work`, if there is one to be told, into the outbox once it is known, and keeps `place` until then.
+    /// Puts the result of `work`, if there is one to be told, into the outbound once it is known, and keeps `place` until then.
     fn answer(
         &self,
         key: Option<String>,
         id: Option<String>,
         place: impl Send + 'static,
-        work: impl Future<Output = Result<Option<ServerFrame>, NotDone>> + Send + 'static,
+        work: impl Future<Output = Result<Option<ServerFrame>, RequestError>> + Send + 'static,
     ) {
-        let (outbox, metrics) = (self.outbox.clone(), self.context.metrics.clone());
+        let (outbound, metrics) = (self.outbound.clone(), self.context.metrics.clone());
         self.pending.push(Box::pin(async move {
             let frame = match work.await {
                 Ok(frame) => frame,
                 Err(e) => Some(error(&metrics, e.into(), key, id)),
             };
             if let Some(frame) = frame {
-                outbox.push_when_room(encode(&frame)).await;
+                outbound.push_when_room(encode(&frame)).await;
             }
             drop(place);
         }));
     }
 
-    fn refuse(&self, refusal: Refusal, key: Option<String>, id: Option<String>) {
-        self.outbox
+    fn refuse(&self, refusal: ApiError, key: Option<String>, id: Option<String>) {
+        self.outbound
             .push(encode(&error(&self.context.metrics, refusal, key, id)));
     }
 }
@@ -517,7 +525,7 @@ impl Session {
 #[must_use]
 pub fn error(
     metrics: &Metrics,
-    refusal: Refusal,
+    refusal: ApiError,
     key: Option<String>,
     id: Option<String>,
 ) -> ServerFrame {
@@ -529,12 +537,14 @@ pub fn error(
 ///
 /// # Errors
 /// Both at once.
-pub fn range(before: Option<u64>, after: Option<u64>) -> Result<Range, NotDone> {
+pub fn range(before: Option<u64>, after: Option<u64>) -> Result<Range, RequestError> {
     match (before, after) {
         (None, None) => Ok(Range::Newest),
         (Some(seq), None) => Ok(Range::Before(Seq::new(seq))),
         (None, Some(seq)) => Ok(Range::After(Seq::new(seq))),
-        (Some(_), Some(_)) => Err(NotDone::BadRequest("before and after exclude each other")),
+        (Some(_), Some(_)) => Err(RequestError::BadRequest(
+            "before and after exclude each other",
+        )),
     }
 }
 

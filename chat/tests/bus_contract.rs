@@ -6,7 +6,7 @@ mod support;
 
 use bytes::Bytes;
 use chat::bus::{Bus, BusState, LocalBus, Loss, NatsBus, Sink, Topic};
-use chat::dialog::UserId;
+use chat::domain::dialog::UserId;
 use chat::metrics::Metrics;
 use std::sync::{Arc, Mutex};
 use support::proxy::{Mode, Proxy};
@@ -107,14 +107,14 @@ async fn who_listens_is_found_and_who_has_left_is_not(a: Arc<dyn Bus>, b: Arc<dy
         (a.ask(user(7)).await == Some(false)).then_some(())
     })
     .await;
-    assert_eq!(heard_b.lock().unwrap().len(), 1, "questions are no news");
+    assert_eq!(heard_b.lock().unwrap().len(), 1, "questions are no event");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn in_process() {
     let a = LocalBus::alone();
     let b = a.join();
-    assert_eq!(a.state(), BusState::Alone);
+    assert_eq!(a.state(), BusState::Standalone);
     let (a, b): (Arc<dyn Bus>, Arc<dyn Bus>) = (Arc::new(a), Arc::new(b));
     others_hear_it_in_order_and_the_publisher_does_not(a.clone(), b.clone()).await;
     who_listens_is_found_and_who_has_left_is_not(a, b).await;
@@ -160,11 +160,11 @@ async fn a_bus_that_comes_back_says_that_something_may_be_lost() {
     };
     state(BusState::Connected).await;
     proxy.set(Mode::Cut);
-    state(BusState::Away).await;
+    state(BusState::Disconnected).await;
     assert_eq!(bus.ask(user(7)).await, None, "that cannot be told now");
     proxy.set(Mode::Pass);
     state(BusState::Connected).await;
-    assert!(matches!(losses.recv().await, Ok(Loss::Away(_))));
+    assert!(matches!(losses.recv().await, Ok(Loss::Disconnected(_))));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -208,7 +208,7 @@ async fn a_nats_that_is_away_hinders_nobody() {
     let bus = NatsBus::connect("nats://127.0.0.1:1", "s", &runtime, metrics.clone())
         .await
         .unwrap();
-    assert_eq!(bus.state(), BusState::Away);
+    assert_eq!(bus.state(), BusState::Disconnected);
     let (sink, _) = sink();
     let listening = bus.listen(user(7), sink);
     (0..100_000).for_each(|_| bus.publish(user(7), Bytes::from_static(b"x")));

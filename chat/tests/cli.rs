@@ -128,7 +128,7 @@ async fn where_names_slot_owner_and_wanted_shard() {
         "dialog 25_178".to_owned(),
         format!("slot   {} of 4096", fields[1]),
         format!("owner  {}", fields[2]),
-        format!("wanted {}", fields[2]),
+        format!("target {}", fields[2]),
     ] {
         assert!(found.lines().any(|found| found == line), "{line}: {found}");
     }

@@ -43,7 +43,7 @@ async fn peer_on(instance: &Instance, shard: &str) -> u64 {
         let (_, place) = instance
             .get(&format!("{}/admin/where/7/{peer}", instance.admin))
             .await;
-        if place["wanted"] == shard {
+        if place["target"] == shard {
             return peer;
         }
     }

@@ -2,13 +2,14 @@
 //! server itself uses.
 //!
 //! One slot with one dialog, three shards, one or two coordinators that may stop anywhere, writers that try any shard, and
-//! documents that reach each shard at its own time. Each guard of the protocol is then turned off alone, and must be missed.
+//! topologies that reach each shard at its own time. Each guard of the protocol is then turned off alone, and must be missed.
 //!
 //! `./test -p chat --test model -- --nocapture` prints how many states were explored, and how each switch was caught.
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::needless_range_loop)]
 
-use chat::ownership::{SlotRow, SlotState, Step, Verdict, adjudicate, judge_sealed};
+use chat::domain::failover::{SealedOutcome, plan_failover, resolve_sealed};
+use chat::domain::ownership::{SlotRow, SlotState, Step};
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::hash::{BuildHasher, Hash, RandomState};
@@ -50,7 +51,7 @@ impl Log {
 struct Shard {
     row: SlotRow,
     log: Log,
-    doc: u8,
+    topology: u8,
 }
 
 /// What a coordinator is about to do.
@@ -92,7 +93,7 @@ enum At {
         from: usize,
         to: usize,
         term: u64,
-        verdict: Verdict,
+        verdict: SealedOutcome,
         new_term: u64,
     },
     /// Has read the rows of these shards while judging.
@@ -120,7 +121,7 @@ enum At {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Coordinator {
     at: At,
-    doc: u8,
+    topology: u8,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -141,9 +142,9 @@ struct Bounds {
     coordinators: usize,
     keys: u8,
     terms: u64,
-    /// The last document.
-    documents: u8,
-    /// Writers that have not heard of the document reach A even when it is declared down.
+    /// The last topology.
+    topologies: u8,
+    /// Writers that have not heard of the topology reach A even when it is declared down.
     zombies: bool,
     states: usize,
     off: Option<Switch>,
@@ -176,24 +177,26 @@ impl Bounds {
 
     fn declared_down(&self, state: &State, shard: usize) -> bool {
         shard == 0
-            && state.shards[1..].iter().any(|other| other.doc >= JUDGING)
-            && state.shards[0].doc < 3
+            && state.shards[1..]
+                .iter()
+                .any(|other| other.topology >= JUDGING)
+            && state.shards[0].topology < 3
     }
 
-    /// May a coordinator that goes by `doc` reach the shard at all?
-    fn reaches(&self, doc: u8, shard: usize) -> bool {
-        !(shard == 0 && (doc == JUDGING || doc == 2))
+    /// May a coordinator that goes by `topology` reach the shard at all?
+    fn reaches(&self, topology: u8, shard: usize) -> bool {
+        !(shard == 0 && (topology == JUDGING || topology == 2))
     }
 
-    fn fits(&self, state: &State, doc: u8, shard: usize) -> bool {
-        self.off(Switch::DocumentOnSteps) || state.shards[shard].doc == doc
+    fn fits(&self, state: &State, topology: u8, shard: usize) -> bool {
+        self.off(Switch::DocumentOnSteps) || state.shards[shard].topology == topology
     }
 
     /// Takes a step, with the server's own function.
-    fn take(&self, state: &State, doc: u8, shard: usize, step: &Step) -> Option<State> {
-        let judging = doc == JUDGING;
-        let phase_fits = step.adjudicates() == judging || self.off(Switch::ClaimWhileMoving);
-        if !self.fits(state, doc, shard) || !phase_fits {
+    fn take(&self, state: &State, topology: u8, shard: usize, step: &Step) -> Option<State> {
+        let judging = topology == JUDGING;
+        let phase_fits = step.is_failover() == judging || self.off(Switch::ClaimWhileMoving);
+        if !self.fits(state, topology, shard) || !phase_fits {
             return None;
         }
         let row = &state.shards[shard].row;
@@ -279,7 +282,7 @@ fn copy(log: &mut Log, from: &Log) {
 fn successors(bounds: &Bounds, state: &State) -> Vec<(String, State)> {
     let mut next = Vec::new();
     writes(bounds, state, &mut next);
-    documents(bounds, state, &mut next);
+    topologies(bounds, state, &mut next);
     for shard in 0..bounds.shards {
         // Purges, as soon as they are allowed.
         if state.shards[shard].row.state == SlotState::None && !state.shards[shard].log.is_empty() {
@@ -355,16 +358,16 @@ fn drafts(bounds: &Bounds, shard: &Shard) -> BTreeSet<(u32, u8)> {
     seqs
 }
 
-fn documents(bounds: &Bounds, state: &State, next: &mut Vec<(String, State)>) {
+fn topologies(bounds: &Bounds, state: &State, next: &mut Vec<(String, State)>) {
     for i in 0..bounds.shards {
-        let version = state.shards[i].doc + 1;
-        for version in version..=bounds.documents {
+        let version = state.shards[i].topology + 1;
+        for version in version..=bounds.topologies {
             // A is not told that it is down.
             if i == 0 && version < 3 {
                 continue;
             }
             let live = &state.shards[1..bounds.shards];
-            let others_have = |version: u8| live.iter().all(|shard| shard.doc >= version);
+            let others_have = |version: u8| live.iter().all(|shard| shard.topology >= version);
             if version >= 2 && !others_have(version - 1) {
                 continue;
             }
@@ -373,24 +376,24 @@ fn documents(bounds: &Bounds, state: &State, next: &mut Vec<(String, State)>) {
                 let rows: BTreeMap<String, SlotRow> = (1..bounds.shards)
                     .map(|i| (name(i), state.shards[i].row.clone()))
                     .collect();
-                let judgement = adjudicate(&rows, WANTED);
+                let judgement = plan_failover(&rows, WANTED);
                 if judgement.claim.is_some() || !judgement.fence.is_empty() {
                     continue;
                 }
             }
             let mut after = state.clone();
-            after.shards[i].doc = version;
+            after.shards[i].topology = version;
             if i == 0 && version == 3 && !bounds.off(Switch::ReturnUnfenced) {
                 after.shards[0].row = after.shards[0].row.fenced();
             }
-            next.push((format!("{} accepts document {version}", NAMES[i]), after));
+            next.push((format!("{} accepts topology {version}", NAMES[i]), after));
         }
     }
 }
 
 fn coordinate(bounds: &Bounds, state: &State, c: usize, next: &mut Vec<(String, State)>) {
-    let Coordinator { at, doc } = &state.coordinators[c];
-    let doc = *doc;
+    let Coordinator { at, topology } = &state.coordinators[c];
+    let topology = *topology;
     let mut go = |what: String, mut after: State, at: At| {
         after.coordinators[c].at = at;
         next.push((format!("{c}: {what}"), after));
@@ -400,7 +403,7 @@ fn coordinate(bounds: &Bounds, state: &State, c: usize, next: &mut Vec<(String, 
     }
     let row = |shard: usize| &state.shards[shard].row;
     match at {
-        At::Idle => idle(bounds, state, doc, &mut go),
+        At::Idle => idle(bounds, state, topology, &mut go),
         At::Prepared {
             from,
             to,
@@ -408,7 +411,7 @@ fn coordinate(bounds: &Bounds, state: &State, c: usize, next: &mut Vec<(String, 
             term,
         } => {
             let (from, to, owned_since, term) = (*from, *to, *owned_since, *term);
-            if bounds.reaches(doc, from) {
+            if bounds.reaches(topology, from) {
                 let log = state.shards[from].log.clone();
                 go(
                     "reads".into(),
@@ -427,7 +430,7 @@ fn coordinate(bounds: &Bounds, state: &State, c: usize, next: &mut Vec<(String, 
                     to: name(to),
                     term,
                 };
-                if let Some(after) = bounds.take(state, doc, from, &seal) {
+                if let Some(after) = bounds.take(state, topology, from, &seal) {
                     let row = after.shards[from].row.clone();
                     go(
                         format!("seals {}", NAMES[from]),
@@ -451,7 +454,8 @@ fn coordinate(bounds: &Bounds, state: &State, c: usize, next: &mut Vec<(String, 
             sealed,
         } => {
             let fenced = !bounds.off(Switch::FencedCopies);
-            let lets_in = bounds.fits(state, doc, *to) && row(*to).is_incoming(NAMES[*from], *term);
+            let lets_in =
+                bounds.fits(state, topology, *to) && row(*to).is_incoming(NAMES[*from], *term);
             if lets_in || !fenced {
                 let mut after = state.clone();
                 copy(&mut after.shards[*to].log, log);
@@ -487,7 +491,7 @@ fn coordinate(bounds: &Bounds, state: &State, c: usize, next: &mut Vec<(String, 
                     row: sealed.clone(),
                 };
                 go("skips the last delta".into(), state.clone(), at);
-            } else if bounds.reaches(doc, *from) && row(*from).is_sealed(NAMES[*to], *term) {
+            } else if bounds.reaches(topology, *from) && row(*from).is_sealed(NAMES[*to], *term) {
                 let log = state.shards[*from].log.clone();
                 let at = At::Read {
                     from: *from,
@@ -512,7 +516,7 @@ fn coordinate(bounds: &Bounds, state: &State, c: usize, next: &mut Vec<(String, 
                 generation: sealed.generation,
                 history: sealed.history.clone(),
             };
-            if let Some(after) = bounds.take(state, doc, *to, &activate) {
+            if let Some(after) = bounds.take(state, topology, *to, &activate) {
                 go(format!("activates {}", NAMES[*to]), after, At::Idle);
             }
         }
@@ -524,18 +528,18 @@ fn coordinate(bounds: &Bounds, state: &State, c: usize, next: &mut Vec<(String, 
             new_term,
         } => {
             let step = match verdict {
-                Verdict::TookOver => Step::Release {
+                SealedOutcome::Completed => Step::Release {
                     to: name(*to),
                     term: *term,
                 },
-                Verdict::Dead | Verdict::UnderWay => Step::Unseal {
+                SealedOutcome::Abandoned | SealedOutcome::InProgress => Step::Unseal {
                     to: name(*to),
                     term: *term,
                     new_term: *new_term,
                 },
             };
-            if bounds.reaches(doc, *from)
-                && let Some(after) = bounds.take(state, doc, *from, &step)
+            if bounds.reaches(topology, *from)
+                && let Some(after) = bounds.take(state, topology, *from, &step)
             {
                 go(format!("{} {}", step.name(), NAMES[*from]), after, At::Idle);
             }
@@ -543,7 +547,7 @@ fn coordinate(bounds: &Bounds, state: &State, c: usize, next: &mut Vec<(String, 
         At::Judging { rows } => {
             let read = rows.len() + 1;
             if read < bounds.shards {
-                if bounds.fits(state, doc, read) {
+                if bounds.fits(state, topology, read) {
                     let mut rows = rows.clone();
                     rows.push(row(read).clone());
                     go(
@@ -558,7 +562,7 @@ fn coordinate(bounds: &Bounds, state: &State, c: usize, next: &mut Vec<(String, 
                     .enumerate()
                     .map(|(i, row)| (name(i + 1), row.clone()))
                     .collect();
-                let judgement = adjudicate(&live, WANTED);
+                let judgement = plan_failover(&live, WANTED);
                 let mut steps = Vec::new();
                 if let Some(winner) = judgement.claim {
                     let term = live
@@ -588,7 +592,7 @@ fn coordinate(bounds: &Bounds, state: &State, c: usize, next: &mut Vec<(String, 
                 let rest = At::Deciding {
                     steps: rest.to_vec(),
                 };
-                if let Some(after) = bounds.take(state, doc, *shard, step) {
+                if let Some(after) = bounds.take(state, topology, *shard, step) {
                     go(format!("{} {}", step.name(), NAMES[*shard]), after, rest);
                 }
             }
@@ -596,8 +600,8 @@ fn coordinate(bounds: &Bounds, state: &State, c: usize, next: &mut Vec<(String, 
         At::Merging { from, log, term } => {
             for (i, shard) in state.shards.iter().enumerate() {
                 if shard.row.state == SlotState::Owner
-                    && bounds.reaches(doc, i)
-                    && let Some(mut after) = bounds.take(state, doc, i, &Step::MergedIn)
+                    && bounds.reaches(topology, i)
+                    && let Some(mut after) = bounds.take(state, topology, i, &Step::MergedIn)
                 {
                     let into = &mut after.shards[i].log;
                     for message in &log.messages {
@@ -627,7 +631,7 @@ fn coordinate(bounds: &Bounds, state: &State, c: usize, next: &mut Vec<(String, 
         At::Merged { from, log, term } => {
             if state.shards[*from].log == *log
                 && let Some(after) =
-                    bounds.take(state, doc, *from, &Step::MergedOut { term: *term })
+                    bounds.take(state, topology, *from, &Step::MergedOut { term: *term })
             {
                 go(format!("lets {} go", NAMES[*from]), after, At::Idle);
             }
@@ -635,24 +639,28 @@ fn coordinate(bounds: &Bounds, state: &State, c: usize, next: &mut Vec<(String, 
     }
 }
 
-fn idle(bounds: &Bounds, state: &State, doc: u8, go: &mut impl FnMut(String, State, At)) {
+fn idle(bounds: &Bounds, state: &State, topology: u8, go: &mut impl FnMut(String, State, At)) {
     let row = |shard: usize| &state.shards[shard].row;
     for shard in &state.shards {
-        if shard.doc > doc {
+        if shard.topology > topology {
             let mut after = state.clone();
-            // The caller sets where it is; which document it goes by is set here, by finding itself.
+            // The caller sets where it is; which topology it goes by is set here, by finding itself.
             let c = state
                 .coordinators
                 .iter()
-                .position(|other| other.at == At::Idle && other.doc == doc)
+                .position(|other| other.at == At::Idle && other.topology == topology)
                 .unwrap();
-            after.coordinators[c].doc = shard.doc;
-            go(format!("reloads document {}", shard.doc), after, At::Idle);
+            after.coordinators[c].topology = shard.topology;
+            go(
+                format!("reloads topology {}", shard.topology),
+                after,
+                At::Idle,
+            );
         }
     }
-    let moves = doc != JUDGING || bounds.off(Switch::ClaimWhileMoving);
-    for from in (0..bounds.shards).filter(|shard| bounds.reaches(doc, *shard)) {
-        for to in (0..bounds.shards).filter(|to| *to != from && bounds.reaches(doc, *to)) {
+    let moves = topology != JUDGING || bounds.off(Switch::ClaimWhileMoving);
+    for from in (0..bounds.shards).filter(|shard| bounds.reaches(topology, *shard)) {
+        for to in (0..bounds.shards).filter(|to| *to != from && bounds.reaches(topology, *to)) {
             let (source, target) = (row(from), row(to));
             if moves && source.state == SlotState::Owner {
                 let term = source.term.max(target.term) + 1;
@@ -660,7 +668,7 @@ fn idle(bounds: &Bounds, state: &State, doc: u8, go: &mut impl FnMut(String, Sta
                     from: name(from),
                     term,
                 };
-                if let Some(after) = bounds.take(state, doc, to, &prepare) {
+                if let Some(after) = bounds.take(state, topology, to, &prepare) {
                     let at = At::Prepared {
                         from,
                         to,
@@ -680,18 +688,18 @@ fn idle(bounds: &Bounds, state: &State, doc: u8, go: &mut impl FnMut(String, Sta
             else {
                 continue;
             };
-            // Evidence is read under the document.
-            if !moves || !bounds.fits(state, doc, from) || !bounds.fits(state, doc, to) {
+            // Evidence is read under the topology.
+            if !moves || !bounds.fits(state, topology, from) || !bounds.fits(state, topology, to) {
                 continue;
             }
-            let mut verdict = judge_sealed(NAMES[from], term, target);
+            let mut verdict = resolve_sealed(NAMES[from], term, target);
             if bounds.off(Switch::HigherTermMeansTookOver)
                 && target.term >= term
                 && target.state != SlotState::Incoming
             {
-                verdict = Verdict::TookOver;
+                verdict = SealedOutcome::Completed;
             }
-            if bounds.off(Switch::UnsealByTime) && verdict == Verdict::UnderWay {
+            if bounds.off(Switch::UnsealByTime) && verdict == SealedOutcome::InProgress {
                 let new_term = source.term.max(term).max(target.term) + 1;
                 go(
                     "is impatient".into(),
@@ -700,13 +708,13 @@ fn idle(bounds: &Bounds, state: &State, doc: u8, go: &mut impl FnMut(String, Sta
                         from,
                         to,
                         term,
-                        verdict: Verdict::Dead,
+                        verdict: SealedOutcome::Abandoned,
                         new_term,
                     },
                 );
             }
             match verdict {
-                Verdict::UnderWay => {
+                SealedOutcome::InProgress => {
                     go(
                         "goes on".into(),
                         state.clone(),
@@ -718,7 +726,7 @@ fn idle(bounds: &Bounds, state: &State, doc: u8, go: &mut impl FnMut(String, Sta
                         },
                     );
                 }
-                Verdict::TookOver | Verdict::Dead => {
+                SealedOutcome::Completed | SealedOutcome::Abandoned => {
                     let new_term = source.term.max(term).max(target.term) + 1;
                     go(
                         format!("sees {verdict:?}"),
@@ -739,7 +747,7 @@ fn idle(bounds: &Bounds, state: &State, doc: u8, go: &mut impl FnMut(String, Sta
             && let (SlotState::Incoming, Some(peer)) = (here.state, &here.peer)
             && let Some(after) = bounds.take(
                 state,
-                doc,
+                topology,
                 from,
                 &Step::Cancel {
                     from: peer.clone(),
@@ -749,7 +757,7 @@ fn idle(bounds: &Bounds, state: &State, doc: u8, go: &mut impl FnMut(String, Sta
         {
             go(format!("cancels {}", NAMES[from]), after, At::Idle);
         }
-        if moves && here.state == SlotState::Fenced && bounds.fits(state, doc, from) {
+        if moves && here.state == SlotState::Fenced && bounds.fits(state, topology, from) {
             let at = At::Merging {
                 from,
                 log: state.shards[from].log.clone(),
@@ -760,15 +768,15 @@ fn idle(bounds: &Bounds, state: &State, doc: u8, go: &mut impl FnMut(String, Sta
         if moves
             && here.state == SlotState::Owner
             && here.history.missing.contains("A")
-            && doc == 3
-            && bounds.fits(state, doc, 0)
+            && topology == 3
+            && bounds.fits(state, topology, 0)
             && row(0).state != SlotState::Fenced
-            && let Some(after) = bounds.take(state, doc, from, &Step::Heal { shard: name(0) })
+            && let Some(after) = bounds.take(state, topology, from, &Step::Heal { shard: name(0) })
         {
             go(format!("heals {}", NAMES[from]), after, At::Idle);
         }
     }
-    if doc == JUDGING {
+    if topology == JUDGING {
         go(
             "begins to judge".into(),
             state.clone(),
@@ -788,18 +796,18 @@ struct Explored {
 
 /// Breadth first, so that what is found is found by the shortest way.
 fn explore(bounds: &Bounds) -> Explored {
-    let row = |owner| SlotRow::founded(owner);
+    let row = |owner| SlotRow::initial(owner);
     let shard = |i| Shard {
         row: row(i == 0),
         log: Log::default(),
-        doc: 0,
+        topology: 0,
     };
     let first = State {
         shards: (0..bounds.shards).map(shard).collect(),
         coordinators: (0..bounds.coordinators)
             .map(|_| Coordinator {
                 at: At::Idle,
-                doc: 0,
+                topology: 0,
             })
             .collect(),
         acknowledged: 0,
@@ -897,8 +905,8 @@ fn explore(bounds: &Bounds) -> Explored {
 fn goal(bounds: &Bounds, state: &State) -> bool {
     let last = state.shards[1..]
         .iter()
-        .all(|shard| shard.doc == bounds.documents)
-        && (bounds.documents < 3 || state.shards[0].doc == 3);
+        .all(|shard| shard.topology == bounds.topologies)
+        && (bounds.topologies < 3 || state.shards[0].topology == 3);
     let live = (0..bounds.shards).filter(|shard| !bounds.declared_down(state, *shard));
     let rows: Vec<&SlotRow> = live.map(|shard| &state.shards[shard].row).collect();
     last && rows
@@ -909,7 +917,7 @@ fn goal(bounds: &Bounds, state: &State) -> bool {
         && rows
             .iter()
             .all(|row| matches!(row.state, SlotState::Owner | SlotState::None))
-        && (bounds.documents != 3 || rows.iter().all(|row| row.history.is_complete()))
+        && (bounds.topologies != 3 || rows.iter().all(|row| row.history.is_complete()))
 }
 
 fn bounds(what: &'static str) -> Bounds {
@@ -919,7 +927,7 @@ fn bounds(what: &'static str) -> Bounds {
         coordinators: 2,
         keys: 1,
         terms: 3,
-        documents: 0,
+        topologies: 0,
         zombies: false,
         states: 3_000_000,
         off: None,
@@ -961,7 +969,7 @@ fn two_coordinators_move_a_slot_between_two_shards_and_back() {
 #[test]
 fn a_dead_shard_is_judged_by_two_coordinators() {
     whole(Bounds {
-        documents: 2,
+        topologies: 2,
         terms: 3,
         ..bounds("A declared down, 2 coordinators, 1 message, terms to 3")
     });
@@ -970,7 +978,7 @@ fn a_dead_shard_is_judged_by_two_coordinators() {
 #[test]
 fn a_shard_that_was_alive_returns_and_is_merged() {
     whole(Bounds {
-        documents: 3,
+        topologies: 3,
         zombies: true,
         coordinators: 1,
         ..bounds("A down though alive, back, 1 coordinator, 1 message, terms to 3")
@@ -988,7 +996,7 @@ fn every_guard_is_missed_when_it_is_turned_off() {
         ..bounds("moves")
     };
     let down = |off| Bounds {
-        documents: 3,
+        topologies: 3,
         zombies: true,
         off: Some(off),
         ..bounds("a shard down")
@@ -1008,7 +1016,7 @@ fn every_guard_is_missed_when_it_is_turned_off() {
         },
         // Who owns what is all that matters here, and it takes a move before and one meanwhile.
         Bounds {
-            documents: 2,
+            topologies: 2,
             zombies: false,
             keys: 0,
             terms: 4,

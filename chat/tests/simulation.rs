@@ -15,19 +15,20 @@ mod support;
 
 use async_trait::async_trait;
 use chat::bus::LocalBus;
-use chat::chance;
-use chat::change::Change;
-use chat::change::file::{FileState, Source};
-use chat::cluster::{Cluster, Founding, Open, StartError};
+use chat::cluster::{Cluster, IfEmpty, Peers, StartError, StoreFactory};
 use chat::config::Settings;
-use chat::dialog::{DialogId, Seq, UserId};
+use chat::domain::dialog::{DialogId, Seq, UserId};
+use chat::domain::ownership::SlotState;
+use chat::domain::shards_file::{DeclaredState, ShardsFile, StoreUrl};
+use chat::domain::slot::Slot;
+use chat::domain::topology::Topology;
+use chat::messages::writer::{Committed, OnCommit};
 use chat::messages::{Messages, Outgoing};
 use chat::metrics::Metrics;
-use chat::ownership::SlotState;
-use chat::ring::Slot;
+use chat::resharding::Resharding;
+use chat::resharding::watcher::{FileState, Source};
+use chat::rng;
 use chat::store::{Range, StoreError};
-use chat::topology::{Document, ShardState, StoreUrl, Topology};
-use chat::writer::{Committed, OnCommit};
 use futures_util::FutureExt;
 use futures_util::future::join_all;
 use rand::rngs::StdRng;
@@ -39,7 +40,7 @@ use std::hash::Hasher;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use support::memory::{Guard, Line, MemoryStore, Server};
+use support::memory::{Guard, MemoryStore, Server, TcpHandle};
 use tokio::runtime::Handle;
 use tokio::task::LocalSet;
 use tokio::time::{Instant, sleep, timeout};
@@ -116,7 +117,7 @@ impl Process {
 }
 
 #[async_trait]
-impl Line for Process {
+impl TcpHandle for Process {
     async fn there(&self) -> Result<(), StoreError> {
         self.point().await;
         let (delay, roll) = self.roll();
@@ -148,7 +149,7 @@ impl Line for Process {
 struct Entry {
     name: String,
     weight: u32,
-    state: ShardState,
+    state: DeclaredState,
     forget: bool,
 }
 
@@ -159,15 +160,15 @@ struct FileText {
 }
 
 impl FileText {
-    fn of(document: &Document) -> Self {
-        let entry = |(name, member): (&String, &chat::topology::Member)| Entry {
+    fn of(topology: &Topology) -> Self {
+        let entry = |(name, member): (&String, &chat::domain::topology::ShardEntry)| Entry {
             name: name.clone(),
             weight: member.weight,
             state: member.state,
             forget: member.forget,
         };
         Self {
-            entries: document.shards.iter().map(entry).collect(),
+            entries: topology.shards.iter().map(entry).collect(),
             pin: None,
         }
     }
@@ -176,22 +177,22 @@ impl FileText {
         let mut text = String::new();
         for entry in &self.entries {
             let state = match entry.state {
-                ShardState::Active => "active",
-                ShardState::Draining => "draining",
-                ShardState::Down => "down",
+                DeclaredState::Active => "active",
+                DeclaredState::Draining => "draining",
+                DeclaredState::Down => "down",
             };
             let name = &entry.name;
             text += &format!(
                 "[[shard]]\nname = \"{name}\"\nurl = \"sqlite:{name}\"\nweight = {}\nstate = \"{state}\"\n",
                 entry.weight
             );
-            if entry.forget && entry.state == ShardState::Down {
+            if entry.forget && entry.state == DeclaredState::Down {
                 text += "forget = true\n";
             }
         }
         let active = |shard: &String| {
             let mut entries = self.entries.iter();
-            entries.any(|entry| entry.name == *shard && entry.state == ShardState::Active)
+            entries.any(|entry| entry.name == *shard && entry.state == DeclaredState::Active)
         };
         if let Some((dialog, shard)) = self.pin.as_ref().filter(|(_, shard)| active(shard)) {
             text += &format!("[[pin]]\ndialog = \"{dialog}\"\nshard = \"{shard}\"\n");
@@ -203,7 +204,7 @@ impl FileText {
 struct Node {
     process: Arc<Process>,
     messages: Messages,
-    change: Change,
+    resharding: Resharding,
 }
 
 /// A send that was acknowledged.
@@ -263,7 +264,7 @@ impl World {
         let entries = (1..).zip(weights).map(|(n, weight)| Entry {
             name: format!("shard{n}"),
             weight,
-            state: ShardState::Active,
+            state: DeclaredState::Active,
             forget: false,
         });
         let wanted = FileText {
@@ -350,12 +351,12 @@ impl World {
         self.servers.lock().unwrap().clone()
     }
 
-    /// The document that is in force, and the shards that it names.
-    fn document(&self) -> Option<Document> {
+    /// The topology that is in force, and the shards that it names.
+    fn topology(&self) -> Option<Topology> {
         let servers = self.servers();
         let metas = servers.values().filter_map(|server| server.meta());
-        let newest = metas.max_by_key(|meta| (meta.doc_version, meta.doc_phase))?;
-        serde_json::from_str(&newest.doc).ok()
+        let newest = metas.max_by_key(|meta| (meta.topology_version, meta.topology_phase))?;
+        serde_json::from_str(&newest.topology).ok()
     }
 
     /// Starts an instance, as often as it takes.
@@ -369,9 +370,9 @@ impl World {
         let file = self.files[i].clone();
         loop {
             let text = file.lock().unwrap().clone();
-            let topology = Topology::parse(&text, &|_| None).unwrap();
+            let parsed = ShardsFile::parse(&text, &|_| None).unwrap();
             let (servers, off, line) = (self.servers.clone(), self.off, process.clone());
-            let open: Open = Arc::new(move |name: &str, _: &StoreUrl| {
+            let open: StoreFactory = Arc::new(move |name: &str, _: &StoreUrl| {
                 let server = server_of(&servers, off, name);
                 Ok(Arc::new(MemoryStore::new(server, line.clone())))
             });
@@ -379,10 +380,10 @@ impl World {
             let runtime = Handle::current();
             let settings = settings();
             let started = Cluster::start(
-                &topology,
+                &parsed,
                 open,
                 &settings.store,
-                Founding::Allowed,
+                IfEmpty::Initialize,
                 &runtime,
                 &metrics,
             );
@@ -407,12 +408,13 @@ impl World {
                         name: format!("file{i}"),
                         read: Arc::new(read),
                     };
-                    let change = Change::start(
+                    let peers = Peers::start(&cluster, Arc::new(self.bus.join()), &runtime);
+                    let resharding = Resharding::start(
                         &cluster,
                         source,
                         text,
-                        &settings.change,
-                        Arc::new(self.bus.join()),
+                        &settings.resharding,
+                        &peers,
                         metrics,
                         &runtime,
                     );
@@ -420,15 +422,15 @@ impl World {
                     self.nodes.borrow_mut()[i] = Some(Rc::new(Node {
                         process,
                         messages,
-                        change,
+                        resharding,
                     }));
                     return;
                 }
                 Ok(Err(StartError::Fatal(what))) => {
                     self.tell(|| format!("instance {i} does not start: {what}"));
                     // Its operator gives it the file that the others have.
-                    if let Some(document) = self.document() {
-                        *file.lock().unwrap() = FileText::of(&document).text();
+                    if let Some(topology) = self.topology() {
+                        *file.lock().unwrap() = FileText::of(&topology).text();
                     }
                 }
                 Ok(Err(StartError::Wait(what))) => {
@@ -696,14 +698,14 @@ impl World {
     fn edit(&self) -> FileText {
         let mut file = self.wanted.borrow().clone();
         if self.pick(0..3) == 0
-            && let Some(document) = self.document()
-            && !(self.forgets && self.lacks_a_shard(&FileText::of(&document).text()))
+            && let Some(topology) = self.topology()
+            && !(self.forgets && self.lacks_a_shard(&FileText::of(&topology).text()))
         {
-            file = FileText::of(&document);
+            file = FileText::of(&topology);
         }
         let chosen = self.pick(0..file.entries.len() as u64) as usize;
         let active = |file: &FileText| {
-            let active = |entry: &&Entry| entry.state == ShardState::Active;
+            let active = |entry: &&Entry| entry.state == DeclaredState::Active;
             file.entries.iter().filter(active).count()
         };
         match self.pick(0..if self.downs { 9 } else { 6 }) {
@@ -713,14 +715,14 @@ impl World {
                 file.entries.push(Entry {
                     name,
                     weight: self.pick(1..4) as u32,
-                    state: ShardState::Active,
+                    state: DeclaredState::Active,
                     forget: false,
                 });
             }
-            1 if active(&file) > 1 => file.entries[chosen].state = ShardState::Draining,
+            1 if active(&file) > 1 => file.entries[chosen].state = DeclaredState::Draining,
             2 if !self.forgets => {
-                // Refused unless it is drained.
-                let draining = |entry: &Entry| entry.state == ShardState::Draining;
+                // Rejected unless it is drained.
+                let draining = |entry: &Entry| entry.state == DeclaredState::Draining;
                 if let Some(at) = file.entries.iter().position(draining) {
                     file.entries.remove(at);
                 }
@@ -732,7 +734,7 @@ impl World {
             }
             6 | 7 if active(&file) > 1 => {
                 let entry = &mut file.entries[chosen];
-                entry.state = ShardState::Down;
+                entry.state = DeclaredState::Down;
                 entry.forget = self.forgets && self.pick(0..2) == 0;
                 let name = entry.name.clone();
                 // It may be alive.
@@ -742,7 +744,7 @@ impl World {
             }
             _ => {
                 for entry in &mut file.entries {
-                    entry.state = ShardState::Active;
+                    entry.state = DeclaredState::Active;
                     self.server(&entry.name).set_up(true);
                 }
             }
@@ -856,10 +858,10 @@ impl World {
             .for_each(|node| *node = None);
         // What an instance that is gone had sent may still arrive.
         sleep(Duration::from_secs(20)).await;
-        let mut last = self.document().map(|document| FileText::of(&document));
+        let mut last = self.topology().map(|topology| FileText::of(&topology));
         for file in last.iter_mut() {
             for entry in &mut file.entries {
-                entry.state = ShardState::Active;
+                entry.state = DeclaredState::Active;
             }
             for text in &self.files {
                 *text.lock().unwrap() = file.text();
@@ -877,31 +879,31 @@ impl World {
 
     /// What is not in order yet.
     fn unsettled(&self) -> Option<String> {
-        let Some(document) = self.document() else {
-            return Some("no document".into());
+        let Some(topology) = self.topology() else {
+            return Some("no topology".into());
         };
-        let Some(placement) = document.placement() else {
+        let Some(placement) = topology.placement() else {
             return Some("no active shard".into());
         };
         let servers = self.servers();
         let mut rows = BTreeMap::new();
-        for (name, member) in &document.shards {
-            if member.state != ShardState::Active {
+        for (name, member) in &topology.shards {
+            if member.state != DeclaredState::Active {
                 return Some(format!("{name} is {:?}", member.state));
             }
             let meta = servers[name].meta();
-            let phase = meta.as_ref().map(|meta| meta.doc_phase);
-            if phase != Some(chat::store::Phase::Normal)
-                || meta.is_some_and(|meta| meta.doc_hash != document.hash())
+            let phase = meta.as_ref().map(|meta| meta.topology_phase);
+            if phase != Some(chat::domain::topology::Phase::Normal)
+                || meta.is_some_and(|meta| meta.topology_hash != topology.hash())
             {
-                return Some(format!("{name} has another document"));
+                return Some(format!("{name} has another topology"));
             }
             rows.insert(name.as_str(), servers[name].rows());
         }
         for slot in Slot::all() {
             for (name, rows) in &rows {
                 let row = &rows[slot.index()];
-                let state = if placement.wanted(slot) == *name {
+                let state = if placement.target(slot) == *name {
                     SlotState::Owner
                 } else {
                     SlotState::None
@@ -913,7 +915,7 @@ impl World {
         }
         for name in rows.keys() {
             for slot in servers[*name].slots_with_rows().iter() {
-                if placement.wanted(slot) != *name {
+                if placement.target(slot) != *name {
                     return Some(format!("rows of slot {slot} are left at {name}"));
                 }
             }
@@ -923,10 +925,10 @@ impl World {
 
     /// K.
     async fn check(self: &Rc<Self>) {
-        let document = self.document().unwrap();
+        let topology = self.topology().unwrap();
         let servers = self.servers();
         let mut log = BTreeMap::<(DialogId, Seq), chat::store::CopiedMessage>::new();
-        for name in document.shards.keys() {
+        for name in topology.shards.keys() {
             for (slot, message) in servers[name].messages() {
                 if Slot::of(message.dialog) != slot {
                     self.is_wrong(format!("{message:?} lies in slot {slot}"));
@@ -1087,14 +1089,14 @@ impl World {
 }
 
 fn settings() -> Settings {
-    let settings = "[limits]\nsends_per_second = 1000000\nsends_burst = 1000000\n[change]\npurge_after_ms = 1000\nthrottle = false\n";
+    let settings = "[limits]\nsends_per_second = 1000000\nsends_burst = 1000000\n[resharding]\npurge_after_ms = 1000\nthrottle = false\n";
     Settings::from_toml(settings).unwrap()
 }
 
 /// Runs a seed, on a thread of its own: what it leaves behind ends with its runtime.
 fn simulate(seed: u64, off: Option<Guard>) -> Result<u64, String> {
     let thread = std::thread::spawn(move || {
-        chance::seed(seed);
+        rng::seed(seed);
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_time()
             .start_paused(true)
@@ -1168,9 +1170,9 @@ fn no_prefix_of_a_file_changes_anything() {
             whole[..cut].clone_into(&mut world.files[0].lock().unwrap());
             // Longer than it takes to be seen: the clock jumps.
             sleep(Duration::from_secs(2)).await;
-            let status = node.change.status();
+            let status = node.resharding.status();
             assert_eq!(status.version, 1, "after {cut} bytes");
-            let FileState::Refused(what) = status.file else {
+            let FileState::Rejected(what) = status.file else {
                 panic!("after {cut} bytes: {:?}", status.file);
             };
             assert!(!what.is_empty() && !what.contains('\n'), "{what}");
@@ -1178,11 +1180,11 @@ fn no_prefix_of_a_file_changes_anything() {
         }
         let said = |what: &str| answers.iter().any(|(_, answer)| answer.contains(what));
         assert!(
-            said("is gone from the file but active") && said("no active shard") && said("line ")
+            said("is missing in the file but active") && said("no active shard") && said("line ")
         );
         *world.files[0].lock().unwrap() = whole;
         sleep(Duration::from_secs(3)).await;
-        assert_eq!(node.change.status().file, FileState::InForce);
+        assert_eq!(node.resharding.status().file, FileState::InEffect);
     }));
 }
 

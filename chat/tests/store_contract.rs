@@ -4,18 +4,23 @@
 
 mod support;
 
-use chat::change::mover::{Move, NotMoved, row_at};
-use chat::change::pace::Pace;
 use chat::config::Settings;
-use chat::dialog::{DialogId, Key, Seq, Text, Timestamp, UserId};
-use chat::ownership::{SlotState, Step, Term};
-use chat::ring::{SLOTS, Slot};
+use chat::domain::dialog::{DialogId, Key, Seq, Text, Timestamp, UserId};
+use chat::domain::ownership::{SlotState, Step, Term};
+use chat::domain::shards_file::ShardsFile;
+use chat::domain::slot::SlotSet;
+use chat::domain::slot::{SLOTS, Slot};
+use chat::domain::topology::Topology;
+use chat::domain::topology::{Phase, TopologyRef};
+use chat::metrics::ShardMetrics;
+use chat::resharding::mover::Move;
+use chat::resharding::pace::Pace;
+use chat::resharding::step::{MoveError, row_at};
 use chat::store::{
-    self, Acceptance, Appended, Database, DocRef, Draft, Head, Heads, HeadsOf, Identity,
-    InboxCursor, Marked, Meta, MysqlStore, NewMark, NewMessage, Part, Phase, Purged, Range, Shard,
-    ShardMetrics, SlotSet, SlotSize, SqliteStore, StoreError, Timing, Unlike, Written,
+    self, Acceptance, Appended, Chunk, Database, DialogRow, Draft, InboxCursor, LastSeqs,
+    LastSeqsOf, MarkOutcome, Meta, Mismatch, MysqlStore, NewMark, NewMessage, PurgeOutcome, Range,
+    Shard, ShardIdentity, SlotSize, SqliteStore, StoreError, Timing, WriteOutcome,
 };
-use chat::topology::{Document, Topology};
 use mysql_async::prelude::Queryable;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -58,15 +63,15 @@ fn meta() -> Meta {
         cluster_id: "c1".into(),
         shard_name: "shard1".into(),
         slot_algorithm: "a".into(),
-        doc_version: 1,
-        doc_phase: Phase::Founding,
-        doc_hash: "h".into(),
-        doc: "{}".into(),
+        topology_version: 1,
+        topology_phase: Phase::Initializing,
+        topology_hash: "h".into(),
+        topology: "{}".into(),
     }
 }
 
-fn identity() -> Identity {
-    Identity {
+fn identity() -> ShardIdentity {
+    ShardIdentity {
         cluster_id: "c1".into(),
         shard_name: "shard1".into(),
     }
@@ -79,15 +84,15 @@ fn all_slots() -> SlotSet {
 }
 
 /// A store that owns everything, on a database of its own.
-async fn founded(kind: Kind) -> (Databases, Arc<dyn Database>) {
+async fn initialized(kind: Kind) -> (Databases, Arc<dyn Database>) {
     let databases = Databases::new(kind, 1).await;
     let store = open(&databases, 0);
     store.migrate().await.unwrap();
-    store.found(&meta(), &all_slots()).await.unwrap();
+    store.initialize(&meta(), &all_slots()).await.unwrap();
     (databases, store)
 }
 
-async fn write(store: &Arc<dyn Database>, batch: &[NewMessage]) -> Vec<Written> {
+async fn write(store: &Arc<dyn Database>, batch: &[NewMessage]) -> Vec<WriteOutcome> {
     store
         .write(&identity(), batch, false)
         .await
@@ -95,10 +100,10 @@ async fn write(store: &Arc<dyn Database>, batch: &[NewMessage]) -> Vec<Written> 
         .written
 }
 
-fn seqs(written: &[Written]) -> Vec<(u64, bool)> {
-    let seq = |written: &Written| match written {
-        Written::Stored(place) => (place.seq.get(), false),
-        Written::Repeat(place) => (place.seq.get(), true),
+fn seqs(written: &[WriteOutcome]) -> Vec<(u64, bool)> {
+    let seq = |written: &WriteOutcome| match written {
+        WriteOutcome::Stored(place) => (place.seq.get(), false),
+        WriteOutcome::Repeat(place) => (place.seq.get(), true),
         other => panic!("{other:?}"),
     };
     written.iter().map(seq).collect()
@@ -119,7 +124,10 @@ async fn founding_happens_once_and_migrating_again_changes_nothing(kind: Kind) {
     };
     let (meta_1, meta_2, everything, nothing) =
         (meta(), other.clone(), all_slots(), SlotSet::empty());
-    let (one, two) = tokio::join!(a.found(&meta_1, &everything), b.found(&meta_2, &nothing));
+    let (one, two) = tokio::join!(
+        a.initialize(&meta_1, &everything),
+        b.initialize(&meta_2, &nothing)
+    );
     let (one, two) = (one.unwrap(), two.unwrap());
     assert_eq!(one, two, "the same answer to both");
     let seen = store.meta().await.unwrap();
@@ -129,7 +137,7 @@ async fn founding_happens_once_and_migrating_again_changes_nothing(kind: Kind) {
         "by one who looked before there were tables"
     );
     let owned = store
-        .slots(&Identity {
+        .slots(&ShardIdentity {
             cluster_id: one.cluster_id.clone(),
             ..identity()
         })
@@ -138,23 +146,23 @@ async fn founding_happens_once_and_migrating_again_changes_nothing(kind: Kind) {
     assert_eq!(owned.owned.len(), if one == other { 0 } else { SLOTS });
     store.advance(1, "another", Phase::Normal).await.unwrap();
     assert_eq!(
-        store.meta().await.unwrap().unwrap().doc_phase,
-        Phase::Founding,
-        "another document is not advanced"
+        store.meta().await.unwrap().unwrap().topology_phase,
+        Phase::Initializing,
+        "another topology is not advanced"
     );
     store.advance(1, "h", Phase::Normal).await.unwrap();
     store.migrate().await.unwrap();
     assert_eq!(
         store.meta().await.unwrap().unwrap(),
         Meta {
-            doc_phase: Phase::Normal,
+            topology_phase: Phase::Normal,
             ..one
         }
     );
 }
 
 async fn a_batch_is_stored_in_order_and_read_back_both_ways(kind: Kind) {
-    let (_databases, store) = founded(kind).await;
+    let (_databases, store) = initialized(kind).await;
     let batch: Vec<_> = (1..=7)
         .map(|n| {
             message(
@@ -216,7 +224,7 @@ async fn a_batch_is_stored_in_order_and_read_back_both_ways(kind: Kind) {
 }
 
 async fn a_key_is_stored_once(kind: Kind) {
-    let (_databases, store) = founded(kind).await;
+    let (_databases, store) = initialized(kind).await;
     let first = message("7_42", 7, "k", "hello");
     let stored = write(&store, std::slice::from_ref(&first)).await;
     assert_eq!(seqs(&stored), [(1, false)]);
@@ -244,12 +252,12 @@ async fn a_key_is_stored_once(kind: Kind) {
     ];
     let written = write(&store, &mixed).await;
     assert_eq!(seqs(&written[..3]), [(2, false), (1, true), (3, false)]);
-    assert_eq!(written[3], Written::KeyReused);
+    assert_eq!(written[3], WriteOutcome::KeyReused);
     assert_eq!(seqs(&written[4..]), [(2, true)]);
     assert_eq!(
         written[1],
         match stored[0] {
-            Written::Stored(place) => Written::Repeat(place),
+            WriteOutcome::Stored(place) => WriteOutcome::Repeat(place),
             _ => unreachable!(),
         }
     );
@@ -288,12 +296,12 @@ async fn standing(store: &Arc<dyn Database>, names: &[&str]) -> Vec<(u64, Vec<u6
 }
 
 /// Where a mark is, and whether it has moved.
-fn at_seq(seq: u64, moved: bool) -> Marked {
+fn at_seq(seq: u64, moved: bool) -> MarkOutcome {
     let seq = Seq::new(seq);
-    Marked::At { seq, moved }
+    MarkOutcome::At { seq, moved }
 }
 
-async fn mark(store: &Arc<dyn Database>, name: &str, who: u64, seq: u64) -> Marked {
+async fn mark(store: &Arc<dyn Database>, name: &str, who: u64, seq: u64) -> MarkOutcome {
     let mark = NewMark::new(dialog(name), user(who), Seq::new(seq));
     let marked = store.mark_read(&identity(), &[mark]).await.unwrap();
     assert_eq!(marked.len(), 1);
@@ -301,20 +309,20 @@ async fn mark(store: &Arc<dyn Database>, name: &str, who: u64, seq: u64) -> Mark
 }
 
 /// How far a user has read in the only dialog of a slot, by its row.
-async fn read_by(store: &Arc<dyn Database>, who: &Identity, slot: Slot, user: u64) -> u64 {
-    let heads = store.heads(who, slot).await.unwrap();
+async fn read_by(store: &Arc<dyn Database>, who: &ShardIdentity, slot: Slot, user: u64) -> u64 {
+    let heads = store.dialog_rows(who, slot).await.unwrap();
     let mut members = heads[0].members.iter();
     let member = members.find(|member| member.user.get() == user).unwrap();
     member.read_seq.get()
 }
 
 async fn a_draft_is_stored_as_it_is_or_not_at_all(kind: Kind) {
-    let (_databases, store) = founded(kind).await;
+    let (_databases, store) = initialized(kind).await;
     let append = async |batch: &[NewMessage], draft| {
         let appended = store.append(&identity(), batch, draft).await.unwrap();
         match appended {
             Appended::Stored { written, .. } => Ok(seqs(&written)),
-            Appended::Unlike(unlike) => Err(unlike),
+            Appended::Mismatch(mismatch) => Err(mismatch),
         }
     };
     let first = [
@@ -368,45 +376,45 @@ async fn a_draft_is_stored_as_it_is_or_not_at_all(kind: Kind) {
     let repeat = [message("7_42", 7, "g", "x"), message("5_7", 7, "e", "x")];
     let (one, repeat_of_one) = (next[..1].to_vec(), [message("7_42", 7, "e", "x")]);
     let known = [("7_42", 4), ("5_7", 4)];
-    for (batch, draft, unlike) in [
-        (&next[..], draft(&next, other, &known), Unlike::Term),
+    for (batch, draft, mismatch) in [
+        (&next[..], draft(&next, other, &known), Mismatch::Term),
         (
             &next,
             draft(&next, term, &[("7_42", 4), ("5_7", 3)]),
-            Unlike::Head,
+            Mismatch::LastSeq,
         ),
         (
             &next,
             draft(&next, term, &[("7_42", 4), ("5_7", 5)]),
-            Unlike::Head,
+            Mismatch::LastSeq,
         ),
-        (&next, draft(&next, term, &[("7_42", 2)]), Unlike::Head),
-        (&repeat, draft(&repeat, term, &known), Unlike::Key),
-        (&repeat, draft(&repeat, term, &[]), Unlike::Key),
-        (&one, draft(&one, other, &known[..1]), Unlike::Term),
-        (&one, draft(&one, term, &[("7_42", 3)]), Unlike::Head),
-        (&one, draft(&one, term, &[("7_42", 5)]), Unlike::Head),
+        (&next, draft(&next, term, &[("7_42", 2)]), Mismatch::LastSeq),
+        (&repeat, draft(&repeat, term, &known), Mismatch::Key),
+        (&repeat, draft(&repeat, term, &[]), Mismatch::Key),
+        (&one, draft(&one, other, &known[..1]), Mismatch::Term),
+        (&one, draft(&one, term, &[("7_42", 3)]), Mismatch::LastSeq),
+        (&one, draft(&one, term, &[("7_42", 5)]), Mismatch::LastSeq),
         (
             &repeat_of_one,
             draft(&repeat_of_one, term, &known[..1]),
-            Unlike::Key,
+            Mismatch::Key,
         ),
     ] {
-        assert_eq!(append(batch, draft).await, Err(unlike));
+        assert_eq!(append(batch, draft).await, Err(mismatch));
         assert_eq!(standing(&store, &["7_42", "7_9", "5_7"]).await, before);
     }
-    let wrong = Identity {
+    let wrong = ShardIdentity {
         cluster_id: "c2".into(),
         ..identity()
     };
     let appended = store
         .append(&wrong, &next, draft(&next, term, &known))
         .await;
-    assert_eq!(appended, Ok(Appended::Unlike(Unlike::Term)));
+    assert_eq!(appended, Ok(Appended::Mismatch(Mismatch::Term)));
     let appended = store
         .append(&wrong, &one, draft(&one, term, &known[..1]))
         .await;
-    assert_eq!(appended, Ok(Appended::Unlike(Unlike::Term)));
+    assert_eq!(appended, Ok(Appended::Mismatch(Mismatch::Term)));
     let stored = append(&next, draft(&next, term, &known)).await;
     assert_eq!(stored, Ok([5, 5].map(|seq| (seq, false)).to_vec()));
     let last = [message("7_42", 7, "h", "'; ROLLBACK; --")];
@@ -416,7 +424,7 @@ async fn a_draft_is_stored_as_it_is_or_not_at_all(kind: Kind) {
 
 /// The longest texts that settings allow, as many as a transaction takes, in both ways to store them.
 async fn a_transaction_of_the_largest_size_is_stored(kind: Kind) {
-    let (_databases, store) = founded(kind).await;
+    let (_databases, store) = initialized(kind).await;
     let text = "\u{1f980}".repeat(16_383);
     let count = store::TRANSACTION_BYTES / store::size(&text);
     let long = |from: usize, key: &str| -> Vec<NewMessage> {
@@ -445,7 +453,7 @@ async fn a_transaction_of_the_largest_size_is_stored(kind: Kind) {
 
 async fn instances_that_write_at_once_share_one_dense_order(kind: Kind) {
     const SEED: u64 = 20;
-    let (databases, store) = founded(kind).await;
+    let (databases, store) = initialized(kind).await;
     let writers: Vec<_> = (0..4u64)
         .map(|w| {
             let store = open(&databases, 0);
@@ -526,15 +534,18 @@ async fn what_is_not_owned_is_refused_and_nothing_of_it_is_written(kind: Kind) {
     assert_ne!(ours.slot, theirs.slot);
     let mut owned = SlotSet::empty();
     owned.insert(ours.slot);
-    store.found(&meta(), &owned).await.unwrap();
+    store.initialize(&meta(), &owned).await.unwrap();
     let written = write(&store, &[theirs.clone(), ours.clone()]).await;
-    assert_eq!(written[0], Written::NotOwner(Some(SlotState::None)));
+    assert_eq!(written[0], WriteOutcome::NotOwner(Some(SlotState::None)));
     assert_eq!(seqs(&written[1..]), [(1, false)]);
     let sizes = store.sizes(&identity()).await.unwrap();
     assert_eq!(sizes.keys().collect::<Vec<_>>(), [&ours.slot]);
-    let heads = store.heads(&identity(), ours.slot).await.unwrap();
+    let heads = store.dialog_rows(&identity(), ours.slot).await.unwrap();
     assert_eq!((heads.len(), heads[0].members.len()), (1, 2));
-    assert_eq!(store.heads(&identity(), theirs.slot).await.unwrap(), []);
+    assert_eq!(
+        store.dialog_rows(&identity(), theirs.slot).await.unwrap(),
+        []
+    );
     let page = store
         .page(&identity(), theirs.dialog, Range::Newest, 5)
         .await
@@ -550,7 +561,7 @@ async fn what_is_not_owned_is_refused_and_nothing_of_it_is_written(kind: Kind) {
         )
         .await
         .unwrap();
-    assert_eq!(marked[0], Marked::NotOwner(Some(SlotState::None)));
+    assert_eq!(marked[0], MarkOutcome::NotOwner(Some(SlotState::None)));
     assert_eq!(
         marked[1],
         at_seq(1, true),
@@ -569,15 +580,15 @@ async fn what_is_not_owned_is_refused_and_nothing_of_it_is_written(kind: Kind) {
 }
 
 async fn a_database_that_is_somebody_else_is_noticed_by_every_call(kind: Kind) {
-    let (_databases, store) = founded(kind).await;
+    let (_databases, store) = initialized(kind).await;
     let there = message("7_42", 42, "there", "x");
     write(&store, std::slice::from_ref(&there)).await;
     for wrong in [
-        Identity {
+        ShardIdentity {
             cluster_id: "c2".into(),
             ..identity()
         },
-        Identity {
+        ShardIdentity {
             shard_name: "shard2".into(),
             ..identity()
         },
@@ -612,7 +623,7 @@ async fn a_database_that_is_somebody_else_is_noticed_by_every_call(kind: Kind) {
 }
 
 async fn an_inbox_lists_dialogs_newest_first_with_their_unread(kind: Kind) {
-    let (_databases, store) = founded(kind).await;
+    let (_databases, store) = initialized(kind).await;
     for (n, peer) in [9u64, 42, 100, 9].iter().enumerate() {
         let name = DialogId::between(user(7), user(*peer)).to_string();
         write(
@@ -695,9 +706,9 @@ async fn an_inbox_lists_dialogs_newest_first_with_their_unread(kind: Kind) {
 }
 
 async fn a_read_mark_moves_forward_only_and_not_beyond_the_last_message(kind: Kind) {
-    let (_databases, store) = founded(kind).await;
+    let (_databases, store) = initialized(kind).await;
     let mark = async |who: u64, seq: u64| mark(&store, "7_42", who, seq).await;
-    assert_eq!(mark(7, 1).await, Marked::NoDialog);
+    assert_eq!(mark(7, 1).await, MarkOutcome::NoDialog);
     write(
         &store,
         &(0..5)
@@ -721,11 +732,11 @@ async fn a_read_mark_moves_forward_only_and_not_beyond_the_last_message(kind: Ki
         at_seq(1, true),
         "everybody has their own"
     );
-    assert_eq!(mark(8, 1).await, Marked::NoDialog, "8 is not in it");
+    assert_eq!(mark(8, 1).await, MarkOutcome::NoDialog, "8 is not in it");
 }
 
 async fn read_marks_move_many_at_once_alone_and_with_messages(kind: Kind) {
-    let (_databases, store) = founded(kind).await;
+    let (_databases, store) = initialized(kind).await;
     let batch: Vec<_> = ["7_42", "7_9", "5_7"]
         .iter()
         .flat_map(|name| (0..3).map(move |n| message(name, 7, &format!("{n}"), "x")))
@@ -744,8 +755,8 @@ async fn read_marks_move_many_at_once_alone_and_with_messages(kind: Kind) {
         at_seq(2, true),
         at_seq(3, true),
         at_seq(1, true),
-        Marked::NoDialog,
-        Marked::NoDialog,
+        MarkOutcome::NoDialog,
+        MarkOutcome::NoDialog,
     ];
     let marked = store.mark_read(&identity(), &marks).await.unwrap();
     assert_eq!(marked, expected);
@@ -790,12 +801,12 @@ async fn read_marks_move_many_at_once_alone_and_with_messages(kind: Kind) {
         &[new("5_7", 5, 3)],
     )
     .await;
-    assert_eq!(stored, Appended::Unlike(Unlike::Head));
+    assert_eq!(stored, Appended::Mismatch(Mismatch::LastSeq));
     assert_eq!(unread(5).await, 1, "nothing of it is there");
 }
 
 async fn a_text_comes_back_byte_for_byte(kind: Kind) {
-    let (_databases, store) = founded(kind).await;
+    let (_databases, store) = initialized(kind).await;
     let long = "\u{1F468}\u{200D}\u{1F469}".repeat(1333);
     let texts = [
         " leading and trailing ",
@@ -840,38 +851,38 @@ async fn a_text_comes_back_byte_for_byte(kind: Kind) {
     assert_eq!(store.counts().await.unwrap().messages, texts.len() as u64);
 }
 
-/// Two shards that go by one document; the first owns everything.
+/// Two shards that go by one topology; the first owns everything.
 struct Pair {
     _databases: Databases,
     a: Arc<dyn Database>,
     b: Arc<dyn Database>,
-    doc: DocRef,
+    topology_ref: TopologyRef,
 }
 
-fn of(name: &str) -> Identity {
-    Identity {
+fn of(name: &str) -> ShardIdentity {
+    ShardIdentity {
         shard_name: name.into(),
         ..identity()
     }
 }
 
-fn document(more: &str) -> Document {
+fn topology(more: &str) -> Topology {
     let text = format!(
         "[[shard]]\nname = \"shard1\"\nurl = \"sqlite:a\"\n[[shard]]\nname = \"shard2\"\nurl = \"sqlite:b\"\n{more}"
     );
-    Topology::parse(&text, &|_| None).unwrap().document()
+    ShardsFile::parse(&text, &|_| None).unwrap().topology()
 }
 
-fn meta_with(document: &Document, version: u64, phase: Phase) -> Meta {
-    let mut document = document.clone();
+fn meta_with(topology: &Topology, version: u64, phase: Phase) -> Meta {
+    let mut topology = topology.clone();
     if version > 1 {
-        document.put_above(1, &self::document("").hash());
+        topology.add_ancestor(1, &self::topology("").hash());
     }
     Meta {
-        doc_version: version,
-        doc_phase: phase,
-        doc_hash: document.hash(),
-        doc: document.to_json(),
+        topology_version: version,
+        topology_phase: phase,
+        topology_hash: topology.hash(),
+        topology: topology.to_json(),
         ..meta()
     }
 }
@@ -879,7 +890,7 @@ fn meta_with(document: &Document, version: u64, phase: Phase) -> Meta {
 async fn pair(kind: Kind) -> Pair {
     let databases = Databases::new(kind, 2).await;
     let (a, b) = (open(&databases, 0), open(&databases, 1));
-    let first = meta_with(&document(""), 1, Phase::Normal);
+    let first = meta_with(&topology(""), 1, Phase::Normal);
     for (store, name, owned) in [
         (&a, "shard1", all_slots()),
         (&b, "shard2", SlotSet::empty()),
@@ -889,25 +900,28 @@ async fn pair(kind: Kind) -> Pair {
             ..first.clone()
         };
         store.migrate().await.unwrap();
-        store.found(&meta, &owned).await.unwrap();
+        store.initialize(&meta, &owned).await.unwrap();
     }
     Pair {
         _databases: databases,
         a,
         b,
-        doc: first.doc_ref(),
+        topology_ref: first.topology_ref(),
     }
 }
 
 async fn a_document_is_taken_forward_only_and_fences_who_was_declared_down(kind: Kind) {
     let Pair {
-        _databases, a, doc, ..
+        _databases,
+        a,
+        topology_ref,
+        ..
     } = pair(kind).await;
     let (ours, slot) = (identity(), Slot::of(dialog("7_42")));
-    let weighed = document("weight = 3\n");
+    let weighed = topology("weight = 3\n");
     let (second, judging) = (
         meta_with(&weighed, 2, Phase::Normal),
-        meta_with(&weighed, 2, Phase::Adjudicate),
+        meta_with(&weighed, 2, Phase::Failover),
     );
     let accept = async |new: &Meta| a.accept(&ours, new).await.unwrap();
     assert_eq!(accept(&judging).await, Acceptance::Accept { fence: false });
@@ -922,13 +936,13 @@ async fn a_document_is_taken_forward_only_and_fences_who_was_declared_down(kind:
         to: "shard2".into(),
         term: 2,
     };
-    let refused = a.step(&ours, &judging.doc_ref(), slot, &seal).await;
+    let refused = a.step(&ours, &judging.topology_ref(), slot, &seal).await;
     assert!(
-        matches!(refused, Err(StoreError::OtherDocument(_))),
+        matches!(refused, Err(StoreError::OtherTopology(_))),
         "nothing moves while shards are judged: {refused:?}"
     );
     let owned = a
-        .step(&ours, &judging.doc_ref(), slot, &claim)
+        .step(&ours, &judging.topology_ref(), slot, &claim)
         .await
         .unwrap();
     assert!(owned.is_err(), "it is owned already");
@@ -938,35 +952,38 @@ async fn a_document_is_taken_forward_only_and_fences_who_was_declared_down(kind:
         "phases go forward"
     );
     assert!(matches!(
-        accept(&meta_with(&document(""), 2, Phase::Normal)).await,
+        accept(&meta_with(&topology(""), 2, Phase::Normal)).await,
         Acceptance::Conflict(_)
     ));
     assert!(matches!(
-        accept(&meta_with(&document(""), 1, Phase::Normal)).await,
+        accept(&meta_with(&topology(""), 1, Phase::Normal)).await,
         Acceptance::Newer(_)
     ));
     assert_eq!(a.meta().await.unwrap().unwrap(), second);
 
-    // What was decided by an earlier document is refused, and read by it, it is no evidence.
-    let late = a.step(&ours, &doc, slot, &seal).await;
-    assert_eq!(late, Err(StoreError::OtherDocument(second.doc_ref())));
-    let late = a.rows(&ours, Some(&doc), Some(slot)).await;
-    assert_eq!(late, Err(StoreError::OtherDocument(second.doc_ref())));
-    let rows = a.rows(&ours, Some(&second.doc_ref()), None).await.unwrap();
+    // What was decided by an earlier topology is refused, and read by it, it is no evidence.
+    let late = a.step(&ours, &topology_ref, slot, &seal).await;
+    assert_eq!(late, Err(StoreError::OtherTopology(second.topology_ref())));
+    let late = a.rows(&ours, Some(&topology_ref), Some(slot)).await;
+    assert_eq!(late, Err(StoreError::OtherTopology(second.topology_ref())));
+    let rows = a
+        .rows(&ours, Some(&second.topology_ref()), None)
+        .await
+        .unwrap();
     assert_eq!(rows.len(), SLOTS);
     assert!(rows.iter().all(|row| row.state == SlotState::Owner));
 
-    let stray = meta_with(&document(""), 3, Phase::Normal);
+    let stray = meta_with(&topology(""), 3, Phase::Normal);
     assert!(
         matches!(accept(&stray).await, Acceptance::Conflict(_)),
         "it was made without knowing of the one that is there"
     );
-    let mut next = document("");
-    next.put_above(2, &second.doc_hash);
+    let mut next = topology("");
+    next.add_ancestor(2, &second.topology_hash);
     let next = meta_with(&next, 3, Phase::Normal);
     assert_eq!(accept(&next).await, Acceptance::Accept { fence: false });
 
-    let mut lost = document("");
+    let mut lost = topology("");
     lost.shards.get_mut("shard1").unwrap().down_generation = 1;
     let fourth = meta_with(&lost, 4, Phase::Normal);
     assert_eq!(accept(&fourth).await, Acceptance::Accept { fence: true });
@@ -974,7 +991,7 @@ async fn a_document_is_taken_forward_only_and_fences_who_was_declared_down(kind:
     let rows = a.rows(&ours, None, None).await.unwrap();
     assert!(rows.iter().all(|row| row.state == SlotState::Fenced));
     let written = write(&a, &[message("7_42", 7, "a", "x")]).await;
-    assert_eq!(written, [Written::NotOwner(Some(SlotState::Fenced))]);
+    assert_eq!(written, [WriteOutcome::NotOwner(Some(SlotState::Fenced))]);
 }
 
 async fn a_slot_moves_step_by_step_and_takes_no_other_step(kind: Kind) {
@@ -982,7 +999,7 @@ async fn a_slot_moves_step_by_step_and_takes_no_other_step(kind: Kind) {
         _databases,
         a,
         b,
-        doc,
+        topology_ref,
     } = pair(kind).await;
     let (one, two, slot) = (identity(), of("shard2"), Slot::of(dialog("7_42")));
     let batch: Vec<_> = (1..=5)
@@ -992,8 +1009,8 @@ async fn a_slot_moves_step_by_step_and_takes_no_other_step(kind: Kind) {
     a.mark_read(&one, &[NewMark::new(dialog("7_42"), user(42), Seq::new(3))])
         .await
         .unwrap();
-    let at = async |store: &Arc<dyn Database>, who: &Identity, step: &Step| {
-        store.step(who, &doc, slot, step).await.unwrap()
+    let at = async |store: &Arc<dyn Database>, who: &ShardIdentity, step: &Step| {
+        store.step(who, &topology_ref, slot, step).await.unwrap()
     };
     let (from, to) = ("shard1".to_owned(), "shard2".to_owned());
     let prepare = |term| Step::Prepare {
@@ -1015,36 +1032,36 @@ async fn a_slot_moves_step_by_step_and_takes_no_other_step(kind: Kind) {
         "nobody joins an attempt"
     );
 
-    let heads = a.heads(&one, slot).await.unwrap();
+    let heads = a.dialog_rows(&one, slot).await.unwrap();
     let from_the_start = [(dialog("7_42"), Seq::ZERO)];
     let messages = a
         .messages_of(&one, slot, &from_the_start, 100)
         .await
         .unwrap();
     assert_eq!((heads.len(), messages.len()), (1, 5));
-    let part = |upto: usize| Part {
+    let part = |upto: usize| Chunk {
         messages: messages[..upto].to_vec(),
-        heads: vec![Head {
+        dialogs: vec![DialogRow {
             last_seq: Seq::new(upto as u64),
             ..heads[0].clone()
         }],
     };
     for (from, term) in [("shard1", 3), ("shard1", 1), ("shard3", 2)] {
         let refused = b
-            .copy_in(&two, &doc, slot, from, term, &part(5))
+            .copy_in(&two, &topology_ref, slot, from, term, &part(5))
             .await
             .unwrap();
         assert!(refused.is_err(), "{from} {term}");
     }
-    assert_eq!(b.heads(&two, slot).await.unwrap(), []);
+    assert_eq!(b.dialog_rows(&two, slot).await.unwrap(), []);
     // In any order and any number of times: nothing goes backwards.
     for upto in [2, 5, 3, 5] {
-        b.copy_in(&two, &doc, slot, "shard1", 2, &part(upto))
+        b.copy_in(&two, &topology_ref, slot, "shard1", 2, &part(upto))
             .await
             .unwrap()
             .unwrap();
     }
-    assert_eq!(b.heads(&two, slot).await.unwrap(), heads);
+    assert_eq!(b.dialog_rows(&two, slot).await.unwrap(), heads);
     assert_eq!(
         b.messages_of(&two, slot, &from_the_start, 100)
             .await
@@ -1071,7 +1088,7 @@ async fn a_slot_moves_step_by_step_and_takes_no_other_step(kind: Kind) {
     assert!(sealed.is_sealed("shard2", 2));
     assert_eq!(
         write(&a, &[message("7_42", 7, "k6", "x")]).await,
-        [Written::NotOwner(Some(SlotState::Sealed))]
+        [WriteOutcome::NotOwner(Some(SlotState::Sealed))]
     );
     let view = a
         .page(&one, dialog("7_42"), Range::Newest, 5)
@@ -1129,7 +1146,7 @@ async fn a_slot_moves_step_by_step_and_takes_no_other_step(kind: Kind) {
         .mark_read(&one, &[NewMark::new(dialog("7_42"), user(42), Seq::new(5))])
         .await
         .unwrap();
-    assert_eq!(marked, [Marked::NotOwner(Some(SlotState::None))]);
+    assert_eq!(marked, [MarkOutcome::NotOwner(Some(SlotState::None))]);
     assert_eq!(read_by(&a, &one, slot, 42).await, 3);
 
     // What is left is seen, kept for a while, and then goes; and nothing comes back before it has gone.
@@ -1142,16 +1159,25 @@ async fn a_slot_moves_step_by_step_and_takes_no_other_step(kind: Kind) {
     let (hour, now) = (Duration::from_secs(3600), Duration::ZERO);
     assert_eq!(
         a.purge(&one, slot, hour, 100).await.unwrap(),
-        Purged::TooEarly
+        PurgeOutcome::TooEarly
     );
-    assert_eq!(a.purge(&one, slot, now, 3).await.unwrap(), Purged::Some(3));
+    assert_eq!(
+        a.purge(&one, slot, now, 3).await.unwrap(),
+        PurgeOutcome::Some(3)
+    );
     assert_eq!(
         a.leftovers(&one, Duration::ZERO).await.unwrap(),
         [slot],
         "half of it"
     );
-    assert_eq!(a.purge(&one, slot, now, 3).await.unwrap(), Purged::All);
-    assert_eq!(b.purge(&two, slot, now, 3).await.unwrap(), Purged::InUse);
+    assert_eq!(
+        a.purge(&one, slot, now, 3).await.unwrap(),
+        PurgeOutcome::All
+    );
+    assert_eq!(
+        b.purge(&two, slot, now, 3).await.unwrap(),
+        PurgeOutcome::InUse
+    );
     assert_eq!(a.leftovers(&one, Duration::ZERO).await.unwrap(), []);
     assert!(a.sizes(&one).await.unwrap().is_empty());
     let size = SlotSize {
@@ -1173,7 +1199,7 @@ async fn what_a_lost_shard_held_comes_in_once_and_in_its_place(kind: Kind) {
         _databases,
         a,
         b,
-        doc,
+        topology_ref,
     } = pair(kind).await;
     let (one, two, slot) = (identity(), of("shard2"), Slot::of(dialog("7_42")));
     // The lost shard has 1 to 4. The owner has 1 and 2 of an earlier stay, 4 under another seq, and one of its own.
@@ -1189,39 +1215,42 @@ async fn what_a_lost_shard_held_comes_in_once_and_in_its_place(kind: Kind) {
         .messages_of(&one, slot, &from_the_start, 100)
         .await
         .unwrap();
-    let heads = a.heads(&one, slot).await.unwrap();
+    let heads = a.dialog_rows(&one, slot).await.unwrap();
     let prepare = Step::Prepare {
         from: "shard1".into(),
         term: 2,
     };
-    b.step(&two, &doc, slot, &prepare).await.unwrap().unwrap();
-    let part = Part {
+    b.step(&two, &topology_ref, slot, &prepare)
+        .await
+        .unwrap()
+        .unwrap();
+    let part = Chunk {
         messages: messages[..2].to_vec(),
-        heads: vec![Head {
+        dialogs: vec![DialogRow {
             last_seq: Seq::new(2),
             ..heads[0].clone()
         }],
     };
-    b.copy_in(&two, &doc, slot, "shard1", 2, &part)
+    b.copy_in(&two, &topology_ref, slot, "shard1", 2, &part)
         .await
         .unwrap()
         .unwrap();
-    let judging = meta_with(&document("weight = 2\n"), 2, Phase::Adjudicate);
+    let judging = meta_with(&topology("weight = 2\n"), 2, Phase::Failover);
     b.accept(&two, &judging).await.unwrap();
     let claim = Step::Claim {
         term: 3,
         generation: 1,
         missing: BTreeSet::from(["shard1".to_owned()]),
     };
-    b.step(&two, &judging.doc_ref(), slot, &claim)
+    b.step(&two, &judging.topology_ref(), slot, &claim)
         .await
         .unwrap()
         .unwrap();
-    let normal = meta_with(&document("weight = 2\n"), 2, Phase::Normal);
+    let normal = meta_with(&topology("weight = 2\n"), 2, Phase::Normal);
     b.accept(&two, &normal).await.unwrap();
-    let doc = normal.doc_ref();
+    let topology_ref = normal.topology_ref();
     let holding = b.slots(&two).await.unwrap();
-    assert_eq!(holding.lacking, BTreeSet::from(["shard1".to_owned()]));
+    assert_eq!(holding.missing_from, BTreeSet::from(["shard1".to_owned()]));
     let inbox = b.inbox(&two, user(7), None, 5).await.unwrap();
     assert_eq!(inbox.slots, holding);
     let view = b
@@ -1236,20 +1265,20 @@ async fn what_a_lost_shard_held_comes_in_once_and_in_its_place(kind: Kind) {
     let term = |number, generation| Term { number, generation };
     let stale = draft(&since, term(2, 0), &[("7_42", 2)]);
     let appended = b.append(&two, &since, stale).await;
-    assert_eq!(appended, Ok(Appended::Unlike(Unlike::Term)));
+    assert_eq!(appended, Ok(Appended::Mismatch(Mismatch::Term)));
     let appended = b.append(&two, &since, draft(&since, term(3, 1), &[])).await;
     let Ok(Appended::Stored { written, .. }) = appended else {
         panic!("{appended:?}");
     };
     assert_eq!(seqs(&written), [(first + 1, false), (first + 2, false)]);
 
-    let whole = Part {
+    let whole = Chunk {
         messages: messages.clone(),
-        heads: heads.clone(),
+        dialogs: heads.clone(),
     };
     let mut wrong = whole.clone();
     wrong.messages[1].author = user(42);
-    let refused = b.merge_in(&two, &doc, slot, &wrong).await;
+    let refused = b.merge_in(&two, &topology_ref, slot, &wrong).await;
     assert!(
         matches!(refused, Err(StoreError::Refused(_))),
         "{refused:?}"
@@ -1261,7 +1290,10 @@ async fn what_a_lost_shard_held_comes_in_once_and_in_its_place(kind: Kind) {
     };
     assert_eq!(log().await.len(), 4, "nothing of it is there");
     for _ in 0..2 {
-        b.merge_in(&two, &doc, slot, &whole).await.unwrap().unwrap();
+        b.merge_in(&two, &topology_ref, slot, &whole)
+            .await
+            .unwrap()
+            .unwrap();
         let log = log().await;
         let places: Vec<_> = log.iter().map(|message| message.seq.get()).collect();
         assert_eq!(places, [1, 2, 3, 4, first + 1, first + 2]);
@@ -1272,7 +1304,7 @@ async fn what_a_lost_shard_held_comes_in_once_and_in_its_place(kind: Kind) {
         );
         assert_eq!(log[3].text, "text 4");
     }
-    let head = &b.heads(&two, slot).await.unwrap()[0];
+    let head = &b.dialog_rows(&two, slot).await.unwrap()[0];
     assert_eq!(head.last_seq.get(), first + 2);
     assert_eq!(head.members[1].read_seq, Seq::new(4));
     let row = &b.rows(&two, None, Some(slot)).await.unwrap()[0];
@@ -1283,29 +1315,36 @@ async fn what_a_lost_shard_held_comes_in_once_and_in_its_place(kind: Kind) {
     let heal = Step::Heal {
         shard: "shard1".into(),
     };
-    b.step(&two, &doc, slot, &heal).await.unwrap().unwrap();
-    assert!(b.slots(&two).await.unwrap().lacking.is_empty());
-    let other = a.merge_in(&one, &doc, slot, &whole).await;
+    b.step(&two, &topology_ref, slot, &heal)
+        .await
+        .unwrap()
+        .unwrap();
+    assert!(b.slots(&two).await.unwrap().missing_from.is_empty());
+    let other = a.merge_in(&one, &topology_ref, slot, &whole).await;
     assert!(
-        matches!(other, Err(StoreError::OtherDocument(_))),
+        matches!(other, Err(StoreError::OtherTopology(_))),
         "{other:?}"
     );
 }
 
 async fn one_at_a_time_has_the_turn(kind: Kind) {
-    let (databases, store) = founded(kind).await;
+    let (databases, store) = initialized(kind).await;
     let other = open(&databases, 0);
-    let mut turn = store.take_turn().await.unwrap().expect("nobody has it");
+    let mut turn = store
+        .try_lock_coordinator()
+        .await
+        .unwrap()
+        .expect("nobody has it");
     turn.keep().await.unwrap();
     // SQLite files belong to one process, which needs no turn.
-    let taken = other.take_turn().await.unwrap();
+    let taken = other.try_lock_coordinator().await.unwrap();
     assert_eq!(taken.is_some(), kind == Kind::Sqlite);
     if kind == Kind::Memory {
         return; // Its servers take a turn away after a time only, which is what simulations are about.
     }
     drop((turn, taken));
     support::until("the turn is free", async || {
-        other.take_turn().await.unwrap()
+        other.try_lock_coordinator().await.unwrap()
     })
     .await;
 }
@@ -1316,7 +1355,7 @@ async fn a_lock_that_is_held_is_a_conflict_and_nothing_else(kind: Kind) {
     let Pair {
         _databases: databases,
         a,
-        doc,
+        topology_ref,
         ..
     } = pair(kind).await;
     let first = message("7_42", 7, "a", "x");
@@ -1338,7 +1377,7 @@ async fn a_lock_that_is_held_is_a_conflict_and_nothing_else(kind: Kind) {
         let conflict =
             |e: StoreError| assert!(matches!(e, StoreError::Conflict(_)), "{row}: {e:?}");
         if row.starts_with("meta") {
-            // The data plane asks no document.
+            // The data plane asks no topology.
         } else {
             conflict(
                 a.write(&identity(), std::slice::from_ref(&next), false)
@@ -1348,21 +1387,25 @@ async fn a_lock_that_is_held_is_a_conflict_and_nothing_else(kind: Kind) {
         }
         if on_steps {
             conflict(
-                a.step(&identity(), &doc, first.slot, &step)
+                a.step(&identity(), &topology_ref, first.slot, &step)
                     .await
                     .unwrap_err(),
             );
-            let other = meta_with(&document("weight = 3\n"), 2, Phase::Normal);
+            let other = meta_with(&topology("weight = 3\n"), 2, Phase::Normal);
             if row.starts_with("meta") {
                 conflict(a.accept(&identity(), &other).await.unwrap_err());
-                conflict(a.rows(&identity(), Some(&doc), None).await.unwrap_err());
+                conflict(
+                    a.rows(&identity(), Some(&topology_ref), None)
+                        .await
+                        .unwrap_err(),
+                );
             }
         }
         conn.query_drop("ROLLBACK").await.unwrap();
     }
     conn.disconnect().await.unwrap();
     assert_eq!(seqs(&write(&a, &[next]).await), [(2, false)]);
-    a.step(&identity(), &doc, first.slot, &step)
+    a.step(&identity(), &topology_ref, first.slot, &step)
         .await
         .unwrap()
         .unwrap();
@@ -1387,7 +1430,7 @@ mod held_locks {
 async fn a_page_reads_no_more_rows_than_are_on_it(kind: Kind) {
     const LENGTH: u64 = 4000;
     const PAGE: u32 = 50;
-    let (databases, store) = founded(kind).await;
+    let (databases, store) = initialized(kind).await;
     for part in (1..=LENGTH).collect::<Vec<_>>().chunks(500) {
         let batch: Vec<_> = part
             .iter()
@@ -1480,8 +1523,8 @@ async fn a_page_reads_no_more_rows_than_are_on_it(kind: Kind) {
             "write" => drop(store.write(&identity(), &sent, true).await.unwrap()),
             "mark" => drop(store.mark_read(&identity(), &marks).await.unwrap()),
             _ => {
-                let of = HeadsOf::Dialogs(three.map(dialog).to_vec());
-                drop(store.dialog_heads(&identity(), &of).await.unwrap());
+                let of = LastSeqsOf::Dialogs(three.map(dialog).to_vec());
+                drop(store.last_seqs(&identity(), &of).await.unwrap());
             }
         }
         for (table, before) in reads {
@@ -1549,7 +1592,7 @@ async fn a_copy_that_differs_from_its_source_is_not_activated(kind: Kind) {
         _databases: databases,
         a,
         b,
-        doc,
+        topology_ref,
     } = pair(kind).await;
     for part in (1..=LENGTH).collect::<Vec<_>>().chunks(500) {
         let batch: Vec<_> = part
@@ -1566,7 +1609,7 @@ async fn a_copy_that_differs_from_its_source_is_not_activated(kind: Kind) {
     };
     let slot = Slot::of(dialog("7_42"));
     let a_move = Move {
-        doc: doc.clone(),
+        topology_ref: topology_ref.clone(),
         slot,
         from: shard(1, "shard1", &a),
         to: shard(2, "shard2", &b),
@@ -1586,8 +1629,8 @@ async fn a_copy_that_differs_from_its_source_is_not_activated(kind: Kind) {
         .execute(1, &format!("CREATE TRIGGER garbles {garbles}"))
         .await;
     let moved = a_move.run().await;
-    assert!(matches!(moved, Err(NotMoved::Differs(of)) if of == slot));
-    let state = async |shard| row_at(shard, &doc, slot).await.unwrap().state;
+    assert!(matches!(moved, Err(MoveError::Differs(of)) if of == slot));
+    let state = async |shard| row_at(shard, &topology_ref, slot).await.unwrap().state;
     assert_eq!(state(&a_move.from).await, SlotState::Owner);
     assert_eq!(state(&a_move.to).await, SlotState::None);
 
@@ -1628,7 +1671,7 @@ mod a_copy_that_differs_from_its_source_is_not_activated {
 }
 
 async fn heads_tell_how_far_dialogs_have_come_and_who_has_read(kind: Kind) {
-    let (databases, store) = founded(kind).await;
+    let (databases, store) = initialized(kind).await;
     for (name, author, count) in [("7_42", 7, 3), ("7_9", 9, 1), ("8_9", 8, 2)] {
         for n in 0..count {
             write(&store, &[message(name, author, &format!("k{n}"), "x")]).await;
@@ -1637,9 +1680,9 @@ async fn heads_tell_how_far_dialogs_have_come_and_who_has_read(kind: Kind) {
     let seven = user(7);
     mark(&store, "7_42", 42, 2).await;
     type Shown = (String, u64, Vec<(u64, u64)>);
-    let shown = |heads: &Heads| -> Vec<Shown> {
+    let shown = |heads: &LastSeqs| -> Vec<Shown> {
         let mut shown: Vec<_> = heads
-            .heads
+            .dialogs
             .iter()
             .map(|head| {
                 let mut reads: Vec<_> = head
@@ -1654,8 +1697,8 @@ async fn heads_tell_how_far_dialogs_have_come_and_who_has_read(kind: Kind) {
         shown.sort_unstable();
         shown
     };
-    let asked = HeadsOf::Dialogs(vec![dialog("7_42"), dialog("7_9"), dialog("1_2")]);
-    let heads = store.dialog_heads(&identity(), &asked).await.unwrap();
+    let asked = LastSeqsOf::Dialogs(vec![dialog("7_42"), dialog("7_9"), dialog("1_2")]);
+    let heads = store.last_seqs(&identity(), &asked).await.unwrap();
     let both = [
         ("7_42".to_owned(), 3, vec![(7, 0), (42, 2)]),
         ("7_9".to_owned(), 1, vec![(7, 0), (9, 0)]),
@@ -1666,22 +1709,22 @@ async fn heads_tell_how_far_dialogs_have_come_and_who_has_read(kind: Kind) {
         3,
         "of the slots that were asked for"
     );
-    let recent = |users: &[UserId], within| HeadsOf::Users {
+    let recent = |users: &[UserId], within| LastSeqsOf::Users {
         users: users.to_vec(),
         within,
     };
     let hour = Duration::from_secs(3600);
     let heads = store
-        .dialog_heads(&identity(), &recent(&[seven], hour))
+        .last_seqs(&identity(), &recent(&[seven], hour))
         .await
         .unwrap();
     assert_eq!(shown(&heads), both);
     assert_eq!(heads.slots.owned.len(), SLOTS);
     let heads = store
-        .dialog_heads(&identity(), &recent(&[seven, user(9)], hour))
+        .last_seqs(&identity(), &recent(&[seven, user(9)], hour))
         .await
         .unwrap();
-    assert_eq!(heads.heads.len(), 3, "each once");
+    assert_eq!(heads.dialogs.len(), 3, "each once");
     // The longest silent is not lately any more.
     if kind != Kind::Memory {
         let sql = "UPDATE dialogs SET last_at = last_at - 7200000000 WHERE dialog = '7_42'";
@@ -1696,17 +1739,17 @@ async fn heads_tell_how_far_dialogs_have_come_and_who_has_read(kind: Kind) {
             _ => databases.execute(0, sql).await,
         }
         let heads = store
-            .dialog_heads(&identity(), &recent(&[seven], hour))
+            .last_seqs(&identity(), &recent(&[seven], hour))
             .await
             .unwrap();
         assert_eq!(shown(&heads), both[1..]);
     }
-    let stranger = Identity {
+    let stranger = ShardIdentity {
         cluster_id: "c2".into(),
         ..identity()
     };
     assert!(matches!(
-        store.dialog_heads(&stranger, &asked).await,
+        store.last_seqs(&stranger, &asked).await,
         Err(StoreError::WrongIdentity(_))
     ));
 }

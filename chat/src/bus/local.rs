@@ -113,7 +113,7 @@ impl Bus for LocalBus {
     }
 
     fn state(&self) -> BusState {
-        BusState::Alone
+        BusState::Standalone
     }
 }
 

@@ -2,13 +2,15 @@
 //!
 //! A bus is a hint and may lose anything: the shard is the truth. Nothing here waits, and nothing rests on an answer.
 
+pub mod event;
+
 mod local;
 mod nats;
 
 pub use local::LocalBus;
 pub use nats::NatsBus;
 
-use crate::dialog::UserId;
+use crate::domain::dialog::UserId;
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use std::sync::Arc;
@@ -22,10 +24,8 @@ pub enum Topic {
     User(UserId),
     /// Whether a user comes or goes.
     Presence(UserId),
-    /// That an instance is there.
-    Pulse,
-    /// What instances tell each other about themselves.
-    Instances,
+    /// Heartbeats of instances.
+    Heartbeats,
     /// How far dialogs have come that somebody here was told of a while ago.
     Hints,
 }
@@ -37,20 +37,20 @@ pub type Sink = Arc<dyn Fn(Bytes) + Send + Sync>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BusState {
     /// There is only this instance, by configuration.
-    Alone,
+    Standalone,
     /// It does.
     Connected,
     /// It does not now; it will again.
-    Away,
+    Disconnected,
 }
 
 /// Something may have been lost for anybody here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Loss {
     /// The bus was away for so long.
-    Away(Duration),
+    Disconnected(Duration),
     /// A listener here was too slow.
-    Slow,
+    SlowConsumer,
 }
 
 /// Interest in a topic; leaves when it is dropped.
@@ -67,7 +67,7 @@ impl Listening {
         }
     }
 
-    /// Turns true once what others publish is heard, or that has been waited for long enough.
+    /// ReadQueue true once what others publish is heard, or that has been waited for long enough.
     #[must_use]
     pub fn effective(&self) -> watch::Receiver<bool> {
         self.effective.clone()

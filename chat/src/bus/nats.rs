@@ -79,7 +79,7 @@ impl NatsBus {
                         let left = left.lock().unwrap_or_else(PoisonError::into_inner).take();
                         if let Some(left) = left {
                             // Nobody may listen.
-                            let _ = lost.send(Loss::Away(left.elapsed()));
+                            let _ = lost.send(Loss::Disconnected(left.elapsed()));
                         }
                     }
                     Event::Disconnected | Event::Closed => {
@@ -87,13 +87,13 @@ impl NatsBus {
                         gauge.bus_connected.set(0);
                         let mut left = left.lock().unwrap_or_else(PoisonError::into_inner);
                         left.get_or_insert_with(Instant::now);
-                        tracing::warn!("bus away: storing and local delivery go on");
+                        tracing::warn!("NATS disconnected; messages are still stored, and delivered on this instance");
                     }
                     Event::SlowConsumer(_) => {
                         gauge.bus_dropped.inc();
-                        let _ = lost.send(Loss::Slow);
+                        let _ = lost.send(Loss::SlowConsumer);
                         tracing::warn!(
-                            "bus: a listener was too slow, and something for it was dropped"
+                            "NATS dropped messages because a subscription was too slow"
                         );
                     }
                     Event::LameDuckMode
@@ -123,8 +123,7 @@ impl NatsBus {
         match topic {
             Topic::User(user) => format!("chat.{}.u.{user}", self.service),
             Topic::Presence(user) => format!("chat.{}.p.{user}", self.service),
-            Topic::Pulse => format!("chat.{}.pulse", self.service),
-            Topic::Instances => format!("chat.{}.i", self.service),
+            Topic::Heartbeats => format!("chat.{}.heartbeats", self.service),
             Topic::Hints => format!("chat.{}.hints", self.service),
         }
     }
@@ -191,7 +190,7 @@ impl Bus for NatsBus {
     }
 
     fn ask(&self, topic: Topic) -> BoxFuture<'static, Option<bool>> {
-        if self.state() == BusState::Away {
+        if self.state() == BusState::Disconnected {
             return Box::pin(std::future::ready(None));
         }
         let (client, subject) = (self.client.clone(), self.subject(topic));
@@ -214,7 +213,7 @@ impl Bus for NatsBus {
         if self.connected.load(Ordering::Relaxed) {
             BusState::Connected
         } else {
-            BusState::Away
+            BusState::Disconnected
         }
     }
 }

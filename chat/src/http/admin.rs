@@ -1,25 +1,24 @@
 //! For operators, on a listener of its own.
 
-use super::{ApiError, App};
-use crate::change::Status;
-use crate::change::install::NotInForce;
-use crate::change::plan::Plan;
-use crate::dialog::{DialogId, UserId};
-use crate::messages::NotDone;
-use crate::ownership::SlotState;
-use crate::refusal::Refusal;
-use crate::ring::{SLOTS, Slot};
-use crate::store::ShardState;
-use crate::topology::Topology;
+use super::{App, HttpError};
+use crate::domain::dialog::{DialogId, UserId};
+use crate::domain::ownership::SlotState;
+use crate::domain::shards_file::ShardsFile;
+use crate::domain::slot::{SLOTS, Slot};
+use crate::error::ApiError;
+use crate::messages::RequestError;
+use crate::resharding::Status;
+use crate::resharding::estimate::Plan;
+use crate::resharding::install::InstallError;
+use crate::store::Health;
 use actix_web::http::header::AUTHORIZATION;
 use actix_web::{HttpRequest, HttpResponse, web};
 use chat_wire::ErrorCode;
 use futures_util::future::join_all;
 use serde_json::{Value, json};
-use std::time::Duration;
 
-/// Asks for the admin token where one is set; on loopback none need be.
-fn operator(request: &HttpRequest, app: &App) -> Result<(), ApiError> {
+/// Checks the admin token, if one is set. Without one the listener is on loopback only.
+fn operator(request: &HttpRequest, app: &App) -> Result<(), HttpError> {
     let Some(expected) = &app.admin_token else {
         return Ok(());
     };
@@ -40,15 +39,15 @@ fn operator(request: &HttpRequest, app: &App) -> Result<(), ApiError> {
     if same {
         Ok(())
     } else {
-        Err(Refusal::new(
+        Err(ApiError::new(
             ErrorCode::Unauthenticated,
             "send the admin token as Authorization: Bearer",
         ))?
     }
 }
 
-/// What Prometheus reads.
-pub async fn metrics(request: HttpRequest, app: web::Data<App>) -> Result<HttpResponse, ApiError> {
+/// The metrics.
+pub async fn metrics(request: HttpRequest, app: web::Data<App>) -> Result<HttpResponse, HttpError> {
     operator(&request, &app)?;
     let text = app.context.metrics.encode();
     Ok(HttpResponse::Ok()
@@ -56,28 +55,28 @@ pub async fn metrics(request: HttpRequest, app: web::Data<App>) -> Result<HttpRe
         .body(text))
 }
 
-/// The document in force, and how this instance's `shards.toml` stands to it.
+/// The topology in effect, and how the `shards.toml` of this instance stands to it.
 pub async fn topology(
     request: HttpRequest,
     app: web::Data<App>,
-) -> Result<web::Json<Value>, ApiError> {
+) -> Result<web::Json<Value>, HttpError> {
     operator(&request, &app)?;
     let view = app.context.messages.cluster().view();
-    let file = app.change.status().file;
+    let file = app.resharding.status().file;
     Ok(web::Json(json!({
-        "version": view.doc.version,
-        "phase": view.doc.phase.as_str(),
-        "hash": view.doc.hash,
-        "document": view.document,
+        "version": view.topology_ref.version,
+        "phase": view.topology_ref.phase.as_str(),
+        "hash": view.topology_ref.hash,
+        "topology": view.topology,
         "file": file,
     })))
 }
 
-/// Every shard: whether it answers, and its share. Counts its rows: not to be asked every second.
+/// Every shard: whether it answers, and its share. Counts all rows: not for every second.
 pub async fn shards(
     request: HttpRequest,
     app: web::Data<App>,
-) -> Result<web::Json<Value>, ApiError> {
+) -> Result<web::Json<Value>, HttpError> {
     operator(&request, &app)?;
     let view = app.context.messages.cluster().view();
     let describe = |shard: &crate::store::Shard| {
@@ -85,8 +84,8 @@ pub async fn shards(
         async move {
             let counts = shard.counts().await.ok();
             let reason = match shard.state() {
-                ShardState::Up => None,
-                ShardState::Down(reason) => Some(reason),
+                Health::Reachable => None,
+                Health::Unreachable(reason) => Some(reason),
             };
             json!({
                 "name": shard.name(),
@@ -100,21 +99,21 @@ pub async fn shards(
     };
     let shards = join_all(view.shards.iter().map(describe)).await;
     Ok(web::Json(
-        json!({ "shards": shards, "not_in_our_file": view.strangers().collect::<Vec<_>>() }),
+        json!({ "shards": shards, "unconfigured": view.unconfigured().collect::<Vec<_>>() }),
     ))
 }
 
-/// Where the dialog of two users lies.
-pub async fn place(
+/// The slot, owner and target shard of the dialog of two users.
+pub async fn locate(
     request: HttpRequest,
     path: web::Path<(String, String)>,
     app: web::Data<App>,
-) -> Result<web::Json<Value>, ApiError> {
+) -> Result<web::Json<Value>, HttpError> {
     operator(&request, &app)?;
     let (a, b) = path.into_inner();
     let user = |text: &str| {
         text.parse::<UserId>()
-            .map_err(|e| ApiError::from(NotDone::from(e)))
+            .map_err(|e| HttpError::from(RequestError::from(e)))
     };
     let dialog = DialogId::between(user(&a)?, user(&b)?);
     let slot = Slot::of(dialog);
@@ -124,45 +123,47 @@ pub async fn place(
         "slot": slot.get(),
         "slots": SLOTS,
         "owner": cluster.known_owner(slot).map(|shard| shard.name().to_owned()),
-        "wanted": cluster.view().wanted(slot),
+        "target": cluster.view().target(slot),
     })))
 }
 
-/// How a change of the shard set stands.
-pub async fn change(
+/// How resharding stands.
+pub async fn resharding(
     request: HttpRequest,
     app: web::Data<App>,
-) -> Result<web::Json<Status>, ApiError> {
+) -> Result<web::Json<Status>, HttpError> {
     operator(&request, &app)?;
-    Ok(web::Json(app.change.status()))
+    Ok(web::Json(app.resharding.status()))
 }
 
-/// What a `shards.toml`, which is the body, would do.
+/// What the `shards.toml` in the body would do.
 pub async fn plan(
     request: HttpRequest,
     app: web::Data<App>,
     text: String,
-) -> Result<web::Json<Plan>, ApiError> {
+) -> Result<web::Json<Plan>, HttpError> {
     operator(&request, &app)?;
     let env = |name: &str| std::env::var(name).ok();
-    let refused = |what: String| Refusal::new(ErrorCode::BadRequest, what);
-    let file = Topology::parse(&text, &env).map_err(|e| refused(e.to_string()))?;
-    Ok(web::Json(app.change.plan(&file).await.map_err(refused)?))
+    let refused = |what: String| ApiError::new(ErrorCode::BadRequest, what);
+    let file = ShardsFile::parse(&text, &env).map_err(|e| refused(e.to_string()))?;
+    Ok(web::Json(
+        app.resharding.plan(&file).await.map_err(refused)?,
+    ))
 }
 
-/// Halts all moves, for all instances.
+/// Pauses rebalancing, for all instances.
 pub async fn pause(
     request: HttpRequest,
     app: web::Data<App>,
-) -> Result<web::Json<Status>, ApiError> {
+) -> Result<web::Json<Status>, HttpError> {
     set_paused(&request, &app, true).await
 }
 
-/// Lets moves go on.
+/// Resumes rebalancing.
 pub async fn resume(
     request: HttpRequest,
     app: web::Data<App>,
-) -> Result<web::Json<Status>, ApiError> {
+) -> Result<web::Json<Status>, HttpError> {
     set_paused(&request, &app, false).await
 }
 
@@ -170,35 +171,26 @@ async fn set_paused(
     request: &HttpRequest,
     app: &App,
     paused: bool,
-) -> Result<web::Json<Status>, ApiError> {
+) -> Result<web::Json<Status>, HttpError> {
     operator(request, app)?;
-    let not_done = |e: NotInForce| Refusal::new(ErrorCode::Unavailable, e.to_string());
-    app.change.pause(paused).await.map_err(not_done)?;
-    Ok(web::Json(app.change.status()))
+    let not_done = |e: InstallError| ApiError::new(ErrorCode::Unavailable, e.to_string());
+    app.resharding.pause(paused).await.map_err(not_done)?;
+    Ok(web::Json(app.resharding.status()))
 }
 
 /// The slots of every shard, by state.
 pub async fn slots(
     request: HttpRequest,
     app: web::Data<App>,
-) -> Result<web::Json<Value>, ApiError> {
+) -> Result<web::Json<Value>, HttpError> {
     operator(&request, &app)?;
     let view = app.context.messages.cluster().view();
     let describe = |shard: &crate::store::Shard| {
         let shard = shard.clone();
         async move {
-            let rows = shard
-                .ask(|store, identity| async move { store.rows(&identity, None, None).await })
-                .await;
-            let leftovers =
-                shard
-                    .ask(|store, identity| async move {
-                        store.leftovers(&identity, Duration::ZERO).await
-                    })
-                    .await;
-            match rows.and_then(|rows| Ok((rows, leftovers?))) {
+            match shard.slot_rows().await {
                 Err(e) => json!({ "name": shard.name(), "reason": e.to_string() }),
-                Ok((rows, leftovers)) => {
+                Ok((rows, to_purge)) => {
                     let count = |state| rows.iter().filter(|row| row.state == state).count();
                     json!({
                         "name": shard.name(),
@@ -207,7 +199,7 @@ pub async fn slots(
                         "incoming": count(SlotState::Incoming),
                         "fenced": count(SlotState::Fenced),
                         "incomplete": rows.iter().filter(|row| !row.history.is_complete()).count(),
-                        "to_purge": leftovers.len(),
+                        "to_purge": to_purge.len(),
                     })
                 }
             }
@@ -215,7 +207,7 @@ pub async fn slots(
     };
     let mut shards = join_all(view.shards.iter().map(describe)).await;
     let down = view
-        .document
+        .topology
         .down()
         .map(|name| json!({ "name": name, "reason": "declared down" }));
     shards.extend(down);

@@ -1,8 +1,8 @@
 //! Tokens: JWTs of one pinned algorithm, in the `Authorization` header or, from a browser, as a subprotocol.
 
 use crate::config;
-use crate::dialog::UserId;
-use crate::refusal::Refusal;
+use crate::domain::dialog::UserId;
+use crate::error::ApiError;
 use crate::session::{Authenticate, Identity};
 use actix_web::HttpRequest;
 use actix_web::http::header::{AUTHORIZATION, SEC_WEBSOCKET_PROTOCOL};
@@ -178,8 +178,8 @@ impl Tokens {
 }
 
 impl Authenticate for Tokens {
-    fn authenticate(&self, token: &str) -> Result<Identity, Refusal> {
-        let refuse = |message: &str| Refusal::new(ErrorCode::Unauthenticated, message);
+    fn authenticate(&self, token: &str) -> Result<Identity, ApiError> {
+        let refuse = |message: &str| ApiError::new(ErrorCode::Unauthenticated, message);
         let key = self
             .key(token)
             .ok_or_else(|| refuse("the token names no key that is known here"))?;

@@ -1,6 +1,6 @@
 //! Refusals as HTTP answers.
 
-use crate::refusal::Refusal;
+use crate::error::ApiError;
 use actix_web::http::StatusCode;
 use actix_web::http::header::RETRY_AFTER;
 use actix_web::{HttpResponse, ResponseError};
@@ -9,15 +9,15 @@ use std::fmt;
 
 /// A refusal on its way to an HTTP client.
 #[derive(Debug)]
-pub struct ApiError(pub Refusal);
+pub struct HttpError(pub ApiError);
 
-impl<T: Into<Refusal>> From<T> for ApiError {
+impl<T: Into<ApiError>> From<T> for HttpError {
     fn from(refusal: T) -> Self {
         Self(refusal.into())
     }
 }
 
-impl fmt::Display for ApiError {
+impl fmt::Display for HttpError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
     }
@@ -44,7 +44,7 @@ pub fn status(code: ErrorCode) -> StatusCode {
     }
 }
 
-impl ResponseError for ApiError {
+impl ResponseError for HttpError {
     fn status_code(&self) -> StatusCode {
         status(self.0.code)
     }

@@ -4,24 +4,25 @@ mod admin;
 mod asyncapi;
 mod auth;
 mod errors;
-mod frames;
+mod frame_reader;
 mod health;
-mod line;
 mod page;
 mod rest;
+mod tcp;
 mod ws;
 
 pub use asyncapi::document as asyncapi_document;
 pub use auth::{SAMPLE_SECRET, Tokens};
-pub use errors::ApiError;
-pub use line::{Counter, Line};
+pub use errors::HttpError;
+pub use tcp::{ConnectionLimiter, TcpHandle};
 
-use crate::change::Change;
+use crate::cluster::Peers;
 use crate::config::Secret;
-use crate::dialog::UserId;
-use crate::rate::Rates;
-use crate::reconcile::Reconcile;
-use crate::refusal::Refusal;
+use crate::delivery::Reconcile;
+use crate::domain::dialog::UserId;
+use crate::error::ApiError;
+use crate::rate_limit::RateLimiter;
+use crate::resharding::Resharding;
 use crate::session::Context;
 use actix_web::{HttpRequest, web};
 use chat_wire::ErrorCode;
@@ -42,18 +43,20 @@ pub struct App {
     /// Origins of pages that may open a WebSocket.
     pub allowed_origins: Vec<String>,
     /// Counts WebSockets.
-    pub connections: Counter,
+    pub connections: ConnectionLimiter,
     /// How fast an address may open them.
-    pub connects: Rates<IpAddr>,
+    pub connects: RateLimiter<IpAddr>,
     /// How fast a user may ask over REST.
-    pub requests: Rates<UserId>,
+    pub requests: RateLimiter<UserId>,
     /// Whether the last entry of `X-Forwarded-For` is the client's address.
     pub trust_forwarded_for: bool,
     /// Set while the instance is going away.
     pub draining: AtomicBool,
     /// Changes of the shard set.
-    pub change: Change,
-    /// Compares what was sent with the shards.
+    pub resharding: Resharding,
+    /// The other instances.
+    pub peers: Peers,
+    /// Runs as long as the app.
     pub reconcile: Reconcile,
     /// Asked of operators.
     pub admin_token: Option<Secret>,
@@ -112,12 +115,12 @@ pub fn admin_routes(config: &mut web::ServiceConfig) {
         .route("/readyz", web::get().to(health::ready))
         .route("/admin/topology", web::get().to(admin::topology))
         .route("/admin/shards", web::get().to(admin::shards))
-        .route("/admin/where/{a}/{b}", web::get().to(admin::place))
+        .route("/admin/where/{a}/{b}", web::get().to(admin::locate))
         .route("/admin/slots", web::get().to(admin::slots))
-        .route("/admin/change", web::get().to(admin::change))
+        .route("/admin/resharding", web::get().to(admin::resharding))
         .route("/admin/plan", web::post().to(admin::plan))
-        .route("/admin/change/pause", web::post().to(admin::pause))
-        .route("/admin/change/resume", web::post().to(admin::resume))
+        .route("/admin/resharding/pause", web::post().to(admin::pause))
+        .route("/admin/resharding/resume", web::post().to(admin::resume))
         .default_service(web::to(unknown));
     limits(config);
 }
@@ -139,16 +142,16 @@ fn limits(config: &mut web::ServiceConfig) {
                     } else {
                         ErrorCode::BadRequest
                     };
-                    ApiError::from(Refusal::new(code, e.to_string())).into()
+                    HttpError::from(ApiError::new(code, e.to_string())).into()
                 }),
         )
         .app_data(web::QueryConfig::default().error_handler(|e, _| {
-            ApiError::from(Refusal::new(ErrorCode::BadRequest, e.to_string())).into()
+            HttpError::from(ApiError::new(ErrorCode::BadRequest, e.to_string())).into()
         }));
 }
 
-async fn unknown() -> Result<&'static str, ApiError> {
-    Err(Refusal::new(
+async fn unknown() -> Result<&'static str, HttpError> {
+    Err(ApiError::new(
         ErrorCode::NotFound,
         "there is nothing here; the API is described at /docs",
     ))?

@@ -1,10 +1,10 @@
 //! The REST API: what the WebSocket does, a request at a time.
 
-use super::{ApiError, App, auth};
+use super::{App, HttpError, auth};
 use crate::budget::cost;
-use crate::dialog::UserId;
-use crate::messages::{NotDone, Outgoing};
-use crate::refusal::Refusal;
+use crate::domain::dialog::UserId;
+use crate::error::ApiError;
+use crate::messages::{Outgoing, RequestError};
 use crate::session::{Identity, range};
 use actix_web::{HttpRequest, HttpResponse, web};
 use chat_wire::{
@@ -43,9 +43,9 @@ impl Modify for Bearer {
 }
 
 /// Whose request it is.
-fn identity(request: &HttpRequest, app: &App) -> Result<Identity, ApiError> {
+fn identity(request: &HttpRequest, app: &App) -> Result<Identity, HttpError> {
     let missing = || {
-        Refusal::new(
+        ApiError::new(
             ErrorCode::Unauthenticated,
             "no token; send it as Authorization: Bearer",
         )
@@ -58,28 +58,28 @@ fn identity(request: &HttpRequest, app: &App) -> Result<Identity, ApiError> {
         .authenticate
         .authenticate(token)
         .map_err(|refusal| counted(app, refusal))?;
-    app.requests.take(&identity.user).map_err(|wait| {
+    app.requests.check(&identity.user).map_err(|wait| {
         let limit = app.context.limits.requests_per_second;
         let message = format!("too many requests: at most {limit} a second");
         counted(
             app,
-            Refusal::new(ErrorCode::RateLimited, message).retry_after(wait),
+            ApiError::new(ErrorCode::RateLimited, message).retry_after(wait),
         )
     })?;
     Ok(identity)
 }
 
-fn counted(app: &App, refusal: impl Into<Refusal>) -> ApiError {
+fn counted(app: &App, refusal: impl Into<ApiError>) -> HttpError {
     let refusal = refusal.into();
     app.context.metrics.error(refusal.code);
-    ApiError(refusal)
+    HttpError(refusal)
 }
 
 /// The user of a path.
-fn user(app: &App, path: &str) -> Result<u64, ApiError> {
+fn user(app: &App, path: &str) -> Result<u64, HttpError> {
     path.parse::<UserId>()
         .map(UserId::get)
-        .map_err(|e| counted(app, NotDone::from(e)))
+        .map_err(|e| counted(app, RequestError::from(e)))
 }
 
 /// Store a message in the dialog with `user`, and deliver it.
@@ -98,7 +98,7 @@ pub async fn send(
     path: web::Path<String>,
     body: web::Json<SendRequest>,
     app: web::Data<App>,
-) -> Result<HttpResponse, ApiError> {
+) -> Result<HttpResponse, HttpError> {
     let me = identity(&request, &app)?;
     let to = user(&app, &path)?;
     let SendRequest { key, text } = body.into_inner();
@@ -142,7 +142,7 @@ pub async fn history(
     path: web::Path<String>,
     query: web::Query<HistoryQuery>,
     app: web::Data<App>,
-) -> Result<web::Json<HistoryPage>, ApiError> {
+) -> Result<web::Json<HistoryPage>, HttpError> {
     let me = identity(&request, &app)?;
     let with = user(&app, &path)?;
     let range = range(query.before, query.after).map_err(|e| counted(&app, e))?;
@@ -174,7 +174,7 @@ pub async fn inbox(
     request: HttpRequest,
     query: web::Query<InboxQuery>,
     app: web::Data<App>,
-) -> Result<web::Json<InboxPage>, ApiError> {
+) -> Result<web::Json<InboxPage>, HttpError> {
     let me = identity(&request, &app)?;
     let page = app
         .context
@@ -196,7 +196,7 @@ pub async fn mark_read(
     path: web::Path<String>,
     body: web::Json<ReadRequest>,
     app: web::Data<App>,
-) -> Result<web::Json<ReadMark>, ApiError> {
+) -> Result<web::Json<ReadMark>, HttpError> {
     let me = identity(&request, &app)?;
     let with = user(&app, &path)?;
     let read = app
@@ -218,15 +218,15 @@ pub async fn presence(
     request: HttpRequest,
     path: web::Path<String>,
     app: web::Data<App>,
-) -> Result<web::Json<Presence>, ApiError> {
+) -> Result<web::Json<Presence>, HttpError> {
     let me = identity(&request, &app)?;
     let who: UserId = path
         .parse()
-        .map_err(|e| counted(&app, NotDone::BadUser(e)))?;
+        .map_err(|e| counted(&app, RequestError::InvalidUserId(e)))?;
     let afforded = app.context.messages.afford(me.user, cost::STATEMENT);
     afforded.map_err(|e| counted(&app, e))?;
     let online = app.context.presence.ask(who).await;
-    let online = online.ok_or_else(|| counted(&app, NotDone::Unavailable))?;
+    let online = online.ok_or_else(|| counted(&app, RequestError::Unavailable))?;
     Ok(web::Json(Presence {
         user: who.get(),
         online,
@@ -244,19 +244,19 @@ const DEV_TOKEN_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
 pub async fn dev_token(
     body: web::Json<DevTokenRequest>,
     app: web::Data<App>,
-) -> Result<web::Json<Token>, ApiError> {
+) -> Result<web::Json<Token>, HttpError> {
     if !app.dev_tokens {
         return Err(counted(
             &app,
-            Refusal::new(
+            ApiError::new(
                 ErrorCode::NotFound,
                 "tokens are minted here in embedded mode only",
             ),
         ));
     }
-    let user = UserId::new(body.user).map_err(|e| counted(&app, NotDone::from(e)))?;
+    let user = UserId::new(body.user).map_err(|e| counted(&app, RequestError::from(e)))?;
     let minted = app.tokens.mint(user, DEV_TOKEN_LIFETIME);
     let token =
-        minted.map_err(|e| counted(&app, Refusal::new(ErrorCode::Internal, e.to_string())))?;
+        minted.map_err(|e| counted(&app, ApiError::new(ErrorCode::Internal, e.to_string())))?;
     Ok(web::Json(Token { token }))
 }

@@ -2,11 +2,11 @@
 
 use super::App;
 use super::auth;
-use super::frames::{Broken, Frames, Incoming};
-use super::line::{Connections, Line};
+use super::frame_reader::{FrameReader, Incoming, ReadError};
+use super::tcp::{ConnectionPermit, TcpHandle};
 use crate::delivery::encode;
-use crate::outbox::{Next, Outbox};
-use crate::refusal::Refusal;
+use crate::delivery::outbound_queue::{Next, OutboundQueue};
+use crate::error::ApiError;
 use crate::session::{self, Identity, Session};
 use actix_web::dev::Payload;
 use actix_web::http::header::{HOST, ORIGIN};
@@ -37,12 +37,12 @@ pub async fn connect(
     let (response, mut socket, _) =
         actix_ws::handle_with_protocols(&request, nothing, &[chat_wire::PROTOCOL])?;
     let limits = &app.context.limits;
-    let mut frames = Frames::new(
+    let mut frames = FrameReader::new(
         payload.into_inner(),
         limits.frame_bytes as usize,
         limits.message_fragments,
     );
-    let line = Line::of(&request);
+    let line = TcpHandle::of(&request);
     let admitted = admit(&request, &app);
     rt::spawn(async move {
         match admitted {
@@ -64,32 +64,35 @@ pub async fn connect(
 }
 
 /// Who it is, and a place among the connections.
-fn admit(request: &HttpRequest, app: &App) -> Result<(Identity, Connections), (Refusal, Close)> {
+fn admit(
+    request: &HttpRequest,
+    app: &App,
+) -> Result<(Identity, ConnectionPermit), (ApiError, Close)> {
     if app.draining.load(Ordering::Relaxed) {
         return Err((
-            Refusal::new(ErrorCode::Unavailable, "this instance is going away"),
+            ApiError::new(ErrorCode::Unavailable, "this instance is going away"),
             Close::Restart,
         ));
     }
     if !origin_allowed(request, &app.allowed_origins) {
         return Err((
-            Refusal::new(ErrorCode::Forbidden, "pages of this origin may not connect"),
+            ApiError::new(ErrorCode::Forbidden, "pages of this origin may not connect"),
             Close::ForbiddenOrigin,
         ));
     }
     // Before the token: who guesses tokens is slowed down, too.
     let address = app.address_of(request);
-    if let Some(wait) = address.and_then(|address| app.connects.take(&address).err()) {
+    if let Some(wait) = address.and_then(|address| app.connects.check(&address).err()) {
         let limit = app.context.limits.connects_per_second;
         let message =
             format!("too many new connections from this address: at most {limit} a second");
         return Err((
-            Refusal::new(ErrorCode::RateLimited, message).retry_after(wait),
+            ApiError::new(ErrorCode::RateLimited, message).retry_after(wait),
             Close::TooManyConnections,
         ));
     }
     let missing = || {
-        Refusal::new(
+        ApiError::new(
             ErrorCode::Unauthenticated,
             "no token; send it as Authorization: Bearer, or as subprotocol bearer.<jwt>",
         )
@@ -99,7 +102,7 @@ fn admit(request: &HttpRequest, app: &App) -> Result<(Identity, Connections), (R
         .and_then(|token| app.context.authenticate.authenticate(token))
         .map_err(|refusal| (refusal, Close::Unauthenticated))?;
     let place = app.connections.take(address).ok_or_else(|| {
-        let refusal = Refusal::new(
+        let refusal = ApiError::new(
             ErrorCode::Overloaded,
             "too many connections from this address",
         );
@@ -135,18 +138,18 @@ fn origin_allowed(request: &HttpRequest, allowed: &[String]) -> bool {
 async fn run(
     app: &App,
     identity: Identity,
-    mut frames: Frames,
+    mut frames: FrameReader,
     socket: actix_ws::Session,
-    line: &Line,
+    line: &TcpHandle,
 ) {
     let context = &app.context;
-    let outbox = Arc::new(Outbox::new(context.limits.outbound_queue_bytes));
-    let mut session = match Session::begin(context.clone(), identity, outbox.clone()) {
+    let outbound = Arc::new(OutboundQueue::new(context.limits.outbound_queue_bytes));
+    let mut session = match Session::begin(context.clone(), identity, outbound.clone()) {
         Ok(session) => session,
-        Err(crate::registry::TooMany) => {
+        Err(crate::delivery::registry::TooMany) => {
             let limit = context.limits.sessions_per_user;
             let message = format!("at most {limit} sessions of a user on an instance");
-            let refusal = Refusal::new(ErrorCode::Overloaded, message).retry_after(PLACE_RETRY);
+            let refusal = ApiError::new(ErrorCode::Overloaded, message).retry_after(PLACE_RETRY);
             let frame = encode(&session::error(&context.metrics, refusal, None, None));
             let mut socket = socket;
             let _ = timeout(CLOSE_LIMIT, socket.text(frame)).await;
@@ -157,14 +160,14 @@ async fn run(
     tracing::debug!("session begins");
     // The writer ends with a reason to close, the reader when the client has gone.
     let reason = tokio::select! {
-        reason = write(app, &outbox, socket.clone()) => reason,
-        () = read(app, &mut session, &mut frames, &outbox, socket.clone()) => None,
+        reason = write(app, &outbound, socket.clone()) => reason,
+        () = read(app, &mut session, &mut frames, &outbound, socket.clone()) => None,
     };
     if let Some(reason) = reason {
         if reason == Close::Restart {
             let _ = timeout(DRAIN_LIMIT, session.drain()).await;
             let rest = async {
-                while let Next::Frame(frame) = outbox.next().await {
+                while let Next::Frame(frame) = outbound.next().await {
                     if socket.clone().text(frame).await.is_err() {
                         break;
                     }
@@ -180,19 +183,23 @@ async fn run(
     context.metrics.sessions.dec();
 }
 
-/// Sends what is in the outbox, and pings; ends with the reason to close, or with `None` if the client has gone.
-async fn write(app: &App, outbox: &Outbox, mut socket: actix_ws::Session) -> Option<Close> {
+/// Sends what is in the outbound, and pings; ends with the reason to close, or with `None` if the client has gone.
+async fn write(
+    app: &App,
+    outbound: &OutboundQueue,
+    mut socket: actix_ws::Session,
+) -> Option<Close> {
     let ping_every = Duration::from_millis(app.context.limits.ping_every_ms);
     let mut ping = std::pin::pin!(tokio::time::sleep(ping_every));
     loop {
         tokio::select! {
-            next = outbox.next() => match next {
+            next = outbound.next() => match next {
                 Next::Frame(frame) => {
-                    app.context.metrics.frames_out.inc();
-                    app.context.metrics.bytes_out.inc_by(frame.len() as u64);
+                    app.context.metrics.sent_frames.inc();
+                    app.context.metrics.sent_bytes.inc_by(frame.len() as u64);
                     tokio::select! {
                         sent = socket.text(frame) => if sent.is_err() { return None },
-                        () = outbox.overflow() => return Some(Close::SlowReader),
+                        () = outbound.overflow() => return Some(Close::SlowReader),
                     }
                 }
                 Next::Close(reason) => return Some(reason),
@@ -206,12 +213,12 @@ async fn write(app: &App, outbox: &Outbox, mut socket: actix_ws::Session) -> Opt
     }
 }
 
-/// Takes what comes; ends when the client has gone. Reasons to close go through the outbox, behind what waits there.
+/// Takes what comes; ends when the client has gone. Reasons to close go through the outbound, behind what waits there.
 async fn read(
     app: &App,
     session: &mut Session,
-    frames: &mut Frames,
-    outbox: &Outbox,
+    frames: &mut FrameReader,
+    outbound: &OutboundQueue,
     mut socket: actix_ws::Session,
 ) {
     let silence = Duration::from_millis(app.context.limits.silence_ms);
@@ -224,8 +231,8 @@ async fn read(
                 heard = Instant::now();
                 match incoming {
                     Ok(Incoming::Text(text)) => {
-                        app.context.metrics.frames_in.inc();
-                        app.context.metrics.bytes_in.inc_by(text.len() as u64);
+                        app.context.metrics.received_frames.inc();
+                        app.context.metrics.received_bytes.inc_by(text.len() as u64);
                         session.receive(&text);
                         // A fresh token may have moved the end.
                         let end = heard + session.token_left();
@@ -237,16 +244,16 @@ async fn read(
                         let _ = socket.pong(&bytes).now_or_never();
                     },
                     Ok(Incoming::Pong | Incoming::Fragment) => { session.count_frame(); }
-                    Ok(Incoming::Close) => outbox.close(Close::Normal),
-                    Err(Broken::Gone) => return,
+                    Ok(Incoming::Close) => outbound.close(Close::Normal),
+                    Err(ReadError::Gone) => return,
                     Err(broken) => {
                         let (code, reason, message) = match broken {
-                            Broken::TooLarge => (ErrorCode::FrameTooLarge, Close::TooLarge, "a message over the limit of bytes or fragments"),
-                            Broken::InvalidText => (ErrorCode::BadRequest, Close::InvalidText, "text that is not UTF-8"),
-                            Broken::Protocol | Broken::Gone => (ErrorCode::BadRequest, Close::ProtocolError, "not the WebSocket protocol"),
+                            ReadError::TooLarge => (ErrorCode::FrameTooLarge, Close::TooLarge, "a message over the limit of bytes or fragments"),
+                            ReadError::InvalidText => (ErrorCode::BadRequest, Close::InvalidText, "text that is not UTF-8"),
+                            ReadError::Protocol | ReadError::Gone => (ErrorCode::BadRequest, Close::ProtocolError, "not the WebSocket protocol"),
                         };
-                        outbox.push(encode(&session::error(&app.context.metrics, Refusal::new(code, message), None, None)));
-                        outbox.close(reason);
+                        outbound.push(encode(&session::error(&app.context.metrics, ApiError::new(code, message), None, None)));
+                        outbound.close(reason);
                         // Nothing more can be understood; the writer ends us.
                         std::future::pending::<()>().await;
                     }
@@ -259,7 +266,7 @@ async fn read(
                     std::future::pending::<()>().await;
                 }
                 if heard.elapsed() >= silence {
-                    outbox.close(Close::Silent);
+                    outbound.close(Close::Silent);
                     std::future::pending::<()>().await;
                 }
                 alarm.as_mut().reset((heard + silence).min(Instant::now() + session.token_left()));
@@ -271,9 +278,9 @@ async fn read(
 /// Sends a close frame and waits a little for the client to take it; cuts the line of one that does not.
 async fn close(
     app: &App,
-    frames: &mut Frames,
+    frames: &mut FrameReader,
     socket: actix_ws::Session,
-    line: &Line,
+    line: &TcpHandle,
     reason: Close,
 ) {
     app.context.metrics.close(reason);

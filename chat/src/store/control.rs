@@ -1,105 +1,16 @@
-//! What changes of the shard set ask of a database: documents, rows of slots, copies, merges, purges.
+//! What changes of the shard set ask of a database: topologies, rows of slots, copies, merges, purges.
 //!
-//! Every step holds the lock of the row it changes and a shared lock on `meta`, and is only taken under the document that it
+//! Every step holds the lock of the row it changes and a shared lock on `meta`, and is only taken under the topology that it
 //! was decided by. What a step does to a row is not decided here but by [`SlotRow::after`].
 
-use super::{Identity, Meta, Phase, StoreError, corrupt};
-use crate::dialog::{DialogId, Key, Seq, TextHash, Timestamp, UserId};
-use crate::ownership::{Refused, SlotRow, Step};
-use crate::ring::Slot;
-use crate::topology::Document;
+use super::{Acceptance, Meta, ShardIdentity, StoreError, corrupt};
+use crate::domain::dialog::{DialogId, Key, Seq, TextHash, Timestamp, UserId};
+use crate::domain::ownership::{SlotRow, Step, StepRejected};
+use crate::domain::slot::Slot;
+use crate::domain::topology::{Phase, TopologyRef};
 use async_trait::async_trait;
 use std::collections::BTreeMap;
-use std::fmt;
 use std::time::Duration;
-
-impl Meta {
-    /// Which document it has.
-    #[must_use]
-    pub fn doc_ref(&self) -> DocRef {
-        DocRef {
-            version: self.doc_version,
-            phase: self.doc_phase,
-            hash: self.doc_hash.clone(),
-        }
-    }
-
-    /// What a shard with this row does when it is offered `new` (I8, I10).
-    ///
-    /// # Errors
-    /// [`StoreError::Refused`] for a document that cannot be read.
-    pub fn offered(&self, new: &Meta) -> Result<Acceptance, StoreError> {
-        let (ours, theirs) = (self.doc_version, new.doc_version);
-        if ours > theirs || (self.is_same(new) && self.doc_phase >= new.doc_phase) {
-            return Ok(if self.doc_ref() == new.doc_ref() {
-                Acceptance::There
-            } else {
-                Acceptance::Newer(self.clone())
-            });
-        }
-        if self.is_same(new) {
-            return Ok(Acceptance::Accept { fence: false });
-        }
-        let (known, document) = (self.document()?, new.document()?);
-        let down_in = |document: &Document| {
-            let member = document.shards.get(&self.shard_name);
-            member.map_or(0, |member| member.down_generation)
-        };
-        // Whoever was declared down has no say in what happened since, and is fenced whatever it had.
-        let fence = down_in(&document) > down_in(&known);
-        if fence || document.stands_above(ours, &self.doc_hash) {
-            Ok(Acceptance::Accept { fence })
-        } else {
-            Ok(Acceptance::Conflict(self.clone()))
-        }
-    }
-
-    fn is_same(&self, other: &Meta) -> bool {
-        (self.doc_version, &self.doc_hash) == (other.doc_version, &other.doc_hash)
-    }
-
-    /// The document.
-    ///
-    /// # Errors
-    /// [`StoreError::Refused`] if it cannot be read.
-    pub fn document(&self) -> Result<Document, StoreError> {
-        serde_json::from_str(&self.doc)
-            .map_err(|e| StoreError::Refused(format!("the document in meta is not readable: {e}")))
-    }
-}
-
-/// Which document: control steps are only taken where it is the one they were decided by (I7).
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DocRef {
-    /// From 1.
-    pub version: u64,
-    /// How far it is carried out.
-    pub phase: Phase,
-    /// [`crate::topology::Document::hash`].
-    pub hash: String,
-}
-
-impl fmt::Display for DocRef {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "version {} {}", self.version, self.phase.as_str())
-    }
-}
-
-/// What a shard says to a document.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Acceptance {
-    /// It takes it now; `fence` if it was declared down since the one it had: whatever it owned it owns no more.
-    Accept {
-        /// See above.
-        fence: bool,
-    },
-    /// It has it.
-    There,
-    /// It has a later one.
-    Newer(Meta),
-    /// It has one that the offered one was not made from.
-    Conflict(Meta),
-}
 
 /// A message as it is copied from shard to shard: every column.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -126,7 +37,7 @@ pub struct CopiedMessage {
 
 /// A dialog's row and its members, as they are copied.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Head {
+pub struct DialogRow {
     /// Which.
     pub dialog: DialogId,
     /// Its last seq.
@@ -150,16 +61,16 @@ pub struct Membership {
 
 /// A part of a slot on its way: messages in key order, and the heads of their dialogs as far as they are copied.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Part {
+pub struct Chunk {
     /// In key order.
     pub messages: Vec<CopiedMessage>,
     /// In key order.
-    pub heads: Vec<Head>,
+    pub dialogs: Vec<DialogRow>,
 }
 
 /// What a purge did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Purged {
+pub enum PurgeOutcome {
     /// So many rows are gone, and there may be more.
     Some(u64),
     /// Nothing is left.
@@ -183,7 +94,7 @@ pub struct SlotSize {
 
 /// The turn to change shards: with it an instance saves the others' work; safety never rests on it. Dropped, it is free.
 #[async_trait]
-pub trait Turn: Send + Sync {
+pub trait CoordinatorLock: Send + Sync {
     /// Says that we are still there.
     ///
     /// # Errors
@@ -194,36 +105,40 @@ pub trait Turn: Send + Sync {
 /// What changes of the shard set ask of a shard's database.
 #[async_trait]
 pub trait Control: Send + Sync + 'static {
-    /// Offers a document; see [`Meta::offered`]. With [`Acceptance::Accept`] it is in force here, and this shard fenced if
+    /// Offers a topology; see [`Meta::offered`]. With [`Acceptance::Accept`] it is in force here, and this shard fenced if
     /// that was asked for, in one transaction.
-    async fn accept(&self, identity: &Identity, new: &Meta) -> Result<Acceptance, StoreError>;
+    async fn accept(&self, identity: &ShardIdentity, new: &Meta) -> Result<Acceptance, StoreError>;
 
     /// The rows of all slots, or of `only` one, ascending. With `doc` they are evidence: read while the shard had that
-    /// document.
+    /// topology.
     async fn rows(
         &self,
-        identity: &Identity,
-        doc: Option<&DocRef>,
+        identity: &ShardIdentity,
+        topology_ref: Option<&TopologyRef>,
         only: Option<Slot>,
     ) -> Result<Vec<SlotRow>, StoreError>;
 
-    /// Takes a step with a slot's row, in one transaction under the locks of the document and of the row, and returns the row
+    /// Takes a step with a slot's row, in one transaction under the locks of the topology and of the row, and returns the row
     /// after it.
     async fn step(
         &self,
-        identity: &Identity,
-        doc: &DocRef,
+        identity: &ShardIdentity,
+        topology_ref: &TopologyRef,
         slot: Slot,
         step: &Step,
-    ) -> Result<Result<SlotRow, Refused>, StoreError>;
+    ) -> Result<Result<SlotRow, StepRejected>, StoreError>;
 
     /// All dialogs of a slot, in key order, in one snapshot.
-    async fn heads(&self, identity: &Identity, slot: Slot) -> Result<Vec<Head>, StoreError>;
+    async fn dialog_rows(
+        &self,
+        identity: &ShardIdentity,
+        slot: Slot,
+    ) -> Result<Vec<DialogRow>, StoreError>;
 
     /// At most `limit` messages of these dialogs of a slot, each above a seq, in key order.
     async fn messages_of(
         &self,
-        identity: &Identity,
+        identity: &ShardIdentity,
         slot: Slot,
         above: &[(DialogId, Seq)],
         limit: u32,
@@ -233,62 +148,67 @@ pub trait Control: Send + Sync + 'static {
     /// rise.
     async fn copy_in(
         &self,
-        identity: &Identity,
-        doc: &DocRef,
+        identity: &ShardIdentity,
+        topology_ref: &TopologyRef,
         slot: Slot,
         from: &str,
         term: u64,
-        part: &Part,
-    ) -> Result<Result<(), Refused>, StoreError>;
+        chunk: &Chunk,
+    ) -> Result<Result<(), StepRejected>, StoreError>;
 
     /// Adds a part of a shard that has returned to a slot that is owned here. A message whose key is stored already comes in as
     /// its duplicate. Every message of the part is there afterwards.
     async fn merge_in(
         &self,
-        identity: &Identity,
-        doc: &DocRef,
+        identity: &ShardIdentity,
+        topology_ref: &TopologyRef,
         slot: Slot,
-        part: &Part,
-    ) -> Result<Result<(), Refused>, StoreError>;
+        chunk: &Chunk,
+    ) -> Result<Result<(), StepRejected>, StoreError>;
 
     /// Slots that have rows here and have been `none` for at least `grace`.
     async fn leftovers(
         &self,
-        identity: &Identity,
+        identity: &ShardIdentity,
         grace: Duration,
     ) -> Result<Vec<Slot>, StoreError>;
 
     /// Deletes at most `limit` messages of a slot that is `none` here and was released at least `grace` ago.
     async fn purge(
         &self,
-        identity: &Identity,
+        identity: &ShardIdentity,
         slot: Slot,
         grace: Duration,
         limit: u32,
-    ) -> Result<Purged, StoreError>;
+    ) -> Result<PurgeOutcome, StoreError>;
 
     /// How much lies in each slot. Reads it all: for operators, not for every request.
-    async fn sizes(&self, identity: &Identity) -> Result<BTreeMap<Slot, SlotSize>, StoreError>;
+    async fn sizes(&self, identity: &ShardIdentity)
+    -> Result<BTreeMap<Slot, SlotSize>, StoreError>;
 
     /// Takes the turn to change shards, if nobody has it.
-    async fn take_turn(&self) -> Result<Option<Box<dyn Turn>>, StoreError>;
+    async fn try_lock_coordinator(&self) -> Result<Option<Box<dyn CoordinatorLock>>, StoreError>;
 }
 
-/// Whether a shard may do what was decided by `doc`: it has that very document, and a step that judges is taken while judging,
+/// Whether a shard may do what was decided by `doc`: it has that very topology, and a step that judges is taken while judging,
 /// any other when that is over.
 ///
 /// # Errors
-/// [`StoreError::OtherDocument`].
-pub fn fits(there: &DocRef, doc: &DocRef, step: Option<&Step>) -> Result<(), StoreError> {
+/// [`StoreError::OtherTopology`].
+pub fn fits(
+    there: &TopologyRef,
+    topology_ref: &TopologyRef,
+    step: Option<&Step>,
+) -> Result<(), StoreError> {
     let phase = match step {
-        Some(step) if step.adjudicates() => Phase::Adjudicate,
+        Some(step) if step.is_failover() => Phase::Failover,
         Some(_) => Phase::Normal,
-        None => doc.phase,
+        None => topology_ref.phase,
     };
-    if there == doc && doc.phase == phase {
+    if there == topology_ref && topology_ref.phase == phase {
         Ok(())
     } else {
-        Err(StoreError::OtherDocument(there.clone()))
+        Err(StoreError::OtherTopology(there.clone()))
     }
 }
 
@@ -370,17 +290,20 @@ pub(super) fn hash_of(bytes: Vec<u8>) -> Result<TextHash, StoreError> {
 }
 
 /// Who wrote what stands at a place: two copies of a message agree in this.
-pub type Standing = BTreeMap<(DialogId, Seq), (UserId, TextHash)>;
+pub type Existing = BTreeMap<(DialogId, Seq), (UserId, TextHash)>;
 
-/// Messages of `part` that are not in `there`.
+/// Messages of `chunk` that are not in `there`.
 ///
 /// # Errors
 /// [`StoreError::Refused`] if another message stands in the place of one of them: that must never be.
-pub fn absent<'a>(part: &'a Part, there: &Standing) -> Result<Vec<&'a CopiedMessage>, StoreError> {
-    let mut absent = Vec::new();
-    for message in &part.messages {
+pub fn missing<'a>(
+    chunk: &'a Chunk,
+    there: &Existing,
+) -> Result<Vec<&'a CopiedMessage>, StoreError> {
+    let mut missing = Vec::new();
+    for message in &chunk.messages {
         match there.get(&(message.dialog, message.seq)) {
-            None => absent.push(message),
+            None => missing.push(message),
             Some(found) if *found == (message.author, message.hash) => {}
             Some(_) => {
                 return Err(StoreError::Refused(format!(
@@ -390,7 +313,7 @@ pub fn absent<'a>(part: &'a Part, there: &Standing) -> Result<Vec<&'a CopiedMess
             }
         }
     }
-    Ok(absent)
+    Ok(missing)
 }
 
 /// A message whose key is stored at another place already comes in without it, and says where that is.

@@ -5,18 +5,17 @@
 //! only given up when a fresh connection gets no answer either, or at the limit; and a connection that does not open in time
 //! speaks against a shard only if nothing else was answered meanwhile.
 
-use super::turns::{Busy, Payer, Turn as ReadTurn, Turns};
+use super::read_queue::{Busy, Payer, ReadPermit, ReadQueue};
 use super::{
-    Appended, Counts, Database, Draft, Heads, HeadsOf, Holding, Identity, InboxCursor, InboxPart,
-    Marked, NewMark, NewMessage, Page, Range, Receipt, SlotSize, StoreError,
+    Appended, BatchResult, Counts, Database, Draft, InboxCursor, LastSeqs, LastSeqsOf, MarkOutcome,
+    NewMark, NewMessage, Page, Range, ServedSlots, ShardIdentity, ShardInbox, SlotSize, StoreError,
 };
 use crate::config;
-use crate::dialog::{DialogId, UserId};
-use crate::ring::Slot;
+use crate::domain::dialog::{DialogId, UserId};
+use crate::domain::ownership::SlotRow;
+use crate::domain::slot::Slot;
+use crate::metrics::ShardMetrics;
 use futures_util::FutureExt;
-use prometheus_client::metrics::counter::Counter;
-use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::metrics::histogram::Histogram;
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::pin;
@@ -58,30 +57,19 @@ impl From<&config::Store> for Timing {
 
 /// Whether a shard answers.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ShardState {
+pub enum Health {
     /// It did when it was last asked.
-    Up,
+    Reachable,
     /// It does not, and why.
-    Down(String),
-}
-
-/// What a shard reports.
-#[derive(Clone, Default)]
-pub struct ShardMetrics {
-    /// 1 while the circuit is open.
-    pub circuit_open: Gauge,
-    /// How often it opened.
-    pub opened: Counter,
-    /// Seconds of a batch, from its first round trip to COMMIT. `None` in places that measure nothing.
-    pub batch_seconds: Option<Histogram>,
+    Unreachable(String),
 }
 
 /// Why a call was not carried out.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ShardDown {
+pub enum ShardError {
     /// The circuit is open, or opened just now.
     #[error("{0} does not answer")]
-    Down(String),
+    Unreachable(String),
     /// Too much is asked of it by this instance, or of what this payer asks.
     #[error("{0} is busy")]
     Busy(String),
@@ -98,18 +86,18 @@ pub struct Shard {
 
 struct Inner {
     number: u16,
-    identity: Identity,
+    identity: ShardIdentity,
     store: Arc<dyn Database>,
     timing: Timing,
     runtime: Handle,
-    state: watch::Sender<ShardState>,
+    state: watch::Sender<Health>,
     /// When a probe last got an answer; held while one is under way, so that many who wait ask once.
     probed: tokio::sync::Mutex<Option<Instant>>,
     /// When any call last got an answer, whatever it said.
     answered: Mutex<Option<Instant>>,
     metrics: ShardMetrics,
     logged: Mutex<Option<Instant>>,
-    turns: Turns,
+    read_queue: ReadQueue,
     felt: Mutex<Felt>,
 }
 
@@ -163,13 +151,13 @@ impl Shard {
     #[must_use]
     pub fn new(
         number: u16,
-        identity: Identity,
+        identity: ShardIdentity,
         store: Arc<dyn Database>,
         timing: Timing,
         runtime: Handle,
         metrics: ShardMetrics,
     ) -> Self {
-        let state = watch::Sender::new(ShardState::Up);
+        let state = watch::Sender::new(Health::Reachable);
         let inner = Inner {
             number,
             identity,
@@ -181,7 +169,7 @@ impl Shard {
             answered: Mutex::default(),
             metrics,
             logged: Mutex::default(),
-            turns: Turns::new(timing.readers, timing.answer / 2),
+            read_queue: ReadQueue::new(timing.readers, timing.answer / 2),
             felt: Mutex::default(),
         };
         Self {
@@ -203,32 +191,32 @@ impl Shard {
 
     /// Who it must be.
     #[must_use]
-    pub fn identity(&self) -> &Identity {
+    pub fn identity(&self) -> &ShardIdentity {
         &self.inner.identity
     }
 
     /// Whether it answers.
     #[must_use]
-    pub fn state(&self) -> ShardState {
+    pub fn state(&self) -> Health {
         self.inner.state.borrow().clone()
     }
 
     /// Whether it does not.
     #[must_use]
     pub fn is_down(&self) -> bool {
-        *self.inner.state.borrow() != ShardState::Up
+        *self.inner.state.borrow() != Health::Reachable
     }
 
-    /// Waits for a turn to read.
+    /// Waits for a permit to read.
     ///
     /// # Errors
-    /// [`ShardDown`].
-    pub async fn turn(&self, payer: Payer) -> Result<ReadTurn, ShardDown> {
+    /// [`ShardError`].
+    pub async fn read_permit(&self, payer: Payer) -> Result<ReadPermit, ShardError> {
         if self.is_down() {
-            return Err(ShardDown::Down(self.name().to_owned()));
+            return Err(ShardError::Unreachable(self.name().to_owned()));
         }
-        let turn = self.inner.turns.take(payer).await;
-        turn.map_err(|Busy| ShardDown::Busy(self.name().to_owned()))
+        let permit = self.inner.read_queue.take(payer).await;
+        permit.map_err(|Busy| ShardError::Busy(self.name().to_owned()))
     }
 
     fn felt(&self) -> MutexGuard<'_, Felt> {
@@ -259,16 +247,16 @@ impl Shard {
 
     /// Tells when the state changes.
     #[must_use]
-    pub fn watch(&self) -> watch::Receiver<ShardState> {
+    pub fn watch(&self) -> watch::Receiver<Health> {
         self.inner.state.subscribe()
     }
 
     /// Opens the circuit: it was found not to answer.
     pub fn open(&self, reason: &str) {
         let opened = self.inner.state.send_if_modified(|state| {
-            let was_up = *state == ShardState::Up;
+            let was_up = *state == Health::Reachable;
             if was_up {
-                *state = ShardState::Down(reason.to_owned());
+                *state = Health::Unreachable(reason.to_owned());
             }
             was_up
         });
@@ -308,7 +296,7 @@ impl Shard {
         }
         tracing::info!(shard = self.name(), "shard up");
         self.inner.metrics.circuit_open.set(0);
-        self.inner.state.send_replace(ShardState::Up);
+        self.inner.state.send_replace(Health::Reachable);
     }
 
     fn log_once_a_minute(&self, e: &StoreError) {
@@ -351,13 +339,13 @@ impl Shard {
     }
 
     /// Runs a call on the database runtime, within the time limits and the circuit.
-    async fn call<T, F>(&self, call: impl FnOnce(Arc<Inner>) -> F) -> Result<T, ShardDown>
+    async fn call<T, F>(&self, call: impl FnOnce(Arc<Inner>) -> F) -> Result<T, ShardError>
     where
         T: Send + 'static,
         F: Future<Output = Result<T, StoreError>> + Send + 'static,
     {
         if self.is_down() {
-            return Err(ShardDown::Down(self.name().to_owned()));
+            return Err(ShardError::Unreachable(self.name().to_owned()));
         }
         self.call_within(self.inner.timing.answer, call).await
     }
@@ -366,7 +354,7 @@ impl Shard {
         &self,
         limit: Duration,
         call: impl FnOnce(Arc<Inner>) -> F,
-    ) -> Result<T, ShardDown>
+    ) -> Result<T, ShardError>
     where
         T: Send + 'static,
         F: Future<Output = Result<T, StoreError>> + Send + 'static,
@@ -380,21 +368,21 @@ impl Shard {
     }
 
     /// Opens the circuit for what speaks against the shard.
-    fn judge(&self, e: StoreError) -> ShardDown {
+    fn judge(&self, e: StoreError) -> ShardError {
         match e {
             StoreError::Unreachable(_) | StoreError::WrongIdentity(_) => {
                 self.open(&e.to_string());
-                ShardDown::Down(self.name().to_owned())
+                ShardError::Unreachable(self.name().to_owned())
             }
             StoreError::Slow(_) if !self.answers_others() => {
                 self.open(&e.to_string());
-                ShardDown::Down(self.name().to_owned())
+                ShardError::Unreachable(self.name().to_owned())
             }
-            StoreError::Busy(_) | StoreError::Slow(_) => ShardDown::Busy(self.name().to_owned()),
+            StoreError::Busy(_) | StoreError::Slow(_) => ShardError::Busy(self.name().to_owned()),
             StoreError::Conflict(_)
             | StoreError::Lost(_)
             | StoreError::Refused(_)
-            | StoreError::OtherDocument(_) => ShardDown::Failed(self.name().to_owned(), e),
+            | StoreError::OtherTopology(_) => ShardError::Failed(self.name().to_owned(), e),
         }
     }
 
@@ -416,7 +404,7 @@ impl Shard {
                 StoreError::Conflict(_)
                 | StoreError::WrongIdentity(_)
                 | StoreError::Refused(_)
-                | StoreError::OtherDocument(_),
+                | StoreError::OtherTopology(_),
             ) => *self.answered() = Some(Instant::now()),
         });
         let mut call = pin!(call);
@@ -445,7 +433,7 @@ impl Shard {
         &self,
         batch: Arc<Vec<NewMessage>>,
         draft: Draft,
-    ) -> Result<Appended, ShardDown> {
+    ) -> Result<Appended, ShardError> {
         let inner = &self.inner;
         self.batch(inner.store.append(&inner.identity, &batch, draft))
             .await
@@ -456,7 +444,7 @@ impl Shard {
         &self,
         batch: Arc<Vec<NewMessage>>,
         suspect: bool,
-    ) -> Result<Receipt, ShardDown> {
+    ) -> Result<BatchResult, ShardError> {
         let inner = &self.inner;
         self.batch(inner.store.write(&inner.identity, &batch, suspect))
             .await
@@ -466,27 +454,27 @@ impl Shard {
     async fn batch<T>(
         &self,
         work: impl Future<Output = Result<T, StoreError>>,
-    ) -> Result<T, ShardDown> {
+    ) -> Result<T, ShardError> {
         if self.is_down() {
-            return Err(ShardDown::Down(self.name().to_owned()));
+            return Err(ShardError::Unreachable(self.name().to_owned()));
         }
         let begun = Instant::now();
         let done = self.watched(self.inner.timing.answer, work).await;
         let now = Instant::now();
         self.felt().batch(now - begun, now);
-        if let Some(histogram) = &self.inner.metrics.batch_seconds {
+        if let Some(histogram) = &self.inner.metrics.transaction_seconds {
             histogram.observe(begun.elapsed().as_secs_f64());
         }
         done.map_err(|e| self.judge(e))
     }
 
-    /// [`super::Store::page`]. The caller has a [turn](Shard::turn).
+    /// [`super::Store::page`]. The caller has a [permit](Shard::read_permit).
     pub async fn page(
         &self,
         dialog: DialogId,
         range: Range,
         limit: u32,
-    ) -> Result<Page, ShardDown> {
+    ) -> Result<Page, ShardError> {
         self.call(move |inner| async move {
             inner
                 .store
@@ -502,23 +490,23 @@ impl Shard {
         user: UserId,
         below: Option<InboxCursor>,
         limit: u32,
-    ) -> Result<InboxPart, ShardDown> {
-        let _turn = self.turn(Some(user)).await?;
+    ) -> Result<ShardInbox, ShardError> {
+        let _permit = self.read_permit(Some(user)).await?;
         self.call(move |inner| async move {
             inner.store.inbox(&inner.identity, user, below, limit).await
         })
         .await
     }
 
-    /// [`super::Store::dialog_heads`].
-    pub async fn dialog_heads(&self, of: HeadsOf) -> Result<Heads, ShardDown> {
-        let _turn = self.turn(None).await?;
-        self.call(move |inner| async move { inner.store.dialog_heads(&inner.identity, &of).await })
+    /// [`super::Store::last_seqs`].
+    pub async fn last_seqs(&self, of: LastSeqsOf) -> Result<LastSeqs, ShardError> {
+        let _permit = self.read_permit(None).await?;
+        self.call(move |inner| async move { inner.store.last_seqs(&inner.identity, &of).await })
             .await
     }
 
     /// [`super::Store::mark_read`]. Called on the database runtime, and carried out in the caller's task.
-    pub async fn mark_read(&self, marks: &[NewMark]) -> Result<Vec<Marked>, ShardDown> {
+    pub async fn mark_read(&self, marks: &[NewMark]) -> Result<Vec<MarkOutcome>, ShardError> {
         let inner = &self.inner;
         self.batch(inner.store.mark_read(&inner.identity, marks))
             .await
@@ -527,11 +515,11 @@ impl Shard {
     /// Anything else that a database can be asked, within the same limits and the same circuit.
     ///
     /// # Errors
-    /// [`ShardDown`].
+    /// [`ShardError`].
     pub async fn ask<T, F>(
         &self,
-        call: impl FnOnce(Arc<dyn Database>, Identity) -> F,
-    ) -> Result<T, ShardDown>
+        call: impl FnOnce(Arc<dyn Database>, ShardIdentity) -> F,
+    ) -> Result<T, ShardError>
     where
         T: Send + 'static,
         F: Future<Output = Result<T, StoreError>> + Send + 'static,
@@ -540,8 +528,20 @@ impl Shard {
             .await
     }
 
+    /// The rows of all slots, and the slots that are not owned here any more but still have rows.
+    ///
+    /// # Errors
+    /// [`ShardError`].
+    pub async fn slot_rows(&self) -> Result<(Vec<SlotRow>, Vec<Slot>), ShardError> {
+        self.ask(|store, identity| async move {
+            let rows = store.rows(&identity, None, None).await?;
+            Ok((rows, store.leftovers(&identity, Duration::ZERO).await?))
+        })
+        .await
+    }
+
     /// [`super::Control::sizes`]; it may take minutes.
-    pub async fn sizes(&self) -> Result<BTreeMap<Slot, SlotSize>, ShardDown> {
+    pub async fn sizes(&self) -> Result<BTreeMap<Slot, SlotSize>, ShardError> {
         self.call_within(COUNTING_LIMIT, |inner| async move {
             inner.store.sizes(&inner.identity).await
         })
@@ -549,13 +549,13 @@ impl Shard {
     }
 
     /// [`super::Store::slots`].
-    pub async fn slots(&self) -> Result<Holding, ShardDown> {
+    pub async fn slots(&self) -> Result<ServedSlots, ShardError> {
         self.call(move |inner| async move { inner.store.slots(&inner.identity).await })
             .await
     }
 
     /// [`super::Store::counts`].
-    pub async fn counts(&self) -> Result<Counts, ShardDown> {
+    pub async fn counts(&self) -> Result<Counts, ShardError> {
         self.call_within(
             COUNTING_LIMIT,
             |inner| async move { inner.store.counts().await },

@@ -38,7 +38,7 @@ fn command(shards: &Path, settings: Settings<'_>) -> Command {
     for (name, value) in settings {
         // Faults are no setting: see chat/src/change/fault.rs.
         match *name {
-            "FAULT" => command.env("CHAT_FAULT", value),
+            "FAULT" => command.env("CHAT_FAILPOINTS", value),
             name => command.env(format!("CHAT__{name}"), value),
         };
     }

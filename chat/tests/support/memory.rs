@@ -2,15 +2,17 @@
 //! or be dead. The contract of the stores is tested on it too, so that it cannot lie.
 
 use async_trait::async_trait;
-use chat::dialog::{DialogId, Key, Seq, Timestamp, UserId};
-use chat::ownership::{Refused, SlotRow, SlotState, Step};
-use chat::ring::Slot;
+use chat::domain::dialog::{DialogId, Key, Seq, Timestamp, UserId};
+use chat::domain::ownership::{ReleaseStamp, SlotRow, SlotState, Step, StepRejected};
+use chat::domain::slot::Slot;
+use chat::domain::slot::SlotSet;
+use chat::domain::topology::{Phase, TopologyRef};
 use chat::store::{
-    Acceptance, Appended, BatchPlan, Control, CopiedMessage, Counts, DialogHead, DocRef, Draft,
-    Head, Heads, HeadsOf, Holding, Identity, InboxCursor, InboxPart, InboxRow, Known, Marked,
-    Membership, Meta, NewMark, NewMessage, Page, Part, Phase, Place, Purged, Range, Receipt,
-    SlotSet, SlotSize, Standing, Store, StoreError, StoredMessage, Turn, UNREAD_CAP, Unlike,
-    absent, as_duplicate, fits,
+    Acceptance, Appended, BatchPlan, BatchResult, Chunk, Control, CoordinatorLock, CopiedMessage,
+    Counts, DialogLastSeq, DialogRow, Draft, Existing, InboxCursor, InboxRow, LastSeqs, LastSeqsOf,
+    MarkOutcome, Membership, Meta, Mismatch, NewMark, NewMessage, Page, PurgeOutcome, Range,
+    Receipt, ServedSlots, ShardIdentity, ShardInbox, SlotSize, Store, StoreError, StoredKey,
+    StoredMessage, UNREAD_CAP, as_duplicate, fits, missing,
 };
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -20,7 +22,7 @@ use tokio::time::Instant;
 
 /// What lies between somebody and a shard. Whatever happens to a transaction happens to all of it.
 #[async_trait]
-pub trait Line: Send + Sync + 'static {
+pub trait TcpHandle: Send + Sync + 'static {
     /// On the way there; after an error nothing was done.
     async fn there(&self) -> Result<(), StoreError>;
 
@@ -32,7 +34,7 @@ pub trait Line: Send + Sync + 'static {
 pub struct Calm;
 
 #[async_trait]
-impl Line for Calm {
+impl TcpHandle for Calm {
     async fn there(&self) -> Result<(), StoreError> {
         Ok(())
     }
@@ -176,11 +178,11 @@ impl Server {
 /// One end of a line to a server.
 pub struct MemoryStore {
     server: Arc<Server>,
-    line: Arc<dyn Line>,
+    line: Arc<dyn TcpHandle>,
 }
 
 impl MemoryStore {
-    pub fn new(server: Arc<Server>, line: Arc<dyn Line>) -> Self {
+    pub fn new(server: Arc<Server>, line: Arc<dyn TcpHandle>) -> Self {
         Self { server, line }
     }
 
@@ -204,7 +206,7 @@ impl Data {
         self.off == Some(guard)
     }
 
-    fn check(&self, identity: &Identity) -> Result<&Meta, StoreError> {
+    fn check(&self, identity: &ShardIdentity) -> Result<&Meta, StoreError> {
         match &self.meta {
             Some(meta)
                 if meta.cluster_id == identity.cluster_id
@@ -224,11 +226,11 @@ impl Data {
         &self.slots[slot.index()].0
     }
 
-    fn holding(&self) -> Holding {
-        let mut holding = Holding {
+    fn holding(&self) -> ServedSlots {
+        let mut holding = ServedSlots {
             owned: SlotSet::empty(),
             sealed: SlotSet::empty(),
-            lacking: Default::default(),
+            missing_from: Default::default(),
         };
         for (slot, (row, _)) in Slot::all().zip(&self.slots) {
             let state = if self.is_off(Guard::OwnerOfInboxes) {
@@ -241,35 +243,41 @@ impl Data {
                 SlotState::Sealed => holding.sealed.insert(slot),
                 SlotState::None | SlotState::Incoming | SlotState::Fenced => continue,
             };
-            holding.lacking.extend(row.history.missing.iter().cloned());
+            holding
+                .missing_from
+                .extend(row.history.missing.iter().cloned());
         }
         holding
     }
 
     fn take(
         &mut self,
-        identity: &Identity,
-        doc: &DocRef,
+        identity: &ShardIdentity,
+        topology_ref: &TopologyRef,
         slot: Slot,
         step: &Step,
         now: Timestamp,
-    ) -> Result<Result<SlotRow, Refused>, StoreError> {
-        fits(&self.check(identity)?.doc_ref(), doc, Some(step))?;
+    ) -> Result<Result<SlotRow, StepRejected>, StoreError> {
+        fits(
+            &self.check(identity)?.topology_ref(),
+            topology_ref,
+            Some(step),
+        )?;
         let holds_rows = self.heads(slot).next().is_some();
         Ok(self.row(slot).after(step, holds_rows).inspect(|after| {
-            let released = match step.released() {
-                None => self.slots[slot.index()].1,
-                Some(true) => now,
-                Some(false) => Timestamp::from_micros(0),
+            let released = match step.release_stamp() {
+                ReleaseStamp::Keep => self.slots[slot.index()].1,
+                ReleaseStamp::Now => now,
+                ReleaseStamp::Never => Timestamp::from_micros(0),
             };
             self.slots[slot.index()] = (after.clone(), released);
         }))
     }
 
-    fn heads(&self, slot: Slot) -> impl Iterator<Item = Head> {
+    fn heads(&self, slot: Slot) -> impl Iterator<Item = DialogRow> {
         let of_slot = self.dialogs.range((slot, String::new())..);
         of_slot.take_while(move |((of, _), _)| *of == slot).map(
-            move |((_, name), (last_seq, last_at))| Head {
+            move |((_, name), (last_seq, last_at))| DialogRow {
                 dialog: name.parse().unwrap(),
                 last_seq: *last_seq,
                 last_at: *last_at,
@@ -344,7 +352,7 @@ impl Data {
     }
 
     /// Moves a read mark in a slot that is owned.
-    fn mark_read(&mut self, mark: &NewMark) -> Marked {
+    fn mark_read(&mut self, mark: &NewMark) -> MarkOutcome {
         let name = mark.dialog.to_string();
         let last = self.dialogs.get(&(mark.slot, name.clone()));
         let last = last.map_or(Seq::ZERO, |head| head.0);
@@ -353,11 +361,11 @@ impl Data {
             self.is_off(Guard::MarksEndAtTheLast),
         );
         let Some(member) = self.members.get_mut(&(mark.slot, name, mark.user)) else {
-            return Marked::NoDialog;
+            return MarkOutcome::NoDialog;
         };
         let read = if backward { Seq::ZERO } else { member.0 };
         let marked = mark.on(read, if beyond { mark.seq } else { last });
-        if let Marked::At { seq, moved: true } = marked {
+        if let MarkOutcome::At { seq, moved: true } = marked {
             member.0 = seq;
         }
         marked
@@ -370,7 +378,7 @@ impl Data {
                 read_seq: Seq::ZERO,
                 joined_at: now,
             };
-            let head = Head {
+            let head = DialogRow {
                 dialog: *dialog,
                 last_seq: *seq,
                 last_at: now,
@@ -380,7 +388,7 @@ impl Data {
         }
     }
 
-    fn raise(&mut self, slot: Slot, head: &Head) {
+    fn raise(&mut self, slot: Slot, head: &DialogRow) {
         let name = head.dialog.to_string();
         let there = self
             .dialogs
@@ -396,7 +404,7 @@ impl Data {
         }
     }
 
-    fn standing(&self, slot: Slot, messages: &[CopiedMessage]) -> Standing {
+    fn standing(&self, slot: Slot, messages: &[CopiedMessage]) -> Existing {
         let found = messages.iter().filter_map(|message| {
             let there = self
                 .messages
@@ -406,13 +414,13 @@ impl Data {
         found.collect()
     }
 
-    fn key_of(&self, slot: Slot, message: &NewMessage) -> Option<Known> {
+    fn key_of(&self, slot: Slot, message: &NewMessage) -> Option<StoredKey> {
         let name = message.dialog.to_string();
         let key = (slot, name.clone(), message.author, message.key.clone());
         let seq = *self.keys.get(&key)?;
         let stored = self.messages.get(&(slot, name, seq))?;
-        Some(Known {
-            place: Place { seq, at: stored.at },
+        Some(StoredKey {
+            place: Receipt { seq, at: stored.at },
             hash: stored.hash,
         })
     }
@@ -446,13 +454,13 @@ impl Store for MemoryStore {
         self.transact(|data, _| Ok(data.meta.clone())).await
     }
 
-    async fn found(&self, meta: &Meta, owned: &SlotSet) -> Result<Meta, StoreError> {
+    async fn initialize(&self, meta: &Meta, owned: &SlotSet) -> Result<Meta, StoreError> {
         let (meta, owned) = (meta.clone(), owned.clone());
         self.transact(move |data, _| {
             if data.meta.is_none() {
                 let row = |slot| {
                     (
-                        SlotRow::founded(owned.contains(slot)),
+                        SlotRow::initial(owned.contains(slot)),
                         Timestamp::from_micros(0),
                     )
                 };
@@ -467,18 +475,21 @@ impl Store for MemoryStore {
         let hash = hash.to_owned();
         self.transact(move |data, _| {
             if let Some(meta) = &mut data.meta
-                && (meta.doc_version, &meta.doc_hash, meta.doc_phase)
-                    == (version, &hash, Phase::Founding)
+                && (
+                    meta.topology_version,
+                    &meta.topology_hash,
+                    meta.topology_phase,
+                ) == (version, &hash, Phase::Initializing)
                 && phase == Phase::Normal
             {
-                meta.doc_phase = phase;
+                meta.topology_phase = phase;
             }
             Ok(())
         })
         .await
     }
 
-    async fn slots(&self, identity: &Identity) -> Result<Holding, StoreError> {
+    async fn slots(&self, identity: &ShardIdentity) -> Result<ServedSlots, StoreError> {
         self.transact(|data, _| {
             data.check(identity)?;
             Ok(data.holding())
@@ -488,21 +499,21 @@ impl Store for MemoryStore {
 
     async fn append(
         &self,
-        identity: &Identity,
+        identity: &ShardIdentity,
         batch: &[NewMessage],
         draft: Draft,
     ) -> Result<Appended, StoreError> {
         self.transact(|data, now| {
-            let unlike = |what| Ok(Appended::Unlike(what));
+            let mismatch = |what| Ok(Appended::Mismatch(what));
             if data.check(identity).is_err() {
-                return unlike(Unlike::Term);
+                return mismatch(Mismatch::Term);
             }
             for (slot, term) in &draft.terms {
                 let row = data.row(*slot);
                 let sealed = data.is_off(Guard::OwnerOfWrites) && row.state == SlotState::Sealed;
                 let owns = sealed || row.state.takes_writes();
                 if !owns || (row.term != term.number && !data.is_off(Guard::TermOfAppends)) {
-                    return unlike(Unlike::Term);
+                    return mismatch(Mismatch::Term);
                 }
             }
             let mut last = BTreeMap::new();
@@ -513,7 +524,7 @@ impl Store for MemoryStore {
                     .unwrap_or((Seq::ZERO, Timestamp::from_micros(0)));
                 match draft.expected.get(dialog) {
                     Some(expected) if *expected != seq || at.hour() != now.hour() => {
-                        return unlike(Unlike::Head);
+                        return mismatch(Mismatch::LastSeq);
                     }
                     Some(_) => {}
                     None => {
@@ -538,7 +549,7 @@ impl Store for MemoryStore {
                     // The heads were raised before, and COMMIT follows.
                     data.raise_to(&plan, now);
                 }
-                return unlike(Unlike::Key);
+                return mismatch(Mismatch::Key);
             }
             data.store(batch, &plan, now);
             let marked = marks.iter().map(|mark| data.mark_read(mark)).collect();
@@ -553,10 +564,10 @@ impl Store for MemoryStore {
 
     async fn write(
         &self,
-        identity: &Identity,
+        identity: &ShardIdentity,
         batch: &[NewMessage],
         _suspect: bool,
-    ) -> Result<Receipt, StoreError> {
+    ) -> Result<BatchResult, StoreError> {
         self.transact(|data, now| {
             data.check(identity)?;
             let slots = batch
@@ -583,14 +594,14 @@ impl Store for MemoryStore {
             let (heads, keys) = (heads.collect(), keys.collect());
             let plan = BatchPlan::new(batch, &slots, &heads, &keys, now);
             data.store(batch, &plan, now);
-            Ok(Receipt::new(plan.outcomes, &slots, now))
+            Ok(BatchResult::new(plan.outcomes, &slots, now))
         })
         .await
     }
 
     async fn page(
         &self,
-        identity: &Identity,
+        identity: &ShardIdentity,
         dialog: DialogId,
         range: Range,
         limit: u32,
@@ -638,11 +649,11 @@ impl Store for MemoryStore {
 
     async fn inbox(
         &self,
-        identity: &Identity,
+        identity: &ShardIdentity,
         user: UserId,
         below: Option<InboxCursor>,
         limit: u32,
-    ) -> Result<InboxPart, StoreError> {
+    ) -> Result<ShardInbox, StoreError> {
         self.transact(|data, _| {
             data.check(identity)?;
             let below = below.map(|below| (below.last_at, below.dialog.to_string()));
@@ -671,7 +682,7 @@ impl Store for MemoryStore {
             }
             rows.sort_by_key(|row| std::cmp::Reverse((row.last_at, row.dialog.to_string())));
             rows.truncate(limit as usize);
-            Ok(InboxPart {
+            Ok(ShardInbox {
                 rows,
                 slots: data.holding(),
             })
@@ -679,7 +690,11 @@ impl Store for MemoryStore {
         .await
     }
 
-    async fn dialog_heads(&self, identity: &Identity, of: &HeadsOf) -> Result<Heads, StoreError> {
+    async fn last_seqs(
+        &self,
+        identity: &ShardIdentity,
+        of: &LastSeqsOf,
+    ) -> Result<LastSeqs, StoreError> {
         self.transact(|data, now| {
             data.check(identity)?;
             let mut slots = data.holding();
@@ -693,14 +708,14 @@ impl Store for MemoryStore {
                     .map(|((_, _, user), (read, _))| (*user, *read))
                     .collect();
                 let wanted = match of {
-                    HeadsOf::Dialogs(dialogs) => dialogs.contains(&dialog),
-                    HeadsOf::Users { users, within } => {
+                    LastSeqsOf::Dialogs(dialogs) => dialogs.contains(&dialog),
+                    LastSeqsOf::Users { users, within } => {
                         reads.iter().any(|(user, _)| users.contains(user))
                             && last_at.micros() >= now.micros() - within.as_micros() as i64
                     }
                 };
                 if wanted && *last_seq > Seq::ZERO && data.row(*slot).state.answers_reads() {
-                    heads.push(DialogHead {
+                    heads.push(DialogLastSeq {
                         dialog,
                         last_seq: *last_seq,
                         last_at: *last_at,
@@ -708,7 +723,7 @@ impl Store for MemoryStore {
                     });
                 }
             }
-            if let HeadsOf::Dialogs(dialogs) = of {
+            if let LastSeqsOf::Dialogs(dialogs) = of {
                 let mut asked = SlotSet::empty();
                 dialogs.iter().for_each(|dialog| {
                     asked.insert(Slot::of(*dialog));
@@ -716,16 +731,20 @@ impl Store for MemoryStore {
                 slots.owned.retain(&asked);
                 slots.sealed.retain(&asked);
             }
-            Ok(Heads { heads, now, slots })
+            Ok(LastSeqs {
+                dialogs: heads,
+                now,
+                slots,
+            })
         })
         .await
     }
 
     async fn mark_read(
         &self,
-        identity: &Identity,
+        identity: &ShardIdentity,
         marks: &[NewMark],
-    ) -> Result<Vec<Marked>, StoreError> {
+    ) -> Result<Vec<MarkOutcome>, StoreError> {
         self.transact(|data, _| {
             data.check(identity)?;
             let marked = marks.iter().map(|mark| {
@@ -733,7 +752,7 @@ impl Store for MemoryStore {
                 if state.takes_writes() {
                     data.mark_read(mark)
                 } else {
-                    Marked::NotOwner(Some(state))
+                    MarkOutcome::NotOwner(Some(state))
                 }
             });
             Ok(marked.collect())
@@ -764,7 +783,7 @@ impl Store for MemoryStore {
 
 #[async_trait]
 impl Control for MemoryStore {
-    async fn accept(&self, identity: &Identity, new: &Meta) -> Result<Acceptance, StoreError> {
+    async fn accept(&self, identity: &ShardIdentity, new: &Meta) -> Result<Acceptance, StoreError> {
         self.transact(|data, _| {
             let acceptance = data.check(identity)?.offered(new)?;
             if let Acceptance::Accept { fence } = acceptance {
@@ -774,10 +793,10 @@ impl Control for MemoryStore {
                     }
                 }
                 data.meta = Some(Meta {
-                    doc_version: new.doc_version,
-                    doc_phase: new.doc_phase,
-                    doc_hash: new.doc_hash.clone(),
-                    doc: new.doc.clone(),
+                    topology_version: new.topology_version,
+                    topology_phase: new.topology_phase,
+                    topology_hash: new.topology_hash.clone(),
+                    topology: new.topology.clone(),
                     ..data.meta.clone().unwrap()
                 });
             }
@@ -788,14 +807,14 @@ impl Control for MemoryStore {
 
     async fn rows(
         &self,
-        identity: &Identity,
-        doc: Option<&DocRef>,
+        identity: &ShardIdentity,
+        topology_ref: Option<&TopologyRef>,
         only: Option<Slot>,
     ) -> Result<Vec<SlotRow>, StoreError> {
         self.transact(|data, _| {
-            let there = data.check(identity)?.doc_ref();
-            if let Some(doc) = doc {
-                fits(&there, doc, None)?;
+            let there = data.check(identity)?.topology_ref();
+            if let Some(topology_ref) = topology_ref {
+                fits(&there, topology_ref, None)?;
             }
             Ok(match only {
                 Some(slot) => vec![data.row(slot).clone()],
@@ -807,16 +826,20 @@ impl Control for MemoryStore {
 
     async fn step(
         &self,
-        identity: &Identity,
-        doc: &DocRef,
+        identity: &ShardIdentity,
+        topology_ref: &TopologyRef,
         slot: Slot,
         step: &Step,
-    ) -> Result<Result<SlotRow, Refused>, StoreError> {
-        self.transact(|data, now| data.take(identity, doc, slot, step, now))
+    ) -> Result<Result<SlotRow, StepRejected>, StoreError> {
+        self.transact(|data, now| data.take(identity, topology_ref, slot, step, now))
             .await
     }
 
-    async fn heads(&self, identity: &Identity, slot: Slot) -> Result<Vec<Head>, StoreError> {
+    async fn dialog_rows(
+        &self,
+        identity: &ShardIdentity,
+        slot: Slot,
+    ) -> Result<Vec<DialogRow>, StoreError> {
         self.transact(|data, _| {
             data.check(identity)?;
             Ok(data.heads(slot).collect())
@@ -826,7 +849,7 @@ impl Control for MemoryStore {
 
     async fn messages_of(
         &self,
-        identity: &Identity,
+        identity: &ShardIdentity,
         slot: Slot,
         above: &[(DialogId, Seq)],
         limit: u32,
@@ -848,22 +871,22 @@ impl Control for MemoryStore {
 
     async fn copy_in(
         &self,
-        identity: &Identity,
-        doc: &DocRef,
+        identity: &ShardIdentity,
+        topology_ref: &TopologyRef,
         slot: Slot,
         from: &str,
         term: u64,
-        part: &Part,
-    ) -> Result<Result<(), Refused>, StoreError> {
+        chunk: &Chunk,
+    ) -> Result<Result<(), StepRejected>, StoreError> {
         self.transact(|data, _| {
-            fits(&data.check(identity)?.doc_ref(), doc, None)?;
+            fits(&data.check(identity)?.topology_ref(), topology_ref, None)?;
             if !data.row(slot).is_incoming(from, term) {
-                return Ok(Err(Refused(data.row(slot).clone())));
+                return Ok(Err(StepRejected(data.row(slot).clone())));
             }
-            for message in &part.messages {
+            for message in &chunk.messages {
                 data.insert(slot, message.clone());
             }
-            for head in &part.heads {
+            for head in &chunk.dialogs {
                 data.raise(slot, head);
             }
             Ok(Ok(()))
@@ -873,13 +896,13 @@ impl Control for MemoryStore {
 
     async fn merge_in(
         &self,
-        identity: &Identity,
-        doc: &DocRef,
+        identity: &ShardIdentity,
+        topology_ref: &TopologyRef,
         slot: Slot,
-        part: &Part,
-    ) -> Result<Result<(), Refused>, StoreError> {
+        chunk: &Chunk,
+    ) -> Result<Result<(), StepRejected>, StoreError> {
         self.transact(|data, now| {
-            let new: Vec<CopiedMessage> = absent(part, &data.standing(slot, &part.messages))?
+            let new: Vec<CopiedMessage> = missing(chunk, &data.standing(slot, &chunk.messages))?
                 .into_iter()
                 .map(|message| {
                     let stored = message.key.as_ref().and_then(|key| {
@@ -890,13 +913,13 @@ impl Control for MemoryStore {
                     as_duplicate(message, stored.copied())
                 })
                 .collect();
-            if let Err(refused) = data.take(identity, doc, slot, &Step::MergedIn, now)? {
+            if let Err(refused) = data.take(identity, topology_ref, slot, &Step::MergedIn, now)? {
                 return Ok(Err(refused));
             }
             for message in new {
                 data.insert(slot, message);
             }
-            for head in &part.heads {
+            for head in &chunk.dialogs {
                 data.raise(slot, head);
             }
             Ok(Ok(()))
@@ -906,7 +929,7 @@ impl Control for MemoryStore {
 
     async fn leftovers(
         &self,
-        identity: &Identity,
+        identity: &ShardIdentity,
         grace: Duration,
     ) -> Result<Vec<Slot>, StoreError> {
         self.transact(|data, now| {
@@ -925,19 +948,19 @@ impl Control for MemoryStore {
 
     async fn purge(
         &self,
-        identity: &Identity,
+        identity: &ShardIdentity,
         slot: Slot,
         grace: Duration,
         limit: u32,
-    ) -> Result<Purged, StoreError> {
+    ) -> Result<PurgeOutcome, StoreError> {
         self.transact(|data, now| {
             data.check(identity)?;
             let (row, released) = &data.slots[slot.index()];
             if row.state != SlotState::None && !data.is_off(Guard::StateOfPurges) {
-                return Ok(Purged::InUse);
+                return Ok(PurgeOutcome::InUse);
             }
             if released.micros() + grace.as_micros() as i64 > now.micros() {
-                return Ok(Purged::TooEarly);
+                return Ok(PurgeOutcome::TooEarly);
             }
             let places: Vec<_> = data
                 .messages
@@ -957,16 +980,19 @@ impl Control for MemoryStore {
                 }
             }
             if places.len() as u64 == u64::from(limit) {
-                return Ok(Purged::Some(u64::from(limit)));
+                return Ok(PurgeOutcome::Some(u64::from(limit)));
             }
             data.members.retain(|(of, ..), _| *of != slot);
             data.dialogs.retain(|(of, _), _| *of != slot);
-            Ok(Purged::All)
+            Ok(PurgeOutcome::All)
         })
         .await
     }
 
-    async fn sizes(&self, identity: &Identity) -> Result<BTreeMap<Slot, SlotSize>, StoreError> {
+    async fn sizes(
+        &self,
+        identity: &ShardIdentity,
+    ) -> Result<BTreeMap<Slot, SlotSize>, StoreError> {
         self.transact(|data, _| {
             data.check(identity)?;
             let mut sizes = BTreeMap::<Slot, SlotSize>::new();
@@ -983,7 +1009,7 @@ impl Control for MemoryStore {
         .await
     }
 
-    async fn take_turn(&self) -> Result<Option<Box<dyn Turn>>, StoreError> {
+    async fn try_lock_coordinator(&self) -> Result<Option<Box<dyn CoordinatorLock>>, StoreError> {
         let id = self.server.turns.fetch_add(1, Ordering::Relaxed);
         let taken = self
             .transact(|data, _| {
@@ -999,7 +1025,7 @@ impl Control for MemoryStore {
             Box::new(MemoryTurn {
                 id,
                 store: MemoryStore::new(self.server.clone(), self.line.clone()),
-            }) as Box<dyn Turn>
+            }) as Box<dyn CoordinatorLock>
         }))
     }
 }
@@ -1010,7 +1036,7 @@ struct MemoryTurn {
 }
 
 #[async_trait]
-impl Turn for MemoryTurn {
+impl CoordinatorLock for MemoryTurn {
     async fn keep(&mut self) -> Result<(), StoreError> {
         let id = self.id;
         self.store

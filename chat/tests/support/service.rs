@@ -18,8 +18,8 @@ pub const QUICK: [(&str, &str); 6] = [
     ("LIMITS__SENDS_BURST", "100000"),
     ("LIMITS__FRAMES_PER_SECOND", "100000"),
     ("LIMITS__CONNECTIONS_PER_IP", "10000"),
-    ("CHANGE__PURGE_AFTER_MS", "200"),
-    ("CHANGE__THROTTLE", "false"),
+    ("RESHARDING__PURGE_AFTER_MS", "200"),
+    ("RESHARDING__THROTTLE", "false"),
 ];
 
 /// One `[[shard]]` of the file.
@@ -128,7 +128,7 @@ impl Service {
         let begun = Instant::now();
         loop {
             let (_, change) = instance
-                .get(&format!("{}/admin/change", instance.admin))
+                .get(&format!("{}/admin/resharding", instance.admin))
                 .await;
             let (_, slots) = instance
                 .get(&format!("{}/admin/slots", instance.admin))
@@ -160,9 +160,9 @@ impl Service {
 
     /// Waits until an instance goes by a version.
     pub async fn in_force(&self, instance: &Instance, version: u64) {
-        until("the document is in force", async || {
+        until("the topology is in force", async || {
             let (_, change) = instance
-                .get(&format!("{}/admin/change", instance.admin))
+                .get(&format!("{}/admin/resharding", instance.admin))
                 .await;
             (change["version"].as_u64() >= Some(version)).then_some(())
         })
@@ -173,14 +173,14 @@ impl Service {
     pub async fn complaint(&self, instance: &Instance) -> String {
         until("the file is complained of", async || {
             let (_, change) = instance
-                .get(&format!("{}/admin/change", instance.admin))
+                .get(&format!("{}/admin/resharding", instance.admin))
                 .await;
             let file = &change["file"];
-            (file["state"] != "in_force").then(|| {
+            (file["state"] != "in_effect").then(|| {
                 format!(
                     "{} {}",
                     file["state"].as_str().unwrap(),
-                    file["what"].as_str().unwrap()
+                    file["reason"].as_str().unwrap()
                 )
             })
         })

@@ -1,21 +1,25 @@
 //! [`Control`] on MySQL and MariaDB. Locks are taken in the order meta, slots, dialogs, messages.
 
-use super::{
-    BEGIN, MetaRow, MysqlStore, NOW, SELECT_META, SNAPSHOT, check_identity, classify, comma,
-    meta_of, push_hex, result_sets, rows, select_identity, unreachable,
-    write::{heads_of, lock_heads},
+use super::connection::MysqlStore;
+use super::error::{classify, unreachable};
+use super::sql::{
+    BEGIN, MetaRow, NOW, SELECT_META, SNAPSHOT, check_identity, comma, meta_of, push_hex,
+    result_sets, rows, select_identity,
 };
-use crate::dialog::{DialogId, Key, Seq, Timestamp, UserId};
-use crate::ownership::{Refused, SlotRow, SlotState, Step};
-use crate::ring::Slot;
+use super::write::{heads_of, lock_heads};
+use crate::domain::dialog::{DialogId, Key, Seq, Timestamp, UserId};
+use crate::domain::ownership::{ReleaseStamp, SlotRow, SlotState, Step, StepRejected};
+use crate::domain::slot::Slot;
+use crate::domain::topology::TopologyRef;
 use crate::store::control::{
-    MESSAGE_COLUMNS, RawMessage, RawSlot, SLOT_COLUMNS, Standing, absent, as_duplicate, copied,
-    fits, hash_of, key_of, slot_row,
+    Existing, MESSAGE_COLUMNS, RawMessage, RawSlot, SLOT_COLUMNS, as_duplicate, copied, fits,
+    hash_of, key_of, missing, slot_row,
 };
 use crate::store::corrupt;
+use crate::store::meta::phase;
 use crate::store::{
-    Acceptance, Control, CopiedMessage, DocRef, Head, Identity, Membership, Meta, Part, Phase,
-    Purged, SlotSize, StoreError, Turn,
+    Acceptance, Chunk, Control, CoordinatorLock, CopiedMessage, DialogRow, Membership, Meta,
+    PurgeOutcome, ShardIdentity, SlotSize, StoreError,
 };
 use async_trait::async_trait;
 use mysql_async::prelude::Queryable;
@@ -30,7 +34,7 @@ const TURN_SECONDS: u32 = 3;
 
 #[async_trait]
 impl Control for MysqlStore {
-    async fn accept(&self, identity: &Identity, new: &Meta) -> Result<Acceptance, StoreError> {
+    async fn accept(&self, identity: &ShardIdentity, new: &Meta) -> Result<Acceptance, StoreError> {
         self.on_write(async |conn| {
             let sql = format!("{BEGIN}{}; {SELECT_META} FOR UPDATE", select_identity());
             let mut sets = result_sets(conn, sql).await?.into_iter().skip(1);
@@ -51,8 +55,8 @@ impl Control for MysqlStore {
                 .map_err(classify)?;
             }
             conn.exec_drop(
-                "UPDATE meta SET doc_version = ?, doc_phase = ?, doc_hash = ?, doc = ? WHERE id = 1",
-                (new.doc_version, new.doc_phase.as_str(), &new.doc_hash, &new.doc),
+                "UPDATE meta SET topology_version = ?, topology_phase = ?, topology_hash = ?, topology = ? WHERE id = 1",
+                (new.topology_version, new.topology_phase.as_str(), &new.topology_hash, &new.topology),
             )
             .await
             .map_err(classify)?;
@@ -64,12 +68,12 @@ impl Control for MysqlStore {
 
     async fn rows(
         &self,
-        identity: &Identity,
-        doc: Option<&DocRef>,
+        identity: &ShardIdentity,
+        topology_ref: Option<&TopologyRef>,
         only: Option<Slot>,
     ) -> Result<Vec<SlotRow>, StoreError> {
         let (lock, only) = (
-            if doc.is_some() {
+            if topology_ref.is_some() {
                 " LOCK IN SHARE MODE"
             } else {
                 ""
@@ -77,15 +81,15 @@ impl Control for MysqlStore {
             only.map_or(String::new(), |slot| format!(" WHERE slot = {slot}")),
         );
         let sql = format!(
-            "{BEGIN}{}; {SELECT_DOC}{lock}; SELECT {SLOT_COLUMNS} FROM slots{only} ORDER BY slot; COMMIT",
+            "{BEGIN}{}; {SELECT_TOPOLOGY_REF}{lock}; SELECT {SLOT_COLUMNS} FROM slots{only} ORDER BY slot; COMMIT",
             select_identity()
         );
         self.on_read(async |conn| {
             let mut sets = result_sets(conn, sql).await?.into_iter().skip(1);
             check_identity(identity, sets.next())?;
-            let there = doc_of(sets.next())?;
-            if let Some(doc) = doc {
-                fits(&there, doc, None)?;
+            let there = topology_ref_of(sets.next())?;
+            if let Some(topology_ref) = topology_ref {
+                fits(&there, topology_ref, None)?;
             }
             slot_rows(sets.next())
         })
@@ -94,13 +98,13 @@ impl Control for MysqlStore {
 
     async fn step(
         &self,
-        identity: &Identity,
-        doc: &DocRef,
+        identity: &ShardIdentity,
+        topology_ref: &TopologyRef,
         slot: Slot,
         step: &Step,
-    ) -> Result<Result<SlotRow, Refused>, StoreError> {
+    ) -> Result<Result<SlotRow, StepRejected>, StoreError> {
         self.on_write(async |conn| {
-            let taken = match take(conn, identity, doc, slot, step).await? {
+            let taken = match take(conn, identity, topology_ref, slot, step).await? {
                 Ok(taken) => taken,
                 Err(refused) => return Ok(Err(refused)),
             };
@@ -112,7 +116,11 @@ impl Control for MysqlStore {
         .await
     }
 
-    async fn heads(&self, identity: &Identity, slot: Slot) -> Result<Vec<Head>, StoreError> {
+    async fn dialog_rows(
+        &self,
+        identity: &ShardIdentity,
+        slot: Slot,
+    ) -> Result<Vec<DialogRow>, StoreError> {
         let sql = format!(
             "{SNAPSHOT}{}; SELECT dialog, last_seq, last_at FROM dialogs WHERE slot = {slot} ORDER BY dialog;
              SELECT dialog, user_id, read_seq, joined_at FROM members WHERE slot = {slot} ORDER BY dialog, user_id; COMMIT",
@@ -132,7 +140,7 @@ impl Control for MysqlStore {
                 });
             }
             let head = |(dialog, last_seq, last_at): (String, u64, i64)| {
-                Ok(Head {
+                Ok(DialogRow {
                     members: of.remove(&dialog).unwrap_or_default(),
                     dialog: dialog.parse().map_err(|_| corrupt("dialogs.dialog"))?,
                     last_seq: Seq::new(last_seq),
@@ -146,7 +154,7 @@ impl Control for MysqlStore {
 
     async fn messages_of(
         &self,
-        identity: &Identity,
+        identity: &ShardIdentity,
         slot: Slot,
         above: &[(DialogId, Seq)],
         limit: u32,
@@ -179,27 +187,27 @@ impl Control for MysqlStore {
 
     async fn copy_in(
         &self,
-        identity: &Identity,
-        doc: &DocRef,
+        identity: &ShardIdentity,
+        topology_ref: &TopologyRef,
         slot: Slot,
         from: &str,
         term: u64,
-        part: &Part,
-    ) -> Result<Result<(), Refused>, StoreError> {
+        chunk: &Chunk,
+    ) -> Result<Result<(), StepRejected>, StoreError> {
         self.on_write(async |conn| {
             let sql = format!(
-                "{BEGIN}{}; {SELECT_DOC} LOCK IN SHARE MODE; SELECT {SLOT_COLUMNS} FROM slots WHERE slot = {slot} LOCK IN SHARE MODE",
+                "{BEGIN}{}; {SELECT_TOPOLOGY_REF} LOCK IN SHARE MODE; SELECT {SLOT_COLUMNS} FROM slots WHERE slot = {slot} LOCK IN SHARE MODE",
                 select_identity()
             );
             let mut sets = result_sets(conn, sql).await?.into_iter().skip(1);
             check_identity(identity, sets.next())?;
-            fits(&doc_of(sets.next())?, doc, None)?;
+            fits(&topology_ref_of(sets.next())?, topology_ref, None)?;
             let row = slot_rows(sets.next())?.pop().ok_or_else(|| corrupt("slots"))?;
             if !row.is_incoming(from, term) {
                 conn.query_drop("ROLLBACK").await.map_err(classify)?;
-                return Ok(Err(Refused(row)));
+                return Ok(Err(StepRejected(row)));
             }
-            let sql = format!("{}{}COMMIT", insert_copied(slot, &part.messages), raise_heads(slot, &part.heads));
+            let sql = format!("{}{}COMMIT", insert_copied(slot, &chunk.messages), raise_last_seqs(slot, &chunk.dialogs));
             conn.query_drop(sql).await.map_err(classify)?;
             Ok(Ok(()))
         })
@@ -208,22 +216,25 @@ impl Control for MysqlStore {
 
     async fn merge_in(
         &self,
-        identity: &Identity,
-        doc: &DocRef,
+        identity: &ShardIdentity,
+        topology_ref: &TopologyRef,
         slot: Slot,
-        part: &Part,
-    ) -> Result<Result<(), Refused>, StoreError> {
+        chunk: &Chunk,
+    ) -> Result<Result<(), StepRejected>, StoreError> {
         self.on_write(async |conn| {
-            let taken = match take(conn, identity, doc, slot, &Step::MergedIn).await? {
+            let taken = match take(conn, identity, topology_ref, slot, &Step::MergedIn).await? {
                 Ok(taken) => taken,
                 Err(refused) => return Ok(Err(refused)),
             };
-            let dialogs: BTreeSet<(Slot, DialogId)> =
-                part.heads.iter().map(|head| (slot, head.dialog)).collect();
-            let founded: Vec<Head> = part
-                .heads
+            let dialogs: BTreeSet<(Slot, DialogId)> = chunk
+                .dialogs
                 .iter()
-                .map(|head| Head {
+                .map(|head| (slot, head.dialog))
+                .collect();
+            let founded: Vec<DialogRow> = chunk
+                .dialogs
+                .iter()
+                .map(|head| DialogRow {
                     last_seq: Seq::ZERO,
                     ..head.clone()
                 })
@@ -231,13 +242,13 @@ impl Control for MysqlStore {
             let sql = format!(
                 "{}{}{}",
                 taken.update,
-                raise_heads(slot, &founded),
+                raise_last_seqs(slot, &founded),
                 lock_heads(&dialogs)
             );
             let locked = result_sets(conn, sql).await?;
             heads_of(locked.into_iter().next_back())?;
             // Only now, behind the dialogs' locks, is it certain what is there.
-            let new = absent(part, &standing(conn, slot, &part.messages).await?)?;
+            let new = missing(chunk, &standing(conn, slot, &chunk.messages).await?)?;
             let keys = stored_keys(conn, slot, &new).await?;
             let new: Vec<CopiedMessage> = new
                 .into_iter()
@@ -251,11 +262,11 @@ impl Control for MysqlStore {
             let sql = format!(
                 "{}{}",
                 insert_copied(slot, &new),
-                raise_heads(slot, &part.heads)
+                raise_last_seqs(slot, &chunk.dialogs)
             );
             conn.query_drop(sql).await.map_err(classify)?;
             // The source is purged on the strength of this: all of it is here, and nothing else stands in its place.
-            let left = absent(part, &standing(conn, slot, &part.messages).await?)?.len();
+            let left = missing(chunk, &standing(conn, slot, &chunk.messages).await?)?.len();
             if left > 0 {
                 return Err(StoreError::Refused(format!(
                     "{left} of the messages did not come in"
@@ -269,7 +280,7 @@ impl Control for MysqlStore {
 
     async fn leftovers(
         &self,
-        identity: &Identity,
+        identity: &ShardIdentity,
         grace: Duration,
     ) -> Result<Vec<Slot>, StoreError> {
         let sql = format!(
@@ -291,11 +302,11 @@ impl Control for MysqlStore {
 
     async fn purge(
         &self,
-        identity: &Identity,
+        identity: &ShardIdentity,
         slot: Slot,
         grace: Duration,
         limit: u32,
-    ) -> Result<Purged, StoreError> {
+    ) -> Result<PurgeOutcome, StoreError> {
         self.on_write(async |conn| {
             let sql = format!(
                 "{BEGIN}{}; SELECT state, released_at FROM slots WHERE slot = {slot} FOR UPDATE",
@@ -307,9 +318,9 @@ impl Control for MysqlStore {
                 rows(sets.next())?.pop().ok_or_else(|| corrupt("slots"))?;
             let grace = i64::try_from(grace.as_micros()).unwrap_or(i64::MAX);
             let refused = if state != SlotState::None.as_str() {
-                Some(Purged::InUse)
+                Some(PurgeOutcome::InUse)
             } else {
-                (released_at.saturating_add(grace) > now.micros()).then_some(Purged::TooEarly)
+                (released_at.saturating_add(grace) > now.micros()).then_some(PurgeOutcome::TooEarly)
             };
             if let Some(refused) = refused {
                 conn.query_drop("ROLLBACK").await.map_err(classify)?;
@@ -323,7 +334,7 @@ impl Control for MysqlStore {
             let gone = conn.affected_rows();
             if gone == u64::from(limit) {
                 conn.query_drop("COMMIT").await.map_err(classify)?;
-                return Ok(Purged::Some(gone));
+                return Ok(PurgeOutcome::Some(gone));
             }
             // The dialogs go last: while one is there, so may be its messages.
             conn.query_drop(format!(
@@ -331,12 +342,15 @@ impl Control for MysqlStore {
             ))
             .await
             .map_err(classify)?;
-            Ok(Purged::All)
+            Ok(PurgeOutcome::All)
         })
         .await
     }
 
-    async fn sizes(&self, identity: &Identity) -> Result<BTreeMap<Slot, SlotSize>, StoreError> {
+    async fn sizes(
+        &self,
+        identity: &ShardIdentity,
+    ) -> Result<BTreeMap<Slot, SlotSize>, StoreError> {
         let sql = format!(
             "{SNAPSHOT}{}; SELECT slot, COUNT(*) FROM dialogs GROUP BY slot;
              SELECT slot, COUNT(*), CAST(SUM(LENGTH(text)) AS UNSIGNED) FROM messages GROUP BY slot; COMMIT",
@@ -363,7 +377,7 @@ impl Control for MysqlStore {
         .await
     }
 
-    async fn take_turn(&self) -> Result<Option<Box<dyn Turn>>, StoreError> {
+    async fn try_lock_coordinator(&self) -> Result<Option<Box<dyn CoordinatorLock>>, StoreError> {
         let setup = format!("SET SESSION wait_timeout = {TURN_SECONDS}");
         let opts = OptsBuilder::from_opts(self.opts.clone()).setup(vec![setup]);
         let taking = async {
@@ -373,10 +387,10 @@ impl Control for MysqlStore {
                 .await
                 .map_err(classify)?;
             Ok((taken == Some(1)).then(|| {
-                Box::new(MysqlTurn {
+                Box::new(MysqlLock {
                     conn,
                     limit: self.connect_limit,
-                }) as Box<dyn Turn>
+                }) as Box<dyn CoordinatorLock>
             }))
         };
         timeout(self.connect_limit, taking)
@@ -386,13 +400,13 @@ impl Control for MysqlStore {
 }
 
 /// A connection that holds a lock by name; the server frees the lock when the connection ends, however it ends.
-struct MysqlTurn {
+struct MysqlLock {
     conn: Conn,
     limit: Duration,
 }
 
 #[async_trait]
-impl Turn for MysqlTurn {
+impl CoordinatorLock for MysqlLock {
     async fn keep(&mut self) -> Result<(), StoreError> {
         timeout(self.limit, self.conn.query_drop("DO 0"))
             .await
@@ -401,14 +415,15 @@ impl Turn for MysqlTurn {
     }
 }
 
-const SELECT_DOC: &str = "SELECT doc_version, doc_phase, doc_hash FROM meta WHERE id = 1";
+const SELECT_TOPOLOGY_REF: &str =
+    "SELECT topology_version, topology_phase, topology_hash FROM meta WHERE id = 1";
 
-fn doc_of(set: Option<Vec<Row>>) -> Result<DocRef, StoreError> {
-    let (version, phase, hash): (u64, String, String) =
+fn topology_ref_of(set: Option<Vec<Row>>) -> Result<TopologyRef, StoreError> {
+    let (version, phase_name, hash): (u64, String, String) =
         rows(set)?.pop().ok_or_else(|| corrupt("meta"))?;
-    Ok(DocRef {
+    Ok(TopologyRef {
         version,
-        phase: Phase::parse(&phase)?,
+        phase: phase(&phase_name)?,
         hash,
     })
 }
@@ -423,23 +438,23 @@ struct Taken {
     update: String,
 }
 
-/// Begins a transaction that holds the document's lock and the row's, and sees whether the row permits the step; ends it if
+/// Begins a transaction that holds the topology's lock and the row's, and sees whether the row permits the step; ends it if
 /// not.
 async fn take(
     conn: &mut Conn,
-    identity: &Identity,
-    doc: &DocRef,
+    identity: &ShardIdentity,
+    topology_ref: &TopologyRef,
     slot: Slot,
     step: &Step,
-) -> Result<Result<Taken, Refused>, StoreError> {
+) -> Result<Result<Taken, StepRejected>, StoreError> {
     let sql = format!(
-        "{BEGIN}{}; {SELECT_DOC} LOCK IN SHARE MODE; SELECT {SLOT_COLUMNS} FROM slots WHERE slot = {slot} FOR UPDATE;
+        "{BEGIN}{}; {SELECT_TOPOLOGY_REF} LOCK IN SHARE MODE; SELECT {SLOT_COLUMNS} FROM slots WHERE slot = {slot} FOR UPDATE;
          SELECT EXISTS (SELECT 1 FROM dialogs WHERE slot = {slot})",
         select_identity()
     );
     let mut sets = result_sets(conn, sql).await?.into_iter().skip(1);
     let now = check_identity(identity, sets.next())?;
-    fits(&doc_of(sets.next())?, doc, Some(step))?;
+    fits(&topology_ref_of(sets.next())?, topology_ref, Some(step))?;
     let row = slot_rows(sets.next())?
         .pop()
         .ok_or_else(|| corrupt("slots"))?;
@@ -464,10 +479,10 @@ fn update_row(slot: Slot, step: &Step, row: &SlotRow, now: Timestamp) -> String 
             .map_or("NULL".to_owned(), |value| format!("'{value}'"))
     };
     let number = |value: Option<u64>| value.map_or("NULL".to_owned(), |value| value.to_string());
-    let released = match step.released() {
-        None => String::new(),
-        Some(true) => format!(", released_at = {}", now.micros()),
-        Some(false) => ", released_at = 0".to_owned(),
+    let released = match step.release_stamp() {
+        ReleaseStamp::Keep => String::new(),
+        ReleaseStamp::Now => format!(", released_at = {}", now.micros()),
+        ReleaseStamp::Never => ", released_at = 0".to_owned(),
     };
     format!(
         "UPDATE slots SET state = '{}', term = {}, generation = {}, peer = {}, next_term = {}, activated = {},
@@ -524,7 +539,7 @@ fn insert_copied(slot: Slot, messages: &[CopiedMessage]) -> String {
 }
 
 /// Statements that add dialogs and members, each ended by a semicolon; what is there only rises.
-fn raise_heads(slot: Slot, heads: &[Head]) -> String {
+fn raise_last_seqs(slot: Slot, heads: &[DialogRow]) -> String {
     if heads.is_empty() {
         return String::new();
     }
@@ -567,7 +582,7 @@ async fn standing(
     conn: &mut Conn,
     slot: Slot,
     messages: &[CopiedMessage],
-) -> Result<Standing, StoreError> {
+) -> Result<Existing, StoreError> {
     let mut places = String::new();
     for message in messages {
         let _ = write!(
@@ -579,7 +594,7 @@ async fn standing(
         );
     }
     if places.is_empty() {
-        return Ok(Standing::new());
+        return Ok(Existing::new());
     }
     let sql = format!(
         "SELECT dialog, seq, author, text_hash FROM messages FORCE INDEX (PRIMARY) WHERE (slot, dialog, seq) IN ({places})"

@@ -1,8 +1,10 @@
 //! Read marks: many in one statement, alone or with a batch of messages.
 
-use super::{BEGIN, check_identity, comma, result_sets, rows, select_identity, views_of, write};
-use crate::dialog::{DialogId, Seq, UserId};
-use crate::store::{Identity, Marked, NewMark, StoreError, corrupt};
+use super::sql::{
+    BEGIN, check_identity, comma, fence, result_sets, rows, select_identity, views_of,
+};
+use crate::domain::dialog::{DialogId, Seq, UserId};
+use crate::store::{MarkOutcome, NewMark, ShardIdentity, StoreError, corrupt};
 use mysql_async::{Conn, Row};
 use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write as _;
@@ -10,11 +12,11 @@ use std::fmt::Write as _;
 /// Moves read marks in one transaction, and none in slots of others or of another shard.
 pub(super) async fn mark_read(
     conn: &mut Conn,
-    identity: &Identity,
+    identity: &ShardIdentity,
     marks: &[NewMark],
-) -> Result<Vec<Marked>, StoreError> {
+) -> Result<Vec<MarkOutcome>, StoreError> {
     let slots: BTreeSet<_> = marks.iter().map(|mark| mark.slot).collect();
-    let mut sql = format!("{BEGIN}{}; {}; ", select_identity(), write::fence(&slots));
+    let mut sql = format!("{BEGIN}{}; {}; ", select_identity(), fence(&slots));
     let owned = format!(
         " AND EXISTS (SELECT 1 FROM meta i JOIN slots s ON s.slot = members.slot AND s.state = 'owner' \
           WHERE i.id = 1 AND i.cluster_id = '{}' AND i.shard_name = '{}')",
@@ -31,7 +33,7 @@ pub(super) async fn mark_read(
         if view.is_some_and(|view| view.state.takes_writes()) {
             marked
         } else {
-            Marked::NotOwner(view.map(|view| view.state))
+            MarkOutcome::NotOwner(view.map(|view| view.state))
         }
     });
     Ok(settled.collect())
@@ -68,7 +70,7 @@ pub(super) fn push(sql: &mut String, marks: &[NewMark], owned: &str) {
 pub(super) fn marked(
     marks: &[NewMark],
     found: Option<Vec<Row>>,
-) -> Result<Vec<Marked>, StoreError> {
+) -> Result<Vec<MarkOutcome>, StoreError> {
     let mut there = HashMap::<(DialogId, UserId), (Seq, Seq)>::new();
     for (dialog, user, read, last) in rows::<(String, u64, u64, u64)>(found)? {
         let dialog = dialog.parse().map_err(|_| corrupt("members.dialog"))?;
@@ -77,7 +79,7 @@ pub(super) fn marked(
     }
     let marked = marks.iter().map(|mark| {
         let row = there.get(&(mark.dialog, mark.user));
-        row.map_or(Marked::NoDialog, |(read, last)| mark.on(*read, *last))
+        row.map_or(MarkOutcome::NoDialog, |(read, last)| mark.on(*read, *last))
     });
     Ok(marked.collect())
 }

@@ -1,16 +1,20 @@
 //! Batches of messages: [`append`] in one round trip, on what is remembered of the dialogs; [`write`] in two, on what the locks
 //! show.
 
-use super::{
-    BEGIN, DUPLICATE_KEY, NOW, check_identity, classify, comma, marks, push_hex, result_sets, rows,
-    select_identity, views_of,
+use super::error::{DUPLICATE_KEY, classify};
+use super::marks;
+use super::sql::{
+    BEGIN, NOW, check_identity, comma, fence, push_hex, result_sets, rows, select_identity,
+    views_of,
 };
-use crate::dialog::{DialogId, Key, Seq, Timestamp, UserId};
-use crate::ownership::{SlotView, Term};
-use crate::ring::Slot;
+use crate::domain::dialog::{DialogId, Key, Seq, Timestamp, UserId};
+use crate::domain::ownership::{SlotView, Term};
+use crate::domain::slot::Slot;
+use crate::store::batch_plan::{BatchPlan, Draft, StoredKey};
 use crate::store::control::{hash_of, key_of};
-use crate::store::plan::{BatchPlan, Draft, Known};
-use crate::store::{Appended, Identity, NewMessage, Place, Receipt, StoreError, Unlike, corrupt};
+use crate::store::{
+    Appended, BatchResult, Mismatch, NewMessage, Receipt, ShardIdentity, StoreError, corrupt,
+};
 use mysql_async::prelude::Queryable;
 use mysql_async::{Conn, Row};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -22,7 +26,7 @@ use std::fmt::Write as _;
 /// that fails if it is not so: the error is the answer, and COMMIT is not reached.
 pub(super) async fn append(
     conn: &mut Conn,
-    identity: &Identity,
+    identity: &ShardIdentity,
     batch: &[NewMessage],
     draft: Draft,
 ) -> Result<Appended, StoreError> {
@@ -49,15 +53,15 @@ pub(super) async fn append(
             })
         }
         (sets, Some(e)) => {
-            let unlike = match &e {
+            let mismatch = match &e {
                 mysql_async::Error::Server(e) if e.code == OUT_OF_RANGE => {
                     if sets.len() <= FENCE {
-                        Unlike::Term
+                        Mismatch::Term
                     } else {
-                        Unlike::Head
+                        Mismatch::LastSeq
                     }
                 }
-                mysql_async::Error::Server(e) if e.code == DUPLICATE_KEY => Unlike::Key,
+                mysql_async::Error::Server(e) if e.code == DUPLICATE_KEY => Mismatch::Key,
                 mysql_async::Error::Server(_)
                 | mysql_async::Error::Driver(_)
                 | mysql_async::Error::Io(_)
@@ -65,13 +69,13 @@ pub(super) async fn append(
                 | mysql_async::Error::Url(_) => return Err(classify(e)),
             };
             conn.query_drop("ROLLBACK").await.map_err(classify)?;
-            Ok(Appended::Unlike(unlike))
+            Ok(Appended::Mismatch(mismatch))
         }
     }
 }
 
 /// The common batch: one message, of a dialog that is remembered. A procedure stores it.
-fn call_of(identity: &Identity, batch: &[NewMessage], draft: &Draft) -> Option<String> {
+fn call_of(identity: &ShardIdentity, batch: &[NewMessage], draft: &Draft) -> Option<String> {
     let ([message], [row], []) = (batch, &draft.plan.rows[..], &draft.marks[..]) else {
         return None;
     };
@@ -105,7 +109,7 @@ async fn append_one(
     draft: Draft,
 ) -> Result<Appended, StoreError> {
     // The procedure has rolled back before it fails.
-    let unlike = match sets_until_error(conn, call).await {
+    let mismatch = match sets_until_error(conn, call).await {
         (sets, None) => {
             let now = rows::<i64>(sets.into_iter().next())?.pop();
             let now = Timestamp::from_micros(now.ok_or_else(|| corrupt("the procedure"))?);
@@ -116,12 +120,12 @@ async fn append_one(
                 now,
             });
         }
-        (_, Some(mysql_async::Error::Server(e))) if e.code == OTHER_TERM => Unlike::Term,
-        (_, Some(mysql_async::Error::Server(e))) if e.code == OTHER_HEAD => Unlike::Head,
-        (_, Some(mysql_async::Error::Server(e))) if e.code == DUPLICATE_KEY => Unlike::Key,
+        (_, Some(mysql_async::Error::Server(e))) if e.code == OTHER_TERM => Mismatch::Term,
+        (_, Some(mysql_async::Error::Server(e))) if e.code == OTHER_HEAD => Mismatch::LastSeq,
+        (_, Some(mysql_async::Error::Server(e))) if e.code == DUPLICATE_KEY => Mismatch::Key,
         (_, Some(e)) => return Err(classify(e)),
     };
-    Ok(Appended::Unlike(unlike))
+    Ok(Appended::Mismatch(mismatch))
 }
 
 /// Errors of the procedure.
@@ -139,7 +143,7 @@ const MAX: u64 = u64::MAX;
 
 const HOUR: i64 = Timestamp::HOUR;
 
-fn append_text(identity: &Identity, batch: &[NewMessage], draft: &Draft) -> String {
+fn append_text(identity: &ShardIdentity, batch: &[NewMessage], draft: &Draft) -> String {
     let texts: usize = draft
         .plan
         .rows
@@ -192,7 +196,7 @@ fn append_text(identity: &Identity, batch: &[NewMessage], draft: &Draft) -> Stri
 
 /// Locks the slots' rows shared, and fails unless the database is who it must be and owns all of them under these terms. Its
 /// answer is the server's time, which later statements have as LAST_INSERT_ID().
-fn fence_of_terms(identity: &Identity, terms: &BTreeMap<Slot, Term>) -> String {
+fn fence_of_terms(identity: &ShardIdentity, terms: &BTreeMap<Slot, Term>) -> String {
     let mut by_term = BTreeMap::<u64, String>::new();
     for (slot, term) in terms {
         let list = by_term.entry(term.number).or_default();
@@ -309,10 +313,10 @@ fn push_message(sql: &mut String, message: &NewMessage, seq: impl std::fmt::Disp
 /// Stores a batch by what the locks show.
 pub(super) async fn write(
     conn: &mut Conn,
-    identity: &Identity,
+    identity: &ShardIdentity,
     batch: &[NewMessage],
     suspect: bool,
-) -> Result<Receipt, StoreError> {
+) -> Result<BatchResult, StoreError> {
     let locked = lock(conn, identity, batch).await?;
     let mut keys = if suspect {
         known_keys(conn, batch).await?
@@ -321,7 +325,7 @@ pub(super) async fn write(
     };
     loop {
         let plan = BatchPlan::new(batch, &locked.slots, &locked.heads, &keys, locked.now);
-        let receipt = |plan: BatchPlan| Receipt::new(plan.outcomes, &locked.slots, locked.now);
+        let receipt = |plan: BatchPlan| BatchResult::new(plan.outcomes, &locked.slots, locked.now);
         if plan.rows.is_empty() {
             conn.query_drop("ROLLBACK").await.map_err(classify)?;
             return Ok(receipt(plan));
@@ -373,7 +377,7 @@ struct Locked {
 /// Begins the transaction and takes its locks in the order slots, dialogs, each in key order.
 async fn lock(
     conn: &mut Conn,
-    identity: &Identity,
+    identity: &ShardIdentity,
     batch: &[NewMessage],
 ) -> Result<Locked, StoreError> {
     let dialogs: BTreeSet<(Slot, DialogId)> = batch
@@ -431,17 +435,6 @@ async fn lock(
         slots,
         heads: heads_found,
     })
-}
-
-/// The shared lock that makes a write safe: while it is held, the slots do not change hands.
-pub(super) fn fence(slots: &BTreeSet<Slot>) -> String {
-    let mut list = String::new();
-    for slot in slots {
-        let _ = write!(list, "{}{slot}", comma(&list));
-    }
-    format!(
-        "SELECT slot, state, term, generation, history, peer FROM slots WHERE slot IN ({list}) ORDER BY slot LOCK IN SHARE MODE"
-    )
 }
 
 pub(super) fn lock_heads(dialogs: &BTreeSet<(Slot, DialogId)>) -> String {
@@ -518,7 +511,7 @@ fn insert(
 async fn known_keys(
     conn: &mut Conn,
     batch: &[NewMessage],
-) -> Result<HashMap<(DialogId, UserId, Key), Known>, StoreError> {
+) -> Result<HashMap<(DialogId, UserId, Key), StoredKey>, StoreError> {
     let mut sql = String::from(
         "SELECT dialog, author, client_key, seq, created_at, text_hash FROM messages FORCE INDEX (once) WHERE (slot, dialog, author, client_key) IN (",
     );
@@ -541,8 +534,8 @@ async fn known_keys(
             let author = UserId::new(author).map_err(|_| corrupt("messages.author"))?;
             Ok((
                 (dialog, author, key_of(key)?),
-                Known {
-                    place: Place {
+                StoredKey {
+                    place: Receipt {
                         seq: Seq::new(seq),
                         at: Timestamp::from_micros(at),
                     },

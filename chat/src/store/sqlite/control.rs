@@ -1,17 +1,19 @@
 //! [`Control`] on SQLite: the same steps; `BEGIN IMMEDIATE` stands for all of their locks.
 
-use super::{SqliteStore, check_identity, clamp, classify, immediate, now, select_meta};
-use crate::dialog::{DialogId, Seq, Timestamp, UserId};
-use crate::ownership::{Refused, SlotRow, SlotState, Step};
-use crate::ring::Slot;
+use super::{SqliteStore, check_identity, clamp, classify, immediate, select_meta};
+use crate::clock::now;
+use crate::domain::dialog::{DialogId, Seq, Timestamp, UserId};
+use crate::domain::ownership::{ReleaseStamp, SlotRow, SlotState, Step, StepRejected};
+use crate::domain::slot::Slot;
+use crate::domain::topology::TopologyRef;
 use crate::store::control::{
-    MESSAGE_COLUMNS, RawMessage, RawSlot, SLOT_COLUMNS, Standing, absent, as_duplicate, copied,
-    fits, hash_of, slot_row,
+    Existing, MESSAGE_COLUMNS, RawMessage, RawSlot, SLOT_COLUMNS, as_duplicate, copied, fits,
+    hash_of, missing, slot_row,
 };
 use crate::store::corrupt;
 use crate::store::{
-    Acceptance, Control, CopiedMessage, DocRef, Head, Identity, Membership, Meta, Part, Purged,
-    SlotSize, StoreError, Turn,
+    Acceptance, Chunk, Control, CoordinatorLock, CopiedMessage, DialogRow, Membership, Meta,
+    PurgeOutcome, ShardIdentity, SlotSize, StoreError,
 };
 use async_trait::async_trait;
 use rusqlite::{OptionalExtension, Transaction, params};
@@ -20,7 +22,7 @@ use std::time::Duration;
 
 #[async_trait]
 impl Control for SqliteStore {
-    async fn accept(&self, identity: &Identity, new: &Meta) -> Result<Acceptance, StoreError> {
+    async fn accept(&self, identity: &ShardIdentity, new: &Meta) -> Result<Acceptance, StoreError> {
         let (identity, new) = (identity.clone(), new.clone());
         self.write_on(move |connection| {
             let tx = immediate(connection)?;
@@ -37,8 +39,8 @@ impl Control for SqliteStore {
                     next_revision(&tx)?;
                 }
                 tx.execute(
-                    "UPDATE meta SET doc_version = ?, doc_phase = ?, doc_hash = ?, doc = ? WHERE id = 1",
-                    params![new.doc_version, new.doc_phase.as_str(), new.doc_hash, new.doc],
+                    "UPDATE meta SET topology_version = ?, topology_phase = ?, topology_hash = ?, topology = ? WHERE id = 1",
+                    params![new.topology_version, new.topology_phase.as_str(), new.topology_hash, new.topology],
                 )
                 .map_err(|e| classify(&e))?;
                 tx.commit().map_err(|e| classify(&e))?;
@@ -50,15 +52,15 @@ impl Control for SqliteStore {
 
     async fn rows(
         &self,
-        identity: &Identity,
-        doc: Option<&DocRef>,
+        identity: &ShardIdentity,
+        topology_ref: Option<&TopologyRef>,
         only: Option<Slot>,
     ) -> Result<Vec<SlotRow>, StoreError> {
-        let (identity, doc) = (identity.clone(), doc.cloned());
+        let (identity, topology_ref) = (identity.clone(), topology_ref.cloned());
         self.read_on(move |snapshot| {
             check_identity(snapshot, &identity)?;
-            if let Some(doc) = doc {
-                fits(&doc_of(snapshot)?, &doc, None)?;
+            if let Some(topology_ref) = topology_ref {
+                fits(&topology_ref_of(snapshot)?, &topology_ref, None)?;
             }
             slot_rows(snapshot, only)
         })
@@ -67,15 +69,15 @@ impl Control for SqliteStore {
 
     async fn step(
         &self,
-        identity: &Identity,
-        doc: &DocRef,
+        identity: &ShardIdentity,
+        topology_ref: &TopologyRef,
         slot: Slot,
         step: &Step,
-    ) -> Result<Result<SlotRow, Refused>, StoreError> {
-        let (identity, doc, step) = (identity.clone(), doc.clone(), step.clone());
+    ) -> Result<Result<SlotRow, StepRejected>, StoreError> {
+        let (identity, topology_ref, step) = (identity.clone(), topology_ref.clone(), step.clone());
         self.write_on(move |connection| {
             let tx = immediate(connection)?;
-            let after = match take(&tx, &identity, &doc, slot, &step)? {
+            let after = match take(&tx, &identity, &topology_ref, slot, &step)? {
                 Ok(after) => after,
                 Err(refused) => return Ok(Err(refused)),
             };
@@ -85,11 +87,15 @@ impl Control for SqliteStore {
         .await
     }
 
-    async fn heads(&self, identity: &Identity, slot: Slot) -> Result<Vec<Head>, StoreError> {
+    async fn dialog_rows(
+        &self,
+        identity: &ShardIdentity,
+        slot: Slot,
+    ) -> Result<Vec<DialogRow>, StoreError> {
         let identity = identity.clone();
         self.read_on(move |snapshot| {
             check_identity(snapshot, &identity)?;
-            let mut heads = BTreeMap::<String, Head>::new();
+            let mut heads = BTreeMap::<String, DialogRow>::new();
             let dialogs: Vec<(String, u64, i64)> = snapshot
                 .prepare_cached("SELECT dialog, last_seq, last_at FROM dialogs WHERE slot = ?")
                 .and_then(|mut select| {
@@ -99,7 +105,7 @@ impl Control for SqliteStore {
             for (name, last_seq, last_at) in dialogs {
                 let dialog = name.parse().map_err(|_| corrupt("dialogs.dialog"))?;
                 let (last_seq, last_at) = (Seq::new(last_seq), Timestamp::from_micros(last_at));
-                heads.insert(name, Head { dialog, last_seq, last_at, members: Vec::new() });
+                heads.insert(name, DialogRow { dialog, last_seq, last_at, members: Vec::new() });
             }
             let members: Vec<(String, u64, u64, i64)> = snapshot
                 .prepare_cached("SELECT dialog, user_id, read_seq, joined_at FROM members WHERE slot = ? ORDER BY dialog, user_id")
@@ -126,7 +132,7 @@ impl Control for SqliteStore {
 
     async fn messages_of(
         &self,
-        identity: &Identity,
+        identity: &ShardIdentity,
         slot: Slot,
         above: &[(DialogId, Seq)],
         limit: u32,
@@ -162,29 +168,33 @@ impl Control for SqliteStore {
 
     async fn copy_in(
         &self,
-        identity: &Identity,
-        doc: &DocRef,
+        identity: &ShardIdentity,
+        topology_ref: &TopologyRef,
         slot: Slot,
         from: &str,
         term: u64,
-        part: &Part,
-    ) -> Result<Result<(), Refused>, StoreError> {
-        let (identity, doc, from, part) =
-            (identity.clone(), doc.clone(), from.to_owned(), part.clone());
+        chunk: &Chunk,
+    ) -> Result<Result<(), StepRejected>, StoreError> {
+        let (identity, topology_ref, from, chunk) = (
+            identity.clone(),
+            topology_ref.clone(),
+            from.to_owned(),
+            chunk.clone(),
+        );
         self.write_on(move |connection| {
             let tx = immediate(connection)?;
             check_identity(&tx, &identity)?;
-            fits(&doc_of(&tx)?, &doc, None)?;
+            fits(&topology_ref_of(&tx)?, &topology_ref, None)?;
             let row = slot_rows(&tx, Some(slot))?
                 .pop()
                 .ok_or_else(|| corrupt("slots"))?;
             if !row.is_incoming(&from, term) {
-                return Ok(Err(Refused(row)));
+                return Ok(Err(StepRejected(row)));
             }
-            for message in &part.messages {
+            for message in &chunk.messages {
                 insert_copied(&tx, slot, message)?;
             }
-            raise_heads(&tx, slot, &part.heads).map_err(|e| classify(&e))?;
+            raise_last_seqs(&tx, slot, &chunk.dialogs).map_err(|e| classify(&e))?;
             tx.commit().map_err(|e| classify(&e))?;
             Ok(Ok(()))
         })
@@ -193,29 +203,30 @@ impl Control for SqliteStore {
 
     async fn merge_in(
         &self,
-        identity: &Identity,
-        doc: &DocRef,
+        identity: &ShardIdentity,
+        topology_ref: &TopologyRef,
         slot: Slot,
-        part: &Part,
-    ) -> Result<Result<(), Refused>, StoreError> {
-        let (identity, doc, part) = (identity.clone(), doc.clone(), part.clone());
+        chunk: &Chunk,
+    ) -> Result<Result<(), StepRejected>, StoreError> {
+        let (identity, topology_ref, chunk) =
+            (identity.clone(), topology_ref.clone(), chunk.clone());
         self.write_on(move |connection| {
             let tx = immediate(connection)?;
-            if let Err(refused) = take(&tx, &identity, &doc, slot, &Step::MergedIn)? {
+            if let Err(refused) = take(&tx, &identity, &topology_ref, slot, &Step::MergedIn)? {
                 return Ok(Err(refused));
             }
-            for message in absent(&part, &standing(&tx, slot, &part.messages)?)? {
+            for message in missing(&chunk, &standing(&tx, slot, &chunk.messages)?)? {
                 let stored = stored_at(&tx, slot, message)?;
                 insert_copied(&tx, slot, &as_duplicate(message, stored))?;
             }
             // The source is purged on the strength of this: all of it is here, and nothing else stands in its place.
-            let left = absent(&part, &standing(&tx, slot, &part.messages)?)?.len();
+            let left = missing(&chunk, &standing(&tx, slot, &chunk.messages)?)?.len();
             if left > 0 {
                 return Err(StoreError::Refused(format!(
                     "{left} of the messages did not come in"
                 )));
             }
-            raise_heads(&tx, slot, &part.heads).map_err(|e| classify(&e))?;
+            raise_last_seqs(&tx, slot, &chunk.dialogs).map_err(|e| classify(&e))?;
             tx.commit().map_err(|e| classify(&e))?;
             Ok(Ok(()))
         })
@@ -224,7 +235,7 @@ impl Control for SqliteStore {
 
     async fn leftovers(
         &self,
-        identity: &Identity,
+        identity: &ShardIdentity,
         grace: Duration,
     ) -> Result<Vec<Slot>, StoreError> {
         let identity = identity.clone();
@@ -246,11 +257,11 @@ impl Control for SqliteStore {
 
     async fn purge(
         &self,
-        identity: &Identity,
+        identity: &ShardIdentity,
         slot: Slot,
         grace: Duration,
         limit: u32,
-    ) -> Result<Purged, StoreError> {
+    ) -> Result<PurgeOutcome, StoreError> {
         let identity = identity.clone();
         self.write_on(move |connection| {
             let tx = immediate(connection)?;
@@ -261,11 +272,11 @@ impl Control for SqliteStore {
                 })
                 .map_err(|e| classify(&e))?;
             if state != SlotState::None.as_str() {
-                return Ok(Purged::InUse);
+                return Ok(PurgeOutcome::InUse);
             }
             let grace = i64::try_from(grace.as_micros()).unwrap_or(i64::MAX);
             if released_at.saturating_add(grace) > now().micros() {
-                return Ok(Purged::TooEarly);
+                return Ok(PurgeOutcome::TooEarly);
             }
             let purge = || {
                 let gone = tx.execute(
@@ -282,12 +293,15 @@ impl Control for SqliteStore {
             };
             let gone = purge().map_err(|e: rusqlite::Error| classify(&e))?;
             tx.commit().map_err(|e| classify(&e))?;
-            Ok(if gone < u64::from(limit) { Purged::All } else { Purged::Some(gone) })
+            Ok(if gone < u64::from(limit) { PurgeOutcome::All } else { PurgeOutcome::Some(gone) })
         })
         .await
     }
 
-    async fn sizes(&self, identity: &Identity) -> Result<BTreeMap<Slot, SlotSize>, StoreError> {
+    async fn sizes(
+        &self,
+        identity: &ShardIdentity,
+    ) -> Result<BTreeMap<Slot, SlotSize>, StoreError> {
         let identity = identity.clone();
         self.read_on(move |snapshot| {
             check_identity(snapshot, &identity)?;
@@ -308,7 +322,7 @@ impl Control for SqliteStore {
         .await
     }
 
-    async fn take_turn(&self) -> Result<Option<Box<dyn Turn>>, StoreError> {
+    async fn try_lock_coordinator(&self) -> Result<Option<Box<dyn CoordinatorLock>>, StoreError> {
         // Two processes on the same files are rare, and safe all the same.
         Ok(Some(Box::new(Always)))
     }
@@ -317,26 +331,28 @@ impl Control for SqliteStore {
 struct Always;
 
 #[async_trait]
-impl Turn for Always {
+impl CoordinatorLock for Always {
     async fn keep(&mut self) -> Result<(), StoreError> {
         Ok(())
     }
 }
 
-fn doc_of(tx: &Transaction<'_>) -> Result<DocRef, StoreError> {
-    Ok(select_meta(tx)?.ok_or_else(|| corrupt("meta"))?.doc_ref())
+fn topology_ref_of(tx: &Transaction<'_>) -> Result<TopologyRef, StoreError> {
+    Ok(select_meta(tx)?
+        .ok_or_else(|| corrupt("meta"))?
+        .topology_ref())
 }
 
 /// Takes a step within a transaction.
 fn take(
     tx: &Transaction<'_>,
-    identity: &Identity,
-    doc: &DocRef,
+    identity: &ShardIdentity,
+    topology_ref: &TopologyRef,
     slot: Slot,
     step: &Step,
-) -> Result<Result<SlotRow, Refused>, StoreError> {
+) -> Result<Result<SlotRow, StepRejected>, StoreError> {
     check_identity(tx, identity)?;
-    fits(&doc_of(tx)?, doc, Some(step))?;
+    fits(&topology_ref_of(tx)?, topology_ref, Some(step))?;
     let row = slot_rows(tx, Some(slot))?
         .pop()
         .ok_or_else(|| corrupt("slots"))?;
@@ -351,9 +367,11 @@ fn take(
         Ok(after) => after,
         Err(refused) => return Ok(Err(refused)),
     };
-    let released = step
-        .released()
-        .map(|read| if read { now().micros() } else { 0 });
+    let released = match step.release_stamp() {
+        ReleaseStamp::Keep => None,
+        ReleaseStamp::Now => Some(now().micros()),
+        ReleaseStamp::Never => Some(0),
+    };
     tx.execute(
         "UPDATE slots SET state = ?, term = ?, generation = ?, peer = ?, next_term = ?, activated = ?, claimed_generation = ?,
             history = ?, released_at = COALESCE(?, released_at) WHERE slot = ?",
@@ -401,13 +419,13 @@ fn standing(
     tx: &Transaction<'_>,
     slot: Slot,
     messages: &[CopiedMessage],
-) -> Result<Standing, StoreError> {
+) -> Result<Existing, StoreError> {
     let mut select = tx
         .prepare_cached(
             "SELECT author, text_hash FROM messages WHERE slot = ? AND dialog = ? AND seq = ?",
         )
         .map_err(|e| classify(&e))?;
-    let mut standing = Standing::new();
+    let mut standing = Existing::new();
     for message in messages {
         let place = params![slot.get(), message.dialog.to_string(), message.seq.get()];
         let found: Option<(u64, Vec<u8>)> = select
@@ -476,7 +494,7 @@ fn insert_copied(
 }
 
 /// What is there only rises.
-fn raise_heads(tx: &Transaction<'_>, slot: Slot, heads: &[Head]) -> rusqlite::Result<()> {
+fn raise_last_seqs(tx: &Transaction<'_>, slot: Slot, heads: &[DialogRow]) -> rusqlite::Result<()> {
     let mut dialog = tx.prepare_cached(
         "INSERT INTO dialogs (slot, dialog, last_seq, last_at) VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE
             SET last_seq = MAX(last_seq, excluded.last_seq), last_at = MAX(last_at, excluded.last_at)",

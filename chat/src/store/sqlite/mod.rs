@@ -5,16 +5,21 @@
 
 mod control;
 
+use super::meta::phase;
+use super::served_slots::ServedSlotsCache;
 use super::{
-    Appended, Counts, Draft, HEADS_CAP, Heads, HeadsOf, HeldSlots, Holding, Identity, InboxCursor,
-    InboxPart, InboxRow, Known, Marked, Meta, NewMark, NewMessage, Page, Phase, Place, Range,
-    Receipt, SlotSet, Store, StoreError, StoredMessage, UNREAD_CAP, Unlike, corrupt, migrate, now,
-    plan::BatchPlan,
+    Appended, BatchResult, Counts, Draft, InboxCursor, InboxRow, LAST_SEQS_CAP, LastSeqs,
+    LastSeqsOf, MarkOutcome, Meta, Mismatch, NewMark, NewMessage, Page, Range, Receipt,
+    ServedSlots, ShardIdentity, ShardInbox, Store, StoreError, StoredKey, StoredMessage,
+    UNREAD_CAP, batch_plan::BatchPlan, corrupt, migrate,
 };
+use crate::clock::now;
 use crate::config;
-use crate::dialog::{DialogId, Key, Seq, TextHash, Timestamp, UserId};
-use crate::ownership::{COMPLETE, FIRST_TERM, SlotState, SlotView};
-use crate::ring::Slot;
+use crate::domain::dialog::{DialogId, Key, Seq, TextHash, Timestamp, UserId};
+use crate::domain::ownership::{COMPLETE, FIRST_TERM, SlotState, SlotView};
+use crate::domain::slot::Slot;
+use crate::domain::slot::SlotSet;
+use crate::domain::topology::Phase;
 use async_trait::async_trait;
 use rusqlite::{
     Connection, ErrorCode, OptionalExtension, Transaction, TransactionBehavior, params,
@@ -33,7 +38,7 @@ pub struct SqliteStore {
     readers: Arc<Mutex<Vec<Connection>>>,
     /// How many may read at once; what waits here holds no thread.
     permits: Arc<tokio::sync::Semaphore>,
-    held: Arc<HeldSlots>,
+    held: Arc<ServedSlotsCache>,
     runtime: Handle,
 }
 
@@ -181,22 +186,22 @@ impl Store for SqliteStore {
         .await
     }
 
-    async fn found(&self, meta: &Meta, owned: &SlotSet) -> Result<Meta, StoreError> {
+    async fn initialize(&self, meta: &Meta, owned: &SlotSet) -> Result<Meta, StoreError> {
         let (meta, owned) = (meta.clone(), owned.clone());
         self.write_on(move |connection| {
             let tx = immediate(connection)?;
             let inserted = tx
                 .execute(
-                    "INSERT OR IGNORE INTO meta (id, cluster_id, shard_name, slot_algorithm, doc_version, doc_phase, doc_hash, doc)
+                    "INSERT OR IGNORE INTO meta (id, cluster_id, shard_name, slot_algorithm, topology_version, topology_phase, topology_hash, topology)
                      VALUES (1, ?, ?, ?, ?, ?, ?, ?)",
                     params![
                         meta.cluster_id,
                         meta.shard_name,
                         meta.slot_algorithm,
-                        meta.doc_version,
-                        meta.doc_phase.as_str(),
-                        meta.doc_hash,
-                        meta.doc
+                        meta.topology_version,
+                        meta.topology_phase.as_str(),
+                        meta.topology_hash,
+                        meta.topology
                     ],
                 )
                 .map_err(|e| classify(&e))?;
@@ -221,14 +226,14 @@ impl Store for SqliteStore {
 
     async fn advance(&self, version: u64, hash: &str, phase: Phase) -> Result<(), StoreError> {
         let allowed = match phase {
-            Phase::Founding | Phase::Adjudicate => return Ok(()),
-            Phase::Normal => Phase::Founding.as_str(),
+            Phase::Initializing | Phase::Failover => return Ok(()),
+            Phase::Normal => Phase::Initializing.as_str(),
         };
         let hash = hash.to_owned();
         self.write_on(move |connection| {
             connection
                 .execute(
-                    "UPDATE meta SET doc_phase = ? WHERE id = 1 AND doc_version = ? AND doc_hash = ? AND doc_phase = ?",
+                    "UPDATE meta SET topology_phase = ? WHERE id = 1 AND topology_version = ? AND topology_hash = ? AND topology_phase = ?",
                     params![phase.as_str(), version, hash, allowed],
                 )
                 .map(drop)
@@ -237,7 +242,7 @@ impl Store for SqliteStore {
         .await
     }
 
-    async fn slots(&self, identity: &Identity) -> Result<Holding, StoreError> {
+    async fn slots(&self, identity: &ShardIdentity) -> Result<ServedSlots, StoreError> {
         let (identity, held) = (identity.clone(), self.held.clone());
         self.read_on(move |snapshot| {
             check_identity(snapshot, &identity)?;
@@ -248,20 +253,20 @@ impl Store for SqliteStore {
 
     async fn append(
         &self,
-        identity: &Identity,
+        identity: &ShardIdentity,
         batch: &[NewMessage],
         draft: Draft,
     ) -> Result<Appended, StoreError> {
         let (identity, batch) = (identity.clone(), batch.to_vec());
         self.write_on(move |connection| {
             let tx = immediate(connection)?;
-            let unlike = |what| Ok(Appended::Unlike(what));
+            let mismatch = |what| Ok(Appended::Mismatch(what));
             if check_identity(&tx, &identity).is_err() {
-                return unlike(Unlike::Term);
+                return mismatch(Mismatch::Term);
             }
             for (slot, term) in &draft.terms {
                 if view(&tx, *slot)?.and_then(|view| view.writable()) != Some(*term) {
-                    return unlike(Unlike::Term);
+                    return mismatch(Mismatch::Term);
                 }
             }
             let now = now();
@@ -270,7 +275,7 @@ impl Store for SqliteStore {
                 let (there, at) = head(&tx, *slot, *dialog)?;
                 match draft.expected.get(dialog) {
                     Some(expected) if *expected != there || at.hour() != now.hour() => {
-                        return unlike(Unlike::Head);
+                        return mismatch(Mismatch::LastSeq);
                     }
                     Some(_) => {}
                     None => {
@@ -282,7 +287,7 @@ impl Store for SqliteStore {
                 }
             }
             if !known_keys(&tx, &batch)?.is_empty() {
-                return unlike(Unlike::Key);
+                return mismatch(Mismatch::Key);
             }
             let marks = draft.marks.clone();
             let plan = BatchPlan::of(&batch, draft.settle(&batch, now, &last));
@@ -303,10 +308,10 @@ impl Store for SqliteStore {
 
     async fn write(
         &self,
-        identity: &Identity,
+        identity: &ShardIdentity,
         batch: &[NewMessage],
         _suspect: bool,
-    ) -> Result<Receipt, StoreError> {
+    ) -> Result<BatchResult, StoreError> {
         let (identity, batch) = (identity.clone(), batch.to_vec());
         self.write_on(move |connection| {
             let tx = immediate(connection)?;
@@ -325,14 +330,14 @@ impl Store for SqliteStore {
             let plan = BatchPlan::new(&batch, &slots, &heads, &keys, now);
             insert(&tx, &batch, &plan, now).map_err(|e| classify(&e))?;
             tx.commit().map_err(|e| classify(&e))?;
-            Ok(Receipt::new(plan.outcomes, &slots, now))
+            Ok(BatchResult::new(plan.outcomes, &slots, now))
         })
         .await
     }
 
     async fn page(
         &self,
-        identity: &Identity,
+        identity: &ShardIdentity,
         dialog: DialogId,
         range: Range,
         limit: u32,
@@ -372,11 +377,11 @@ impl Store for SqliteStore {
 
     async fn inbox(
         &self,
-        identity: &Identity,
+        identity: &ShardIdentity,
         user: UserId,
         below: Option<InboxCursor>,
         limit: u32,
-    ) -> Result<InboxPart, StoreError> {
+    ) -> Result<ShardInbox, StoreError> {
         let (identity, held) = (identity.clone(), self.held.clone());
         self.read_on(move |snapshot| {
             check_identity(snapshot, &identity)?;
@@ -417,18 +422,22 @@ impl Store for SqliteStore {
                     Ok(InboxRow { dialog, last_at: Timestamp::from_micros(last_at), last, read_seq: Seq::new(read_seq), unread })
                 })
                 .collect::<Result<_, StoreError>>()?;
-            Ok(InboxPart { rows, slots })
+            Ok(ShardInbox { rows, slots })
         })
         .await
     }
 
-    async fn dialog_heads(&self, identity: &Identity, of: &HeadsOf) -> Result<Heads, StoreError> {
+    async fn last_seqs(
+        &self,
+        identity: &ShardIdentity,
+        of: &LastSeqsOf,
+    ) -> Result<LastSeqs, StoreError> {
         let (identity, of, held) = (identity.clone(), of.clone(), self.held.clone());
         self.read_on(move |snapshot| {
             check_identity(snapshot, &identity)?;
             let mut slots = owned(snapshot, &held)?;
             let wanted = match &of {
-                HeadsOf::Dialogs(dialogs) => {
+                LastSeqsOf::Dialogs(dialogs) => {
                     slots.keep(dialogs.iter().map(|dialog| Slot::of(*dialog)));
                     let mut keys = String::new();
                     for dialog in dialogs {
@@ -437,13 +446,13 @@ impl Store for SqliteStore {
                     }
                     format!("SELECT slot, dialog, last_seq, last_at FROM dialogs WHERE (slot, dialog) IN (VALUES {keys})")
                 }
-                HeadsOf::Users { users, within } => {
+                LastSeqsOf::Users { users, within } => {
                     let list = users.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
                     let since = now().micros().saturating_sub(i64::try_from(within.as_micros()).unwrap_or(i64::MAX));
                     format!(
                         "SELECT DISTINCT d.slot, d.dialog, d.last_seq, d.last_at FROM members u INDEXED BY members_by_recency
                            CROSS JOIN dialogs d ON d.slot = u.slot AND d.dialog = u.dialog
-                          WHERE u.user_id IN ({list}) AND u.last_hour >= {} AND d.last_at >= {since} ORDER BY d.last_at DESC LIMIT {HEADS_CAP}",
+                          WHERE u.user_id IN ({list}) AND u.last_hour >= {} AND d.last_at >= {since} ORDER BY d.last_at DESC LIMIT {LAST_SEQS_CAP}",
                         Timestamp::from_micros(since).hour()
                     )
                 }
@@ -458,16 +467,16 @@ impl Store for SqliteStore {
                 .prepare(&sql)
                 .and_then(|mut select| select.query_map([], |row| row.try_into())?.collect())
                 .map_err(|e| classify(&e))?;
-            Heads::of(rows, now(), slots)
+            LastSeqs::of(rows, now(), slots)
         })
         .await
     }
 
     async fn mark_read(
         &self,
-        identity: &Identity,
+        identity: &ShardIdentity,
         marks: &[NewMark],
-    ) -> Result<Vec<Marked>, StoreError> {
+    ) -> Result<Vec<MarkOutcome>, StoreError> {
         let (identity, marks) = (identity.clone(), marks.to_vec());
         self.write_on(move |connection| {
             let tx = immediate(connection)?;
@@ -477,7 +486,7 @@ impl Store for SqliteStore {
                 if view.as_ref().is_some_and(|view| view.state.takes_writes()) {
                     mark_read(&tx, mark)
                 } else {
-                    Ok(Marked::NotOwner(view.map(|view| view.state)))
+                    Ok(MarkOutcome::NotOwner(view.map(|view| view.state)))
                 }
             });
             let marked = marked.collect::<Result<_, _>>()?;
@@ -504,7 +513,7 @@ impl Store for SqliteStore {
 }
 
 /// Moves a read mark in a slot that is owned.
-fn mark_read(tx: &Transaction<'_>, mark: &NewMark) -> Result<Marked, StoreError> {
+fn mark_read(tx: &Transaction<'_>, mark: &NewMark) -> Result<MarkOutcome, StoreError> {
     let (slot, dialog, user) = (mark.slot.get(), mark.dialog.to_string(), mark.user.get());
     let read: Option<u64> = tx
         .prepare_cached(
@@ -516,10 +525,10 @@ fn mark_read(tx: &Transaction<'_>, mark: &NewMark) -> Result<Marked, StoreError>
         })
         .map_err(|e| classify(&e))?;
     let Some(read) = read else {
-        return Ok(Marked::NoDialog);
+        return Ok(MarkOutcome::NoDialog);
     };
     let marked = mark.on(Seq::new(read), head(tx, mark.slot, mark.dialog)?.0);
-    if let Marked::At { seq, moved: true } = marked {
+    if let MarkOutcome::At { seq, moved: true } = marked {
         tx.prepare_cached(
             "UPDATE members SET read_seq = ? WHERE slot = ? AND dialog = ? AND user_id = ?",
         )
@@ -538,7 +547,7 @@ fn immediate(connection: &mut Connection) -> Result<Transaction<'_>, StoreError>
 fn select_meta(tx: &Transaction<'_>) -> Result<Option<Meta>, StoreError> {
     let row = tx
         .query_row(
-            "SELECT cluster_id, shard_name, slot_algorithm, doc_version, doc_phase, doc_hash, doc FROM meta WHERE id = 1",
+            "SELECT cluster_id, shard_name, slot_algorithm, topology_version, topology_phase, topology_hash, topology FROM meta WHERE id = 1",
             [],
             |row| {
                 Ok((
@@ -546,10 +555,10 @@ fn select_meta(tx: &Transaction<'_>) -> Result<Option<Meta>, StoreError> {
                         cluster_id: row.get(0)?,
                         shard_name: row.get(1)?,
                         slot_algorithm: row.get(2)?,
-                        doc_version: row.get(3)?,
-                        doc_phase: Phase::Founding,
-                        doc_hash: row.get(5)?,
-                        doc: row.get(6)?,
+                        topology_version: row.get(3)?,
+                        topology_phase: Phase::Initializing,
+                        topology_hash: row.get(5)?,
+                        topology: row.get(6)?,
                     },
                     row.get::<_, String>(4)?,
                 ))
@@ -557,16 +566,16 @@ fn select_meta(tx: &Transaction<'_>) -> Result<Option<Meta>, StoreError> {
         )
         .optional()
         .map_err(|e| classify(&e))?;
-    row.map(|(meta, phase)| {
+    row.map(|(meta, phase_name)| {
         Ok(Meta {
-            doc_phase: Phase::parse(&phase)?,
+            topology_phase: phase(&phase_name)?,
             ..meta
         })
     })
     .transpose()
 }
 
-fn check_identity(tx: &Transaction<'_>, expected: &Identity) -> Result<(), StoreError> {
+fn check_identity(tx: &Transaction<'_>, expected: &ShardIdentity) -> Result<(), StoreError> {
     let found = tx
         .prepare_cached("SELECT cluster_id, shard_name FROM meta WHERE id = 1")
         .and_then(|mut select| {
@@ -593,7 +602,7 @@ fn check_identity(tx: &Transaction<'_>, expected: &Identity) -> Result<(), Store
     }
 }
 
-fn owned(tx: &Transaction<'_>, held: &HeldSlots) -> Result<Holding, StoreError> {
+fn owned(tx: &Transaction<'_>, held: &ServedSlotsCache) -> Result<ServedSlots, StoreError> {
     let revision = tx
         .prepare_cached("SELECT revision FROM slots_revision")
         .and_then(|mut select| select.query_row([], |row| row.get(0)))
@@ -605,7 +614,7 @@ fn owned(tx: &Transaction<'_>, held: &HeldSlots) -> Result<Holding, StoreError> 
         .prepare_cached("SELECT state, history, slot FROM slots WHERE state IN ('owner', 'sealed')")
         .and_then(|mut select| select.query_map([], |row| row.try_into())?.collect())
         .map_err(|e| classify(&e))?;
-    let mut holding = Holding::nothing();
+    let mut holding = ServedSlots::nothing();
     for (state, history, slot) in rows {
         holding.add(&state, &history, &[slot])?;
     }
@@ -666,7 +675,7 @@ fn head(
 fn known_keys(
     tx: &Transaction<'_>,
     batch: &[NewMessage],
-) -> Result<HashMap<(DialogId, UserId, Key), Known>, StoreError> {
+) -> Result<HashMap<(DialogId, UserId, Key), StoredKey>, StoreError> {
     let mut keys = HashMap::new();
     let mut select = tx
         .prepare_cached(
@@ -683,11 +692,11 @@ fn known_keys(
                     message.key.as_str().as_bytes()
                 ],
                 |row| {
-                    let place = Place {
+                    let place = Receipt {
                         seq: Seq::new(row.get(0)?),
                         at: Timestamp::from_micros(row.get(1)?),
                     };
-                    Ok(Known {
+                    Ok(StoredKey {
                         place,
                         hash: TextHash(row.get(2)?),
                     })

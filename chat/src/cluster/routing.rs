@@ -1,0 +1,455 @@
+//! The shards as one: founding them, knowing them again, and which of them owns a slot.
+//!
+//! What is known here of ownership is a hint: the slot's row in the shard decides (see [`crate::domain::ownership`]). A wrong hint
+//! costs a refused write and a look at the shards, nothing else.
+
+use super::bootstrap::{self, IfEmpty, Opened, StartError, StoreFactory};
+use crate::config;
+use crate::domain::ownership::SlotState;
+use crate::domain::ring::Placement;
+use crate::domain::shards_file::{ShardsFile, StoreUrl};
+use crate::domain::slot::{Slot, SlotSet};
+use crate::domain::topology::{Phase, Topology, TopologyRef};
+use crate::metrics::Metrics;
+use crate::store::{Database, Health, ServedSlots, Shard, ShardIdentity, Timing};
+use arc_swap::ArcSwap;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use tokio::runtime::Handle;
+use tokio::sync::{Semaphore, watch};
+
+/// A handle; a clone is one more reference.
+#[derive(Clone)]
+pub struct Cluster {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    cluster_id: String,
+    settings: config::Store,
+    open: StoreFactory,
+    runtime: Handle,
+    /// The topology that this instance goes by, and the shards it names. Read by every message, hence without a lock.
+    view: ArcSwap<TopologyView>,
+    /// Every shard that this process has opened, by number: owners are named by it.
+    shards_by_number: ArcSwap<Vec<Shard>>,
+    /// By name, what the file says, and the shard that was opened for it; held while view or shards_by_number change.
+    opened: Mutex<BTreeMap<String, (StoreUrl, Shard)>>,
+    /// For each slot the number of its owner, as far as known; with [`SEALED`] where it was last seen handing over.
+    owners: Vec<AtomicU16>,
+    refreshing: tokio::sync::Mutex<()>,
+    /// Rounds of asking that have ended.
+    rounds: AtomicU64,
+    finding: Semaphore,
+    /// Tells when an owner was noted.
+    noted: watch::Sender<()>,
+    metrics: Arc<Metrics>,
+}
+
+/// A topology, as this instance can carry it out.
+pub struct TopologyView {
+    /// Which.
+    pub topology_ref: TopologyRef,
+    /// What it says.
+    pub topology: Topology,
+    /// Those of its shards that are not declared down and that our file has a URL for, by name.
+    pub shards: Vec<Shard>,
+    placement: Placement,
+}
+
+impl TopologyView {
+    /// The shard that the ring wants for a slot.
+    #[must_use]
+    pub fn target(&self, slot: Slot) -> &str {
+        self.placement.target(slot)
+    }
+
+    /// One of its shards.
+    #[must_use]
+    pub fn shard(&self, name: &str) -> Option<&Shard> {
+        self.shards.iter().find(|shard| shard.name() == name)
+    }
+
+    /// Names of shards that are not declared down, and that our file has not.
+    pub fn unconfigured(&self) -> impl Iterator<Item = &str> {
+        self.topology
+            .live()
+            .filter(|name| self.shard(name).is_none())
+    }
+}
+
+/// No shard is known to own the slot.
+const NOBODY: u16 = SEALED - 1;
+
+/// Beside the number of a shard: it takes no writes for the slot, but is read there until the next owner is known.
+const SEALED: u16 = 1 << 15;
+
+/// So many slots are looked for one by one at the same time; beyond, all rows cost less.
+const FINDING: usize = 8;
+
+impl Cluster {
+    /// Takes the shards of a file into service. A shard that does not answer begins with an open circuit breaker, unless the
+    /// service is new: its initialization needs all shards.
+    ///
+    /// # Errors
+    /// [`StartError`]: `Wait` while a database that is needed does not answer, `Fatal` for what must be fixed first.
+    pub async fn start(
+        file: &ShardsFile,
+        open: StoreFactory,
+        settings: &config::Store,
+        if_empty: IfEmpty,
+        runtime: &Handle,
+        metrics: &Arc<Metrics>,
+    ) -> Result<Self, StartError> {
+        let started = bootstrap::start(file, &open, if_empty, runtime).await?;
+        let view = view_of(started.topology_ref, started.topology, Vec::new())?;
+        let inner = Inner {
+            cluster_id: started.cluster_id,
+            settings: settings.clone(),
+            open,
+            runtime: runtime.clone(),
+            view: ArcSwap::from_pointee(view),
+            shards_by_number: ArcSwap::default(),
+            opened: Mutex::default(),
+            owners: Slot::all().map(|_| AtomicU16::new(NOBODY)).collect(),
+            refreshing: tokio::sync::Mutex::default(),
+            rounds: AtomicU64::new(0),
+            finding: Semaphore::new(FINDING),
+            noted: watch::Sender::default(),
+            metrics: metrics.clone(),
+        };
+        let cluster = Self {
+            inner: Arc::new(inner),
+        };
+        for (name, Opened { store, answer }) in started.stores {
+            let shard = cluster.register(&name, &file.shards[&name].url, store);
+            match answer {
+                Err(e) => shard.open(&e.to_string()),
+                Ok(warnings) => {
+                    for line in warnings {
+                        tracing::warn!(shard = %name, "{line}");
+                    }
+                }
+            }
+        }
+        cluster.update_view(|view| (view.topology_ref.clone(), view.topology.clone()))?;
+        cluster.refresh().await;
+        Ok(cluster)
+    }
+
+    /// Opens the shards of a file that are not open yet, or that have another URL than before. A shard of the topology under
+    /// another URL must be the one that it was. What is no longer in the file stays open: it may still be needed.
+    ///
+    /// # Errors
+    /// `Fatal` for a URL that cannot be one or leads elsewhere, `Wait` for one that does not answer; all stays as it was.
+    pub async fn open(&self, file: &ShardsFile) -> Result<(), StartError> {
+        let mut opened = Vec::new();
+        for (name, shard) in &file.shards {
+            let known = self.opened().get(name).map(|(url, _)| url.clone());
+            if known.as_ref() == Some(&shard.url) {
+                continue;
+            }
+            let store = (self.inner.open)(name, &shard.url)?;
+            if known.is_some() && self.view().topology.shards.contains_key(name) {
+                self.verify_identity(name, &store).await?;
+            }
+            opened.push((name, &shard.url, store));
+        }
+        if !opened.is_empty() {
+            for (name, url, store) in opened {
+                self.register(name, url, store);
+            }
+            self.update_view(|view| (view.topology_ref.clone(), view.topology.clone()))?;
+            self.refresh().await;
+        }
+        Ok(())
+    }
+
+    async fn verify_identity(
+        &self,
+        name: &str,
+        store: &Arc<dyn Database>,
+    ) -> Result<(), StartError> {
+        let asked = store.clone();
+        let found = bootstrap::on(&self.inner.runtime, async move { asked.meta().await });
+        let found = found
+            .await
+            .map_err(|e| StartError::Wait(format!("the new url of {name}: {e}")))?;
+        match found {
+            Some(meta) if meta.cluster_id == self.inner.cluster_id && meta.shard_name == name => {
+                Ok(())
+            }
+            Some(meta) => Err(StartError::Fatal(format!(
+                "the new url of {name} leads to the database of {}; it must be the same database",
+                meta.shard_name
+            ))),
+            None => Err(StartError::Fatal(format!(
+                "the new url of {name} leads to an empty database; it must be the same database"
+            ))),
+        }
+    }
+
+    fn register(&self, name: &str, url: &StoreUrl, store: Arc<dyn Database>) -> Shard {
+        let mut opened = self.opened();
+        let mut shards_by_number = Vec::clone(&self.inner.shards_by_number.load());
+        let identity = ShardIdentity {
+            cluster_id: self.inner.cluster_id.clone(),
+            shard_name: name.to_owned(),
+        };
+        // A process would have to open thirty thousand to run out of numbers; then the last is used again, and owners go wrong,
+        // which costs refused writes.
+        let number = u16::try_from(shards_by_number.len())
+            .map_or(NOBODY - 1, |number| number.min(NOBODY - 1));
+        let shard = Shard::new(
+            number,
+            identity,
+            store,
+            Timing::from(&self.inner.settings),
+            self.inner.runtime.clone(),
+            self.inner.metrics.shard(name),
+        );
+        shards_by_number.push(shard.clone());
+        self.inner
+            .shards_by_number
+            .store(Arc::new(shards_by_number));
+        opened.insert(name.to_owned(), (url.clone(), shard.clone()));
+        self.inner
+            .runtime
+            .spawn(refresh_when_up(Arc::downgrade(&self.inner), shard.clone()));
+        shard
+    }
+
+    fn opened(&self) -> MutexGuard<'_, BTreeMap<String, (StoreUrl, Shard)>> {
+        self.inner
+            .opened
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A shard that our file names or named, whether or not it is in the topology.
+    #[must_use]
+    pub fn opened_shard(&self, name: &str) -> Option<Shard> {
+        self.opened().get(name).map(|(_, shard)| shard.clone())
+    }
+
+    /// All of them, by name.
+    #[must_use]
+    pub fn all_opened(&self) -> Vec<Shard> {
+        let opened = self.opened();
+        opened.values().map(|(_, shard)| shard.clone()).collect()
+    }
+
+    /// Goes by a topology from now on.
+    ///
+    /// # Errors
+    /// It names no active shard.
+    pub fn adopt(&self, topology_ref: TopologyRef, topology: Topology) -> Result<(), StartError> {
+        self.update_view(|_| (topology_ref, topology))
+    }
+
+    /// Changes the view, under the lock that shards are opened under: neither may be lost on the other.
+    fn update_view(
+        &self,
+        next: impl FnOnce(&TopologyView) -> (TopologyRef, Topology),
+    ) -> Result<(), StartError> {
+        let opened = self.opened();
+        let (topology_ref, topology) = next(&self.view());
+        let shards: Vec<Shard> = topology
+            .live()
+            .filter_map(|name| opened.get(name).map(|(_, shard)| shard.clone()))
+            .collect();
+        let numbers: Vec<u16> = shards.iter().map(Shard::number).collect();
+        let metrics = &self.inner.metrics;
+        metrics.topology_version.set(topology_ref.version as i64);
+        let failover = topology_ref.phase == Phase::Failover;
+        metrics.failover_in_progress.set(i64::from(failover));
+        let view = view_of(topology_ref, topology, shards)?;
+        self.inner.view.store(Arc::new(view));
+        for owner in &self.inner.owners {
+            let number = owner.load(Ordering::Relaxed) & !SEALED;
+            if number != NOBODY && !numbers.contains(&number) {
+                owner.store(NOBODY, Ordering::Relaxed);
+            }
+        }
+        Ok(())
+    }
+
+    /// The topology this instance goes by.
+    #[must_use]
+    pub fn view(&self) -> Arc<TopologyView> {
+        self.inner.view.load_full()
+    }
+
+    /// The id of the service.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.inner.cluster_id
+    }
+
+    /// The shard that is known to own a slot, or to hand it over just now.
+    #[must_use]
+    pub fn known_owner(&self, slot: Slot) -> Option<Shard> {
+        let number = self.inner.owners[slot.index()].load(Ordering::Relaxed) & !SEALED;
+        self.inner
+            .shards_by_number
+            .load()
+            .get(usize::from(number))
+            .cloned()
+    }
+
+    /// The shard that is known to take writes for a slot.
+    #[must_use]
+    pub fn known_writable(&self, slot: Slot) -> Option<Shard> {
+        // With SEALED it is the number of no shard.
+        let number = self.inner.owners[slot.index()].load(Ordering::Relaxed);
+        self.inner
+            .shards_by_number
+            .load()
+            .get(usize::from(number))
+            .cloned()
+    }
+
+    /// Notes an owner that was seen.
+    pub fn note_owner(&self, slot: Slot, shard: &Shard) {
+        self.inner.owners[slot.index()].store(shard.number(), Ordering::Relaxed);
+        self.inner.noted.send_replace(());
+    }
+
+    /// Tells when [`Cluster::note_owner`] was called.
+    #[must_use]
+    pub fn owners_changed(&self) -> watch::Receiver<()> {
+        self.inner.noted.subscribe()
+    }
+
+    /// Where to try a slot: at its owner, or else at the target shard, which says no if it is not. `None` if this
+    /// instance's file lacks that shard.
+    #[must_use]
+    pub fn route(&self, slot: Slot) -> Option<Shard> {
+        self.known_owner(slot).or_else(|| {
+            let view = self.inner.view.load();
+            view.shard(view.target(slot)).cloned()
+        })
+    }
+
+    /// Asks all shards who owns a slot. While many are looked for, this is [`Cluster::refresh`].
+    pub async fn find(&self, slot: Slot) {
+        let Ok(_one) = self.inner.finding.try_acquire() else {
+            return self.refresh().await;
+        };
+        let view = self.view();
+        let asked = view.shards.iter().map(|shard| async move {
+            let asked = shard.ask(move |store, identity| async move {
+                store.rows(&identity, None, Some(slot)).await
+            });
+            let row = asked.await.ok()?.pop()?;
+            Some((shard.number(), row.state))
+        });
+        let answers = futures_util::future::join_all(asked).await;
+        let answered: Vec<(u16, SlotState)> = answers.into_iter().flatten().collect();
+        let holder = |in_state| {
+            let holds = answered.iter().find(|(_, state)| *state == in_state);
+            holds.map(|(number, _)| *number)
+        };
+        note(
+            &self.inner.owners[slot.index()],
+            holder(SlotState::Owner),
+            holder(SlotState::Sealed),
+            |number| answered.iter().any(|(of, _)| *of == number),
+        );
+    }
+
+    /// Asks all shards which slots they own. Callers at the same time share one round.
+    pub async fn refresh(&self) {
+        // Who waits here while a round is under way must not share it: it may have asked before what they were refused.
+        // Two that wait share the next.
+        let seen = self.inner.rounds.load(Ordering::Acquire);
+        let _turn = self.inner.refreshing.lock().await;
+        if self.inner.rounds.load(Ordering::Acquire) > seen + 1 {
+            return;
+        }
+        let view = self.view();
+        let asked = view
+            .shards
+            .iter()
+            .map(|shard| async move { shard.slots().await.ok() });
+        let answers = futures_util::future::join_all(asked).await;
+        let answered: Vec<(&Shard, &ServedSlots)> = view
+            .shards
+            .iter()
+            .zip(&answers)
+            .filter_map(|(shard, holding)| Some((shard, holding.as_ref()?)))
+            .collect();
+        for slot in Slot::all() {
+            let owner = &self.inner.owners[slot.index()];
+            let holder = |of: fn(&ServedSlots) -> &SlotSet| {
+                let holds = answered
+                    .iter()
+                    .find(|(_, holding)| of(holding).contains(slot));
+                holds.map(|(shard, _)| shard.number())
+            };
+            let (owned, sealed) = (
+                holder(|holding| &holding.owned),
+                holder(|holding| &holding.sealed),
+            );
+            let has_answered = |number| answered.iter().any(|(shard, _)| shard.number() == number);
+            note(owner, owned, sealed, has_answered);
+        }
+        for (shard, holding) in answered {
+            self.inner
+                .metrics
+                .slots(shard.name())
+                .set(holding.owned.len() as i64);
+        }
+        self.inner.rounds.fetch_add(1, Ordering::Release);
+    }
+}
+
+/// Notes what shards have answered of a slot: the numbers of its owner and of the shard that hands it over.
+fn note(
+    slot: &AtomicU16,
+    owned: Option<u16>,
+    sealed: Option<u16>,
+    has_answered: impl Fn(u16) -> bool,
+) {
+    // A sealed slot is still read where it is sealed, until its target has it.
+    match owned.or(sealed.map(|number| number | SEALED)) {
+        Some(number) => slot.store(number, Ordering::Relaxed),
+        // Only what we believed of a shard that has answered is known to be wrong.
+        None if has_answered(slot.load(Ordering::Relaxed) & !SEALED) => {
+            slot.store(NOBODY, Ordering::Relaxed);
+        }
+        None => {}
+    }
+}
+
+/// A shard that comes back may own other slots than before.
+async fn refresh_when_up(cluster: Weak<Inner>, shard: Shard) {
+    let mut state = shard.watch();
+    drop(shard);
+    while state.changed().await.is_ok() {
+        let up = *state.borrow_and_update() == Health::Reachable;
+        let Some(inner) = cluster.upgrade() else {
+            return;
+        };
+        if up {
+            Cluster { inner }.refresh().await;
+        }
+    }
+}
+
+fn view_of(
+    topology_ref: TopologyRef,
+    topology: Topology,
+    shards: Vec<Shard>,
+) -> Result<TopologyView, StartError> {
+    let placement = topology
+        .placement()
+        .ok_or_else(|| StartError::Fatal("the topology has no active shard".into()))?;
+    Ok(TopologyView {
+        topology_ref,
+        topology,
+        shards,
+        placement,
+    })
+}

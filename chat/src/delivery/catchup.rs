@@ -1,0 +1,265 @@
+//! Reads from the shards what a session missed: where something was lost on the way, and after a reconnection.
+
+use crate::budget::cost;
+use crate::bus::event::BusEvent;
+use crate::clock::now;
+use crate::delivery::encode;
+use crate::delivery::sequencer::{Gap, Start};
+use crate::delivery::subscriber::{CLOCKS_APART, Subscriber};
+use crate::domain::dialog::{DialogId, Seq, Timestamp, UserId};
+use crate::messages::last_seqs::LastSeqReader;
+use crate::messages::{Messages, RequestError};
+use crate::metrics::Metrics;
+use crate::rng;
+use crate::store::{DialogLastSeq, Range};
+use chat_wire::{Message, ReadMark, ServerFrame};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::Semaphore;
+use tokio::time::{sleep, timeout};
+
+/// Who catches up, and by what means. A clone is a few references.
+#[derive(Clone)]
+pub struct CatchUp {
+    /// Reads messages.
+    pub messages: Messages,
+    /// Reads how far dialogs have come.
+    pub last_seqs: LastSeqReader,
+    /// Of the session.
+    pub subscriber: Arc<Subscriber>,
+    /// Whose session it is.
+    pub me: UserId,
+    /// Messages of a dialog that are replayed; who is further behind is told to look.
+    pub replay: u64,
+    /// Dialogs that are kept level at once.
+    pub replay_dialogs: usize,
+    /// How many dialogs are read at once.
+    pub permits: Arc<Semaphore>,
+    /// What is measured.
+    pub metrics: Arc<Metrics>,
+}
+
+/// A message that was overtaken is here by then, and need not be read.
+const OVERTAKEN: Duration = Duration::from_millis(20);
+
+/// Between two tries to read from a shard that does not answer.
+const TRY_AGAIN: Duration = Duration::from_millis(500);
+
+/// How long a `resume` waits for what was missed before it is answered all the same; the rest comes when it can be read.
+const RESUME_LIMIT: Duration = Duration::from_secs(5);
+
+impl CatchUp {
+    /// Reads what is missing of a dialog that is due, until nothing is.
+    pub async fn dialog(self, dialog: DialogId) {
+        let mut waited = false;
+        while let Some(gap) = self.subscriber.gap(dialog) {
+            if !waited && matches!(gap.from, Start::After(_)) {
+                waited = true;
+                sleep(OVERTAKEN).await;
+                continue;
+            }
+            let read = {
+                let Ok(_permit) = self.permits.acquire().await else {
+                    return;
+                };
+                self.read(dialog, gap).await
+            };
+            if let Err(e) = read {
+                tracing::debug!(%dialog, reason = %e, "a gap cannot be read now");
+                self.subscriber.failed(dialog);
+                sleep(TRY_AGAIN.mul_f64(1.0 + rng::fraction())).await;
+            }
+        }
+    }
+
+    async fn read(&self, dialog: DialogId, gap: Gap) -> Result<(), RequestError> {
+        match gap.from {
+            Start::After(after) => self.read_after(dialog, gap, after).await,
+            Start::Since(since) => self.read_since(dialog, gap, since).await,
+        }
+    }
+
+    async fn read_after(
+        &self,
+        dialog: DialogId,
+        gap: Gap,
+        mut after: Seq,
+    ) -> Result<(), RequestError> {
+        let with = dialog.counterpart(self.me).get();
+        let mut replayed = 0;
+        if self.too_far(after, gap.head) {
+            self.send_resync(dialog, gap, gap.head);
+            return Ok(());
+        }
+        loop {
+            let page = self
+                .messages
+                .history(self.me, with, Range::After(after), None)
+                .await?;
+            replayed += page.messages.len() as u64;
+            for message in page.messages {
+                after = Seq::new(message.seq);
+                if !self.found(dialog, gap, message).await {
+                    return Ok(());
+                }
+            }
+            if !page.more {
+                self.subscriber.read_through(dialog, gap, after);
+                return Ok(());
+            }
+            if replayed >= self.replay {
+                self.send_resync(dialog, gap, gap.head.max(after));
+                return Ok(());
+            }
+        }
+    }
+
+    async fn read_since(
+        &self,
+        dialog: DialogId,
+        gap: Gap,
+        since: Timestamp,
+    ) -> Result<(), RequestError> {
+        let with = dialog.counterpart(self.me).get();
+        let up_to = Range::Before(Seq::new(gap.head.get().saturating_add(1)));
+        let page = self.messages.history(self.me, with, up_to, None).await?;
+        // Both are written alike, so that their texts are in the order of time.
+        let since = since.to_string();
+        let older = page
+            .messages
+            .iter()
+            .filter(|message| message.at < since)
+            .count();
+        if older == 0 && page.more {
+            self.send_resync(dialog, gap, gap.head);
+            return Ok(());
+        }
+        let end = Seq::new(page.last);
+        for message in page.messages.into_iter().skip(older) {
+            if !self.found(dialog, gap, message).await {
+                return Ok(());
+            }
+        }
+        self.subscriber.read_through(dialog, gap, end);
+        Ok(())
+    }
+
+    async fn found(&self, dialog: DialogId, gap: Gap, message: Message) -> bool {
+        self.metrics.messages_caught_up.inc();
+        let seq = Seq::new(message.seq);
+        let frame = encode(&ServerFrame::Message(message));
+        self.subscriber.found(dialog, gap, seq, frame).await
+    }
+
+    /// Whether it is known beforehand that more is missed than is replayed. Between generations it is not: what was not lost is
+    /// read, and counted on the way.
+    fn too_far(&self, from: Seq, to: Seq) -> bool {
+        from.generation() == to.generation() && to.get() - from.get() > self.replay
+    }
+
+    /// Nobody asked, but more was missed than is replayed.
+    fn send_resync(&self, dialog: DialogId, gap: Gap, head: Seq) {
+        if !self.subscriber.skip_to(dialog, gap.epoch, head) {
+            return;
+        }
+        self.metrics.resyncs.inc();
+        self.subscriber
+            .outbound()
+            .push(encode(&ServerFrame::Resumed {
+                id: None,
+                positions: BTreeMap::new(),
+                resync: vec![dialog.to_string()],
+                reads: Vec::new(),
+                incomplete: Vec::new(),
+                now: now().to_string(),
+            }));
+    }
+
+    /// Takes the client's word for what it has, sends what it misses, and says how it stands then.
+    pub async fn resume(
+        self,
+        id: Option<String>,
+        positions: Vec<(DialogId, Seq)>,
+        since: Option<Timestamp>,
+    ) -> ServerFrame {
+        // From here on what is told live follows these positions; what was stored before is found below.
+        if let Some(since) = since {
+            self.subscriber.away_since(since);
+        }
+        let epochs: Vec<u32> = positions
+            .iter()
+            .map(|(dialog, seq)| self.subscriber.position(*dialog, *seq))
+            .collect();
+        let dialogs: Vec<DialogId> = positions.iter().map(|(dialog, _)| *dialog).collect();
+        let mut heads = self.last_seqs.of_dialogs(&dialogs).await;
+        let (mut level, mut resync, mut reads) = (Vec::new(), Vec::new(), Vec::new());
+        for ((dialog, seq), epoch) in positions.iter().zip(epochs) {
+            let Some(head) = heads.of.get(dialog) else {
+                // Its shard is away: it is asked until it answers.
+                self.subscriber.take(&BusEvent::LastSeq {
+                    dialog: *dialog,
+                    seq: Seq::new(seq.get().saturating_add(1)),
+                });
+                continue;
+            };
+            for (user, seq) in head.reads.iter().filter(|(_, seq)| *seq > Seq::ZERO) {
+                reads.push(ReadMark {
+                    dialog: dialog.to_string(),
+                    user: user.get(),
+                    seq: seq.get(),
+                });
+                // A mark that is told late is not told again.
+                self.subscriber.knows_read(*dialog, *user, *seq);
+            }
+            if head.last_seq < *seq || (head.last_seq > *seq && self.too_far(*seq, head.last_seq)) {
+                self.metrics.resyncs.inc();
+                self.subscriber.skip_to(*dialog, epoch, head.last_seq);
+                resync.push(*dialog);
+            } else {
+                self.subscriber.take(&BusEvent::LastSeq {
+                    dialog: *dialog,
+                    seq: head.last_seq,
+                });
+                level.push((*dialog, head.last_seq));
+            }
+        }
+        if let Some(since) = since {
+            let micros = now().micros().saturating_sub(since.micros());
+            let micros = micros.saturating_add(2 * CLOCKS_APART);
+            let within = Duration::from_micros(u64::try_from(micros).unwrap_or(0));
+            let recent = self.last_seqs.of_users(&[self.me], within).await;
+            self.messages.charge(self.me, cost::inbox(recent.of.len()));
+            heads.incomplete.extend(recent.incomplete);
+            let unknown = |head: &&DialogLastSeq| dialogs.binary_search(&head.dialog).is_err();
+            for (n, head) in recent.of.values().filter(unknown).enumerate() {
+                if positions.len() + n < self.replay_dialogs {
+                    self.subscriber.take(&BusEvent::LastSeq {
+                        dialog: head.dialog,
+                        seq: head.last_seq,
+                    });
+                    level.push((head.dialog, head.last_seq));
+                } else {
+                    resync.push(head.dialog);
+                }
+            }
+        }
+        let _ = timeout(RESUME_LIMIT, self.subscriber.caught_up(&level)).await;
+        let stands = |dialog: &DialogId| {
+            let last = self.subscriber.last(*dialog)?;
+            Some((dialog.to_string(), last.get()))
+        };
+        resync.sort_unstable();
+        ServerFrame::Resumed {
+            id,
+            positions: level
+                .iter()
+                .filter_map(|(dialog, _)| stands(dialog))
+                .collect(),
+            resync: resync.iter().map(ToString::to_string).collect(),
+            reads,
+            incomplete: heads.incomplete.into_iter().collect(),
+            now: now().to_string(),
+        }
+    }
+}

@@ -1,0 +1,225 @@
+//! What was told lately is told again, in short: the last message before a silence has no next that would betray its loss.
+//!
+//! A hint is cheap because it is not a message: all that fall due together go out as one, to all instances, and each looks
+//! whether somebody who is concerned is here.
+
+use crate::bus::event::BusEvent;
+use crate::bus::{Bus, BusState, Listening, Sink, Topic};
+use crate::delivery::registry::Registry;
+use crate::domain::dialog::{DialogId, Seq, UserId};
+use crate::domain::slot::Slot;
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+use tokio::runtime::Handle;
+use tokio::time::Instant;
+
+/// So long after the last message of a burst it is hinted at.
+const HINT_AFTER: [Duration; 3] = [
+    Duration::from_secs(1),
+    Duration::from_secs(2),
+    Duration::from_secs(4),
+];
+
+/// How often it is looked whether hints are due.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+/// Bytes from which on a publication takes no further hint. A NATS server takes 1 MiB by default.
+const PUBLICATION: usize = 64 * 1024;
+
+/// Dialogs that are looked at before other tasks have their turn.
+const TURN: usize = 1024;
+
+const STRIPES: usize = 64;
+
+/// Dialogs of a stripe. What is beyond, after a long time without a bus, is found when its return is told.
+const DIALOGS: usize = 4096;
+
+/// A handle; a clone is a few references.
+#[derive(Clone)]
+pub struct Hints {
+    inner: Arc<Inner>,
+    _listening: Arc<Listening>,
+}
+
+/// What was told lately, by dialog; cut into stripes so that no single lock sees every message.
+struct Inner {
+    /// Whether there is anybody to be hinted at anything.
+    wanted: bool,
+    stripes: Vec<Mutex<HashMap<DialogId, Burst>>>,
+}
+
+/// What was told in one dialog since it was last silent.
+struct Burst {
+    head: Seq,
+    reads: Vec<(UserId, BusEvent)>,
+    last: Instant,
+    hinted: usize,
+}
+
+impl Hints {
+    /// Hints at what is told here, and takes the hints of other instances for the sessions of `registry`.
+    pub fn start(registry: Registry, bus: Arc<dyn Bus>, runtime: &Handle) -> Self {
+        let inner = Arc::new(Inner {
+            wanted: bus.state() != BusState::Standalone,
+            stripes: (0..STRIPES).map(|_| Mutex::default()).collect(),
+        });
+        let sink: Sink = Arc::new(move |payload| take(payload, &registry));
+        let listening = bus.listen(Topic::Hints, sink);
+        runtime.spawn(hint(Arc::downgrade(&inner), bus));
+        Self {
+            inner,
+            _listening: Arc::new(listening),
+        }
+    }
+
+    /// A message was told.
+    pub fn message(&self, dialog: DialogId, seq: Seq) {
+        self.inner
+            .note(dialog, |burst| burst.head = burst.head.max(seq));
+    }
+
+    /// It was told how far `user` has read.
+    pub fn read(&self, dialog: DialogId, user: UserId, mark: BusEvent) {
+        self.inner.note(dialog, |burst| {
+            burst.reads.retain(|(reader, _)| *reader != user);
+            burst.reads.push((user, mark));
+        });
+    }
+}
+
+impl Inner {
+    fn note(&self, dialog: DialogId, told: impl FnOnce(&mut Burst)) {
+        if !self.wanted {
+            return;
+        }
+        let mut stripe = lock(&self.stripes[Slot::of(dialog).index() % STRIPES]);
+        if stripe.len() >= DIALOGS && !stripe.contains_key(&dialog) {
+            return;
+        }
+        let burst = stripe.entry(dialog).or_insert_with(|| Burst {
+            head: Seq::ZERO,
+            reads: Vec::new(),
+            last: Instant::now(),
+            hinted: 0,
+        });
+        burst.last = Instant::now();
+        burst.hinted = 0;
+        told(burst);
+    }
+
+    /// How many dialogs there were, and what is due; forgets what was hinted at often enough.
+    fn due(&self, stripe: &Mutex<HashMap<DialogId, Burst>>) -> (usize, Vec<BusEvent>) {
+        let mut due = Vec::new();
+        let mut stripe = lock(stripe);
+        let dialogs = stripe.len();
+        stripe.retain(|dialog, burst| {
+            if burst.last.elapsed() >= HINT_AFTER[burst.hinted] {
+                burst.hinted += 1;
+                if burst.head > Seq::ZERO {
+                    due.push(BusEvent::LastSeq {
+                        dialog: *dialog,
+                        seq: burst.head,
+                    });
+                }
+                due.extend(burst.reads.iter().map(|(_, mark)| mark.clone()));
+            }
+            burst.hinted < HINT_AFTER.len()
+        });
+        (dialogs, due)
+    }
+}
+
+fn lock(stripe: &Mutex<HashMap<DialogId, Burst>>) -> MutexGuard<'_, HashMap<DialogId, Burst>> {
+    stripe.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Hints at what was told, while there are others to hear it; what falls due without a bus waits for it.
+async fn hint(hints: Weak<Inner>, bus: Arc<dyn Bus>) {
+    let mut publication = BytesMut::new();
+    let mut looked_at = 0;
+    loop {
+        tokio::time::sleep(LOOK_EVERY).await;
+        let Some(hints) = hints.upgrade().filter(|hints| hints.wanted) else {
+            return;
+        };
+        for stripe in &hints.stripes {
+            if bus.state() != BusState::Connected {
+                break;
+            }
+            let (dialogs, due) = hints.due(stripe);
+            for event in &due {
+                pack(&mut publication, event);
+                if publication.len() >= PUBLICATION {
+                    bus.publish(Topic::Hints, publication.split().freeze());
+                }
+            }
+            looked_at += dialogs;
+            if looked_at >= TURN {
+                looked_at = 0;
+                tokio::task::yield_now().await;
+            }
+        }
+        if !publication.is_empty() {
+            bus.publish(Topic::Hints, publication.split().freeze());
+        }
+    }
+}
+
+/// Adds event to a publication: its length, 32 bits, and what it is.
+fn pack(publication: &mut BytesMut, event: &BusEvent) {
+    let event = event.encode();
+    publication.put_u32(event.len() as u32);
+    publication.put(event);
+}
+
+/// Takes the first event from a publication; `None` at its end, or where it is not understood.
+fn unpack(publication: &mut Bytes) -> Option<Bytes> {
+    let length = publication.try_get_u32().ok()? as usize;
+    (length <= publication.len()).then(|| publication.split_to(length))
+}
+
+/// Gives hints of another instance to the sessions here.
+fn take(mut publication: Bytes, registry: &Registry) {
+    while let Some(event) = unpack(&mut publication) {
+        let event = BusEvent::decode(&event);
+        if let Some(event @ (BusEvent::LastSeq { dialog, .. } | BusEvent::Read { dialog, .. })) =
+            event
+        {
+            for user in dialog.members() {
+                registry.deliver(user, &event, None);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_publication_is_what_was_packed_and_ends_where_it_is_cut() {
+        let event: Vec<BusEvent> = (1..4)
+            .map(|seq| BusEvent::LastSeq {
+                dialog: "7_42".parse().unwrap(),
+                seq: Seq::new(seq),
+            })
+            .collect();
+        let mut publication = BytesMut::new();
+        event.iter().for_each(|event| pack(&mut publication, event));
+        let publication = publication.freeze();
+        let heard = |mut bytes: Bytes| {
+            let mut heard = Vec::new();
+            while let Some(event) = unpack(&mut bytes) {
+                heard.extend(BusEvent::decode(&event));
+            }
+            heard
+        };
+        assert_eq!(heard(publication.clone()), event);
+        for end in 0..publication.len() {
+            let cut = heard(publication.slice(..end));
+            assert!(cut.len() < event.len() && event.starts_with(&cut), "{end}");
+        }
+    }
+}

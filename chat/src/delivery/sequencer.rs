@@ -1,0 +1,667 @@
+//! What a session has been sent of each dialog, and with it what it is to be sent next: in order, without a hole, nothing twice.
+//!
+//! Live messages are hints: they may be lost on the way, come twice, or overtake each other. Of each dialog a session has in
+//! sequencer stands here up to where it has everything. A message that follows is sent on; one that does not is held while the ones
+//! between are waited for, and read from the shard if they do not come. What belongs to the session itself (`sent`) has its
+//! place in that order like every other message.
+
+use crate::domain::dialog::{DialogId, Seq, Timestamp, UserId};
+use bytestring::ByteString;
+use std::collections::{BTreeMap, HashMap, VecDeque};
+
+/// How many dialogs a session has tracked, and how much is held for it.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    /// Dialogs; beyond, the longest silent are forgotten.
+    pub dialogs: usize,
+    /// Bytes of frames that wait for those before them.
+    pub held_bytes: usize,
+}
+
+/// Frames of one dialog that wait for those before them.
+const HELD: usize = 16;
+
+/// See the module.
+pub struct Sequencer {
+    streams: HashMap<DialogId, Stream>,
+    bounds: Bounds,
+    held_bytes: usize,
+    /// Dialogs that must be read, in the order in which that was noticed.
+    due: VecDeque<DialogId>,
+    /// Nothing is lost between the shards and here: what comes first of a dialog has nothing before it.
+    lossless: bool,
+    /// What was stored before this is not owed unasked, in a dialog that nothing was sent of yet.
+    since: Timestamp,
+    clock: u64,
+}
+
+/// One dialog.
+struct Stream {
+    /// Everything up to here was sent, or the client has it. `None` while what was stored since the session began is looked up.
+    last: Option<Seq>,
+    /// The highest that is known to be stored.
+    head: Seq,
+    /// What is ahead of `last`.
+    held: BTreeMap<Seq, Held>,
+    reading: Reading,
+    /// Counts what the client says of its position: what is read for an earlier one is void.
+    epoch: u32,
+    /// How far members have read, as the session was told.
+    reads: Vec<(UserId, Seq)>,
+    used: u64,
+}
+
+struct Held {
+    frame: ByteString,
+    /// It answers a send of this session.
+    own: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Reading {
+    CaughtUp,
+    Due,
+    InProgress,
+}
+
+/// What must be read from the shard for a dialog.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gap {
+    /// Which messages.
+    pub from: Start,
+    /// What is known to be stored.
+    pub head: Seq,
+    /// Of which position of the client this speaks.
+    pub epoch: u32,
+}
+
+/// Where what is missing begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// Above this: the session has everything up to here.
+    After(Seq),
+    /// With what was stored at this time, by the shard's clock: nothing of the dialog was sent yet.
+    Since(Timestamp),
+}
+
+impl Sequencer {
+    /// Nothing tracked yet. `since` is when the session began; `lossless` says that live messages are never lost.
+    #[must_use]
+    pub fn new(bounds: Bounds, since: Timestamp, lossless: bool) -> Self {
+        Self {
+            streams: HashMap::new(),
+            bounds,
+            held_bytes: 0,
+            due: VecDeque::new(),
+            lossless,
+            since,
+            clock: 0,
+        }
+    }
+
+    /// A message that was told live, or the answer to a send of this session (`own`). `send` gets what is to be sent now.
+    /// Returns whether something became due.
+    pub fn on_message(
+        &mut self,
+        dialog: DialogId,
+        seq: Seq,
+        frame: ByteString,
+        own: bool,
+        mut send: impl FnMut(ByteString),
+    ) -> bool {
+        let begins = self.lossless || seq == Seq::ZERO.next(0);
+        let before = begins.then(|| Seq::new(seq.get() - 1));
+        let stream = stream(&mut self.streams, &mut self.clock, dialog, before);
+        match stream.last {
+            Some(last) if seq <= last => {
+                // An answer is owed, even if the message itself was sent before.
+                if own {
+                    send(frame);
+                }
+                return false;
+            }
+            Some(last) if seq.get() == last.get() + 1 => {
+                stream.last = Some(seq);
+                stream.head = stream.head.max(seq);
+                send(frame);
+                self.held_bytes -= stream.send_held(&mut send);
+                return false;
+            }
+            Some(_) | None => {}
+        }
+        stream.head = stream.head.max(seq);
+        let room = stream.held.len() < HELD
+            && self.held_bytes + frame.len() <= self.bounds.held_bytes
+            && !stream.held.contains_key(&seq);
+        if room {
+            self.held_bytes += frame.len();
+            stream.held.insert(seq, Held { frame, own });
+        } else if own {
+            send(frame);
+        }
+        self.want(dialog)
+    }
+
+    /// The answer to a send that was stored before: if the message was not sent to this session yet it stands for it.
+    pub fn on_duplicate_ack(
+        &mut self,
+        dialog: DialogId,
+        seq: Seq,
+        frame: ByteString,
+        mut send: impl FnMut(ByteString),
+    ) -> bool {
+        let ahead = self
+            .streams
+            .get(&dialog)
+            .is_some_and(|stream| stream.last.is_some_and(|last| last < seq));
+        if ahead {
+            return self.on_message(dialog, seq, frame, true, send);
+        }
+        send(frame);
+        false
+    }
+
+    /// It is known from elsewhere that `head` is stored. Returns whether something became due.
+    pub fn on_last_seq(&mut self, dialog: DialogId, head: Seq) -> bool {
+        let stream = stream(&mut self.streams, &mut self.clock, dialog, None);
+        if stream.last.is_some_and(|last| head <= last) {
+            return false;
+        }
+        stream.head = stream.head.max(head);
+        self.want(dialog)
+    }
+
+    /// The client says that it has everything up to `seq`, and wants what follows. Returns the epoch that begins with it.
+    pub fn position(&mut self, dialog: DialogId, seq: Seq, send: impl FnMut(ByteString)) -> u32 {
+        let stream = stream(&mut self.streams, &mut self.clock, dialog, None);
+        stream.last = Some(seq);
+        stream.head = seq;
+        stream.epoch += 1;
+        self.held_bytes -= stream.send_own(send) + stream.drop_held();
+        stream.epoch
+    }
+
+    /// The client was here before, until `since`: what was stored from then on is owed in dialogs that nothing was sent of yet.
+    pub fn away_since(&mut self, since: Timestamp) {
+        self.since = self.since.min(since);
+    }
+
+    /// The client was shown that the dialog has come up to `seq`: from there on it is kept level, if it was not tracked.
+    pub fn track(&mut self, dialog: DialogId, seq: Seq) {
+        stream(&mut self.streams, &mut self.clock, dialog, Some(seq));
+    }
+
+    /// Whether a read mark is event to the session.
+    pub fn read(&mut self, dialog: DialogId, user: UserId, seq: Seq) -> bool {
+        let Some(stream) = self.streams.get_mut(&dialog) else {
+            return true;
+        };
+        match stream.reads.iter_mut().find(|(who, _)| *who == user) {
+            Some((_, known)) if *known >= seq => false,
+            Some((_, known)) => {
+                *known = seq;
+                true
+            }
+            None => {
+                stream.reads.push((user, seq));
+                true
+            }
+        }
+    }
+
+    /// The next dialog that must be read.
+    pub fn next_gap(&mut self) -> Option<DialogId> {
+        while let Some(dialog) = self.due.pop_front() {
+            let stream = self.streams.get_mut(&dialog);
+            if let Some(stream) = stream.filter(|stream| stream.reading == Reading::Due) {
+                stream.reading = Reading::InProgress;
+                return Some(dialog);
+            }
+        }
+        None
+    }
+
+    /// What must be read for a dialog that [`Sequencer::next_gap`] gave; `None` if it has come meanwhile, and nothing is under way.
+    pub fn gap(&mut self, dialog: DialogId) -> Option<Gap> {
+        let since = self.since;
+        let stream = self.streams.get_mut(&dialog)?;
+        let from = match stream.last {
+            Some(after) if after < stream.head => Start::After(after),
+            Some(_) => {
+                stream.reading = Reading::CaughtUp;
+                return None;
+            }
+            None => Start::Since(since),
+        };
+        Some(Gap {
+            from,
+            head: stream.head,
+            epoch: stream.epoch,
+        })
+    }
+
+    /// A message that was read; `false` if the client has another position meanwhile.
+    pub fn found(
+        &mut self,
+        dialog: DialogId,
+        epoch: u32,
+        seq: Seq,
+        frame: ByteString,
+        mut send: impl FnMut(ByteString),
+    ) -> bool {
+        let Some(stream) = self.of_epoch(dialog, epoch) else {
+            return false;
+        };
+        if stream.last.is_none_or(|last| last < seq) {
+            stream.last = Some(seq);
+            let held = stream.held.remove(&seq);
+            let freed = held.as_ref().map_or(0, |held| held.frame.len());
+            // If it answers a send, the answer is what is owed.
+            send(
+                held.filter(|held| held.own)
+                    .map_or(frame, |held| held.frame),
+            );
+            let freed = freed + stream.send_held(&mut send);
+            self.held_bytes -= freed;
+        }
+        true
+    }
+
+    /// A reading is done: everything that is stored up to `end` was found. There may be more to read by now.
+    pub fn read_through(
+        &mut self,
+        dialog: DialogId,
+        gap: Gap,
+        end: Seq,
+        mut send: impl FnMut(ByteString),
+    ) {
+        let Some(stream) = self.of_epoch(dialog, gap.epoch) else {
+            return;
+        };
+        stream.last = Some(stream.last.map_or(end, |last| last.max(end)));
+        let mut freed = stream.send_held(&mut send);
+        if end < gap.head {
+            // The shard does not have what we were told of: it was given up with another shard. What did come is sent.
+            freed += stream.send_all_held(&mut send);
+            stream.head = stream.last.unwrap_or(end);
+        }
+        self.held_bytes -= freed;
+    }
+
+    /// The client is told to look for itself: from `head` on the dialog is kept level again. `false` if the client has another
+    /// position meanwhile.
+    pub fn skip_to(
+        &mut self,
+        dialog: DialogId,
+        epoch: u32,
+        head: Seq,
+        mut send: impl FnMut(ByteString),
+    ) -> bool {
+        let Some(stream) = self.of_epoch(dialog, epoch) else {
+            return false;
+        };
+        stream.last = Some(head);
+        stream.head = stream.head.max(head);
+        let freed = stream.send_held(&mut send);
+        self.held_bytes -= freed;
+        true
+    }
+
+    /// A reading failed, and will be tried again: answers do not wait for it.
+    pub fn failed(&mut self, dialog: DialogId, send: impl FnMut(ByteString)) {
+        if let Some(stream) = self.streams.get_mut(&dialog) {
+            let freed = stream.send_own(send);
+            self.held_bytes -= freed;
+        }
+    }
+
+    /// Sends all answers that wait: the session ends.
+    pub fn release(&mut self, mut send: impl FnMut(ByteString)) {
+        for stream in self.streams.values_mut() {
+            self.held_bytes -= stream.send_own(&mut send);
+        }
+    }
+
+    /// Up to where the session has everything.
+    #[must_use]
+    pub fn last(&self, dialog: DialogId) -> Option<Seq> {
+        self.streams.get(&dialog).and_then(|stream| stream.last)
+    }
+
+    /// Whether there are more dialogs than allowed.
+    #[must_use]
+    pub fn is_crowded(&self) -> bool {
+        self.streams.len() > self.bounds.dialogs
+    }
+
+    /// Forgets the longest silent quarter of the dialogs. When they are heard of again, what was stored from `since` on is owed.
+    pub fn forget_some(&mut self, since: Timestamp) {
+        let mut idle: Vec<(u64, DialogId)> = self
+            .streams
+            .iter()
+            .filter(|(_, stream)| stream.reading == Reading::CaughtUp && stream.held.is_empty())
+            .map(|(dialog, stream)| (stream.used, *dialog))
+            .collect();
+        idle.sort_unstable();
+        for (_, dialog) in idle.iter().take(self.bounds.dialogs / 4 + 1) {
+            self.streams.remove(dialog);
+        }
+        self.since = since;
+    }
+
+    fn of_epoch(&mut self, dialog: DialogId, epoch: u32) -> Option<&mut Stream> {
+        let stream = self.streams.get_mut(&dialog);
+        stream.filter(|stream| stream.epoch == epoch)
+    }
+
+    /// Makes a dialog due if it is behind and nobody looks after it.
+    fn want(&mut self, dialog: DialogId) -> bool {
+        let Some(stream) = self.streams.get_mut(&dialog) else {
+            return false;
+        };
+        let behind = stream.last.is_none_or(|last| last < stream.head);
+        if behind && stream.reading == Reading::CaughtUp {
+            stream.reading = Reading::Due;
+            self.due.push_back(dialog);
+            return true;
+        }
+        false
+    }
+}
+
+/// The stream of a dialog, which is used now; a new one has everything up to `last`.
+fn stream<'a>(
+    streams: &'a mut HashMap<DialogId, Stream>,
+    clock: &mut u64,
+    dialog: DialogId,
+    last: Option<Seq>,
+) -> &'a mut Stream {
+    *clock += 1;
+    let stream = streams.entry(dialog).or_insert_with(|| Stream {
+        last,
+        head: last.unwrap_or(Seq::ZERO),
+        held: BTreeMap::new(),
+        reading: Reading::CaughtUp,
+        epoch: 0,
+        reads: Vec::new(),
+        used: 0,
+    });
+    stream.used = *clock;
+    stream
+}
+
+impl Stream {
+    /// Sends what follows `last`, drops what does not lie ahead any more; how many bytes that frees.
+    fn send_held(&mut self, send: &mut impl FnMut(ByteString)) -> usize {
+        let mut freed = 0;
+        while let (Some(last), Some(entry)) = (self.last, self.held.first_entry()) {
+            let seq = *entry.key();
+            if seq.get() > last.get() + 1 {
+                break;
+            }
+            let held = entry.remove();
+            freed += held.frame.len();
+            if seq > last || held.own {
+                self.last = Some(last.max(seq));
+                send(held.frame);
+            }
+        }
+        freed
+    }
+
+    fn send_all_held(&mut self, send: &mut impl FnMut(ByteString)) -> usize {
+        let mut freed = 0;
+        for (seq, held) in std::mem::take(&mut self.held) {
+            freed += held.frame.len();
+            self.last = Some(self.last.map_or(seq, |last| last.max(seq)));
+            send(held.frame);
+        }
+        freed
+    }
+
+    fn send_own(&mut self, mut send: impl FnMut(ByteString)) -> usize {
+        let mut freed = 0;
+        self.held.retain(|_, held| {
+            if held.own {
+                freed += held.frame.len();
+                send(std::mem::take(&mut held.frame));
+            }
+            !held.own
+        });
+        freed
+    }
+
+    fn drop_held(&mut self) -> usize {
+        let freed = self.held.values().map(|held| held.frame.len()).sum();
+        self.held.clear();
+        freed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand::rngs::StdRng;
+    use rand::{RngExt, SeedableRng};
+
+    const BOUNDS: Bounds = Bounds {
+        dialogs: 8,
+        held_bytes: 1000,
+    };
+
+    fn dialog() -> DialogId {
+        "7_42".parse().unwrap()
+    }
+
+    fn sequencer() -> Sequencer {
+        Sequencer::new(BOUNDS, Timestamp::from_micros(0), false)
+    }
+
+    fn seq(n: u64) -> Seq {
+        Seq::new(n)
+    }
+
+    fn frame(n: u64) -> ByteString {
+        n.to_string().into()
+    }
+
+    /// What the client got, as numbers.
+    #[derive(Default)]
+    struct Got(Vec<u64>);
+
+    impl Got {
+        fn taker(&mut self) -> impl FnMut(ByteString) {
+            |frame| self.0.push(frame.parse().unwrap())
+        }
+    }
+
+    /// Reads what is missing from a log that is dense up to `stored`, as a session does.
+    fn read(sequencer: &mut Sequencer, stored: u64, got: &mut Got) {
+        while let Some(dialog) = sequencer.next_gap() {
+            read_one(sequencer, dialog, stored, got);
+        }
+    }
+
+    fn read_one(sequencer: &mut Sequencer, dialog: DialogId, stored: u64, got: &mut Got) {
+        while let Some(gap) = sequencer.gap(dialog) {
+            let after = match gap.from {
+                Start::After(after) => after.get(),
+                Start::Since(_) => 0,
+            };
+            for n in after + 1..=stored {
+                assert!(sequencer.found(dialog, gap.epoch, seq(n), frame(n), got.taker()));
+            }
+            sequencer.read_through(dialog, gap, seq(stored), got.taker());
+        }
+    }
+
+    #[test]
+    fn what_follows_is_sent_on_and_what_overtakes_waits() {
+        let (mut sequencer, mut got) = (sequencer(), Got::default());
+        for n in [1, 2, 2, 1, 4] {
+            sequencer.on_message(dialog(), seq(n), frame(n), false, got.taker());
+        }
+        assert_eq!(got.0, [1, 2]);
+        assert_eq!(sequencer.next_gap(), Some(dialog()));
+        sequencer.on_message(dialog(), seq(3), frame(3), false, got.taker());
+        assert_eq!(got.0, [1, 2, 3, 4]);
+        assert_eq!(sequencer.gap(dialog()), None, "it has come by itself");
+        assert_eq!(sequencer.held_bytes, 0);
+    }
+
+    #[test]
+    fn what_is_lost_is_read_and_a_hint_betrays_a_loss_at_the_end() {
+        let (mut sequencer, mut got) = (sequencer(), Got::default());
+        sequencer.on_message(dialog(), seq(1), frame(1), false, got.taker());
+        assert!(sequencer.on_message(dialog(), seq(5), frame(5), false, got.taker()));
+        read(&mut sequencer, 5, &mut got);
+        assert!(!sequencer.on_last_seq(dialog(), seq(5)));
+        assert!(sequencer.on_last_seq(dialog(), seq(7)));
+        read(&mut sequencer, 7, &mut got);
+        assert_eq!(got.0, [1, 2, 3, 4, 5, 6, 7]);
+    }
+
+    #[test]
+    fn an_answer_has_its_place_in_the_order_but_does_not_wait_for_a_shard_that_is_away() {
+        let (mut sequencer, mut got) = (sequencer(), Got::default());
+        sequencer.position(dialog(), seq(9), got.taker());
+        sequencer.on_message(dialog(), seq(11), frame(11), true, got.taker());
+        assert_eq!(got.0, [0; 0]);
+        assert_eq!(sequencer.next_gap(), Some(dialog()));
+        sequencer.failed(dialog(), got.taker());
+        assert_eq!(got.0, [11]);
+        read_one(&mut sequencer, dialog(), 11, &mut got);
+        assert_eq!(got.0, [11, 10, 11], "and then the log, whole");
+        // A repeat is answered, whatever was sent before.
+        sequencer.on_duplicate_ack(dialog(), seq(10), frame(10), got.taker());
+        assert_eq!(got.0, [11, 10, 11, 10]);
+    }
+
+    #[test]
+    fn a_position_begins_anew_and_voids_what_is_being_read() {
+        let (mut sequencer, mut got) = (sequencer(), Got::default());
+        sequencer.position(dialog(), seq(100), got.taker());
+        sequencer.on_last_seq(dialog(), seq(110));
+        let due = sequencer.next_gap().unwrap();
+        let gap = sequencer.gap(due).unwrap();
+        sequencer.position(dialog(), seq(50), got.taker());
+        assert!(!sequencer.found(due, gap.epoch, seq(101), frame(101), got.taker()));
+        assert!(!sequencer.skip_to(due, gap.epoch, seq(110), got.taker()));
+        sequencer.on_last_seq(dialog(), seq(110));
+        assert_eq!(sequencer.gap(due).unwrap().from, Start::After(seq(50)));
+        assert_eq!(got.0, [0; 0]);
+    }
+
+    #[test]
+    fn what_was_shown_is_kept_level_and_what_was_never_seen_is_looked_behind() {
+        let (mut sequencer, mut got) = (sequencer(), Got::default());
+        sequencer.track(dialog(), seq(5));
+        sequencer.on_message(dialog(), seq(6), frame(6), false, got.taker());
+        assert_eq!(got.0, [6]);
+        let other: DialogId = "7_43".parse().unwrap();
+        assert!(sequencer.on_message(other, seq(3), frame(3), false, got.taker()));
+        assert_eq!(got.0, [6], "there may be something before it");
+        let mut lossless = Sequencer::new(BOUNDS, Timestamp::from_micros(0), true);
+        assert!(!lossless.on_message(other, seq(3), frame(3), false, got.taker()));
+        assert_eq!(got.0, [6, 3]);
+    }
+
+    #[test]
+    fn what_a_shard_does_not_have_is_not_waited_for() {
+        let (mut sequencer, mut got) = (sequencer(), Got::default());
+        sequencer.position(dialog(), seq(5), got.taker());
+        sequencer.on_message(dialog(), seq(9), frame(9), false, got.taker());
+        read(&mut sequencer, 6, &mut got);
+        assert_eq!(got.0, [6, 9]);
+        assert_eq!(sequencer.last(dialog()), Some(seq(9)));
+    }
+
+    #[test]
+    fn read_marks_go_forward_only_and_few_dialogs_are_kept() {
+        let (mut sequencer, mut got) = (sequencer(), Got::default());
+        sequencer.track(dialog(), seq(9));
+        let reader = UserId::new(42).unwrap();
+        let marks = [3, 5, 4, 5, 6];
+        let event = marks.map(|n| sequencer.read(dialog(), reader, seq(n)));
+        assert_eq!(event, [true, true, false, false, true]);
+        for with in 100..120 {
+            let dialog = DialogId::between(UserId::new(7).unwrap(), UserId::new(with).unwrap());
+            sequencer.on_message(dialog, seq(1), frame(1), false, got.taker());
+            if sequencer.is_crowded() {
+                sequencer.forget_some(Timestamp::from_micros(5));
+            }
+        }
+        assert!(sequencer.streams.len() <= BOUNDS.dialogs);
+        assert_eq!(sequencer.last(dialog()), None);
+    }
+
+    /// A log that grows, told with losses, doubles and overtaking; own sends among it, positions that are said again, and
+    /// readings that fail. The client drops what it has; what is left must be the log.
+    #[test]
+    fn whatever_is_lost_doubled_or_overtaken_the_client_has_the_log() {
+        let first = rand::random::<u32>();
+        for seed in (first..first.wrapping_add(300)).map(u64::from) {
+            let mut chance = StdRng::seed_from_u64(seed);
+            let (mut sequencer, mut got) = (sequencer(), Got::default());
+            let (mut stored, mut on_the_way) = (0, VecDeque::new());
+            let (mut have, mut own) = (0, Vec::new());
+            sequencer.position(dialog(), seq(0), got.taker());
+            for _ in 0..chance.random_range(1..200) {
+                match chance.random_range(0..10) {
+                    0..4 => {
+                        stored += 1;
+                        let ours = chance.random_ratio(1, 3);
+                        if ours {
+                            own.push(stored);
+                        }
+                        if ours || chance.random_ratio(4, 5) {
+                            let at = chance.random_range(0..=on_the_way.len().min(3));
+                            on_the_way.insert(on_the_way.len() - at, (stored, ours));
+                        }
+                        if chance.random_ratio(1, 10) {
+                            on_the_way.push_back((stored, false));
+                        }
+                    }
+                    4..7 => {
+                        if let Some((n, ours)) = on_the_way.pop_front() {
+                            sequencer.on_message(dialog(), seq(n), frame(n), ours, got.taker());
+                        }
+                    }
+                    7 => drop(sequencer.on_last_seq(dialog(), seq(stored))),
+                    8 => {
+                        if let Some(due) = sequencer.next_gap() {
+                            if chance.random_ratio(1, 4) {
+                                sequencer.failed(due, got.taker());
+                            }
+                            read_one(&mut sequencer, due, stored, &mut got);
+                        }
+                    }
+                    _ => {
+                        if chance.random_ratio(1, 4) {
+                            sequencer.position(dialog(), seq(have), got.taker());
+                        }
+                    }
+                }
+                for n in std::mem::take(&mut got.0) {
+                    // Only an answer that a failing shard, or a new position, did not hold back comes early.
+                    assert!(
+                        n <= have + 1 || own.contains(&n),
+                        "seed {seed}: {n} after {have}"
+                    );
+                    if n == have + 1 {
+                        have = n;
+                    }
+                }
+            }
+            sequencer.on_last_seq(dialog(), seq(stored));
+            read(&mut sequencer, stored, &mut got);
+            for n in got.0 {
+                if n == have + 1 {
+                    have = n;
+                }
+            }
+            assert_eq!(have, stored, "seed {seed}");
+            assert_eq!(sequencer.held_bytes, 0, "seed {seed}");
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! Everything on its way to one session: what it has in sequencer, and the queue of what is to be sent.
+
+use crate::bus::event::BusEvent;
+use crate::clock::now;
+use crate::delivery::outbound_queue::OutboundQueue;
+use crate::delivery::sequencer::{Bounds, Gap, Sequencer};
+use crate::domain::dialog::{DialogId, Seq, Timestamp, UserId};
+use bytestring::ByteString;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::Notify;
+
+/// See the module. Whoever has something for the session calls it, and waits for nothing.
+pub struct Subscriber {
+    outbound: Arc<OutboundQueue>,
+    sequencer: Mutex<Sequencer>,
+    /// Wakes who reads what is missing.
+    due: Notify,
+    /// Wakes who waits for dialogs to be level.
+    level: Notify,
+}
+
+/// How far the clocks of shards and instances may be apart, in microseconds.
+pub const CLOCKS_APART: i64 = 1_000_000;
+
+/// How long a message may be on its way, hints and all, in microseconds.
+const ON_ITS_WAY: i64 = 5_000_000;
+
+impl Subscriber {
+    /// A subscriber of a session that begins now. `lossless`: see [`Sequencer::new`].
+    #[must_use]
+    pub fn new(outbound: Arc<OutboundQueue>, bounds: Bounds, lossless: bool) -> Self {
+        let since = Timestamp::from_micros(now().micros() - CLOCKS_APART);
+        Self {
+            outbound,
+            sequencer: Mutex::new(Sequencer::new(bounds, since, lossless)),
+            due: Notify::new(),
+            level: Notify::new(),
+        }
+    }
+
+    /// The queue.
+    #[must_use]
+    pub fn outbound(&self) -> &Arc<OutboundQueue> {
+        &self.outbound
+    }
+
+    fn sequencer(&self) -> MutexGuard<'_, Sequencer> {
+        self.sequencer
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does something with the sequencer; what it sends goes to the outbound while nobody else may send.
+    fn with<T>(&self, work: impl FnOnce(&mut Sequencer, &mut dyn FnMut(ByteString)) -> T) -> T {
+        let mut sequencer = self.sequencer();
+        let done = work(&mut sequencer, &mut |frame| self.outbound.push(frame));
+        if sequencer.is_crowded() {
+            let since = now().micros() - ON_ITS_WAY - CLOCKS_APART;
+            sequencer.forget_some(Timestamp::from_micros(since));
+        }
+        done
+    }
+
+    /// Takes event.
+    pub fn take(&self, event: &BusEvent) {
+        let due = match event {
+            BusEvent::Message { dialog, seq, frame } => self.with(|sequencer, send| {
+                sequencer.on_message(*dialog, *seq, frame.clone(), false, send)
+            }),
+            BusEvent::LastSeq { dialog, seq } => {
+                self.with(|sequencer, _| sequencer.on_last_seq(*dialog, *seq))
+            }
+            BusEvent::Read {
+                dialog,
+                user,
+                seq,
+                frame,
+            } => {
+                if self.sequencer().read(*dialog, *user, *seq) {
+                    self.outbound.push(frame.clone());
+                }
+                false
+            }
+            BusEvent::Ephemeral { frame } => {
+                self.outbound.push_if_idle(frame);
+                false
+            }
+        };
+        if due {
+            self.due.notify_one();
+        }
+    }
+
+    /// The answer to a send of this session; `again` if it was stored before.
+    pub fn sent(&self, dialog: DialogId, seq: Seq, frame: ByteString, again: bool) {
+        let due = self.with(|sequencer, send| {
+            if again {
+                sequencer.on_duplicate_ack(dialog, seq, frame, send)
+            } else {
+                sequencer.on_message(dialog, seq, frame, true, send)
+            }
+        });
+        if due {
+            self.due.notify_one();
+        }
+    }
+
+    /// See [`Sequencer::position`].
+    pub fn position(&self, dialog: DialogId, seq: Seq) -> u32 {
+        self.with(|sequencer, send| sequencer.position(dialog, seq, send))
+    }
+
+    /// See [`Sequencer::away_since`]. `since` is by the clock of an instance.
+    pub fn away_since(&self, since: Timestamp) {
+        let since = Timestamp::from_micros(since.micros().saturating_sub(CLOCKS_APART));
+        self.sequencer().away_since(since);
+    }
+
+    /// See [`Sequencer::track`].
+    pub fn track(&self, dialog: DialogId, seq: Seq) {
+        self.with(|sequencer, _| sequencer.track(dialog, seq));
+    }
+
+    /// The session has been told of a read mark otherwise.
+    pub fn knows_read(&self, dialog: DialogId, user: UserId, seq: Seq) {
+        self.sequencer().read(dialog, user, seq);
+    }
+
+    /// The next dialog to be read, when there is one.
+    ///
+    /// # Cancel safety
+    /// Safe.
+    pub async fn due(&self) -> DialogId {
+        loop {
+            let due = self.due.notified();
+            if let Some(dialog) = self.sequencer().next_gap() {
+                return dialog;
+            }
+            due.await;
+        }
+    }
+
+    /// See [`Sequencer::gap`].
+    #[must_use]
+    pub fn gap(&self, dialog: DialogId) -> Option<Gap> {
+        self.sequencer().gap(dialog)
+    }
+
+    /// Sends a message that was read, once there is room for it; `false` if it is not wanted any more.
+    pub async fn found(&self, dialog: DialogId, gap: Gap, seq: Seq, frame: ByteString) -> bool {
+        self.outbound.room().await;
+        self.with(|sequencer, send| sequencer.found(dialog, gap.epoch, seq, frame, send))
+    }
+
+    /// See [`Sequencer::read_through`].
+    pub fn read_through(&self, dialog: DialogId, gap: Gap, end: Seq) {
+        self.with(|sequencer, send| sequencer.read_through(dialog, gap, end, send));
+        self.level.notify_waiters();
+    }
+
+    /// See [`Sequencer::skip_to`].
+    pub fn skip_to(&self, dialog: DialogId, epoch: u32, head: Seq) -> bool {
+        let skipped = self.with(|sequencer, send| sequencer.skip_to(dialog, epoch, head, send));
+        self.level.notify_waiters();
+        skipped
+    }
+
+    /// See [`Sequencer::failed`].
+    pub fn failed(&self, dialog: DialogId) {
+        self.with(|sequencer, send| sequencer.failed(dialog, send));
+    }
+
+    /// See [`Sequencer::release`].
+    pub fn release(&self) {
+        self.with(|sequencer, send| sequencer.release(send));
+    }
+
+    /// Up to where the session has everything of a dialog.
+    #[must_use]
+    pub fn last(&self, dialog: DialogId) -> Option<Seq> {
+        self.sequencer().last(dialog)
+    }
+
+    /// Waits until the session has everything up to these.
+    pub async fn caught_up(&self, heads: &[(DialogId, Seq)]) {
+        loop {
+            let level = self.level.notified();
+            tokio::pin!(level);
+            level.as_mut().enable();
+            let reached = {
+                let sequencer = self.sequencer();
+                heads
+                    .iter()
+                    .all(|(dialog, head)| sequencer.last(*dialog).is_some_and(|last| last >= *head))
+            };
+            if reached {
+                return;
+            }
+            level.await;
+        }
+    }
+}

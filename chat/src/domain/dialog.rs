@@ -1,0 +1,407 @@
+//! The words of the domain: who, where, what. Each is parsed once, at the door, and nobody checks again behind it.
+
+use siphasher::sip128::{Hasher128, SipHasher24};
+use std::fmt;
+use std::hash::Hasher;
+use std::str::FromStr;
+
+/// A user: an integer from 1 to 2^53 - 1, so that JavaScript holds it exactly.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct UserId(u64);
+
+/// A user id outside 1 … 2^53-1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a user id is an integer from 1 to {}", chat_wire::MAX_USER_ID)]
+pub struct InvalidUserId;
+
+impl UserId {
+    /// Takes a number for a user id.
+    ///
+    /// # Errors
+    /// [`InvalidUserId`] outside 1 … 2^53-1.
+    pub fn new(id: u64) -> Result<Self, InvalidUserId> {
+        if (1..=chat_wire::MAX_USER_ID).contains(&id) {
+            Ok(Self(id))
+        } else {
+            Err(InvalidUserId)
+        }
+    }
+
+    /// The number.
+    #[must_use]
+    pub fn get(self) -> u64 {
+        self.0
+    }
+}
+
+impl FromStr for UserId {
+    type Err = InvalidUserId;
+
+    /// The canonical decimal form only: no sign, no leading zero.
+    fn from_str(s: &str) -> Result<Self, InvalidUserId> {
+        if s.starts_with('0') || !s.bytes().all(|b| b.is_ascii_digit()) {
+            return Err(InvalidUserId);
+        }
+        s.parse().map_err(|_| InvalidUserId).and_then(Self::new)
+    }
+}
+
+impl fmt::Display for UserId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// A dialog. Its canonical text is what the placement hashes and the shards store: `min_max` between two users.
+///
+/// Rooms and feeds will be further kinds; what depends on the kind (who is in it, how it is written) is asked here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct DialogId {
+    low: UserId,
+    high: UserId,
+}
+
+/// A text that is not the canonical form of a dialog id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a dialog id is written MIN_MAX, as in 7_42")]
+pub struct InvalidDialogId;
+
+impl DialogId {
+    /// The dialog between two users; with oneself, the notes to self.
+    #[must_use]
+    pub fn between(a: UserId, b: UserId) -> Self {
+        Self {
+            low: a.min(b),
+            high: a.max(b),
+        }
+    }
+
+    /// Everyone who reads and writes here, each once.
+    pub fn members(self) -> impl Iterator<Item = UserId> {
+        std::iter::once(self.low).chain((self.high != self.low).then_some(self.high))
+    }
+
+    /// Whom `me` talks to here: the `to` and `with` of the wire.
+    #[must_use]
+    pub fn counterpart(self, me: UserId) -> UserId {
+        if me == self.low { self.high } else { self.low }
+    }
+}
+
+impl fmt::Display for DialogId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}_{}", self.low, self.high)
+    }
+}
+
+impl FromStr for DialogId {
+    type Err = InvalidDialogId;
+
+    fn from_str(s: &str) -> Result<Self, InvalidDialogId> {
+        let (low, high) = s.split_once('_').ok_or(InvalidDialogId)?;
+        let low: UserId = low.parse().map_err(|_| InvalidDialogId)?;
+        let high: UserId = high.parse().map_err(|_| InvalidDialogId)?;
+        if low <= high {
+            Ok(Self { low, high })
+        } else {
+            Err(InvalidDialogId)
+        }
+    }
+}
+
+/// The place of a message in its dialog: `generation << 40 | n`, n dense from 1 within a generation.
+///
+/// In generation 0, which lasts until a shard is declared down, that is plain 1, 2, 3 …
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+pub struct Seq(u64);
+
+/// How many bits of a seq count within a generation.
+const GENERATION_SHIFT: u32 = 40;
+
+impl Seq {
+    /// Below every message.
+    pub const ZERO: Seq = Seq(0);
+
+    /// A seq as it stands on the wire or in a shard.
+    #[must_use]
+    pub fn new(seq: u64) -> Self {
+        Self(seq)
+    }
+
+    /// The number.
+    #[must_use]
+    pub fn get(self) -> u64 {
+        self.0
+    }
+
+    /// Below every message of a generation.
+    #[must_use]
+    pub fn beginning(generation: u32) -> Self {
+        Self(u64::from(generation) << GENERATION_SHIFT)
+    }
+
+    /// The seq of the next message of a slot that is in `generation`.
+    #[must_use]
+    pub fn next(self, generation: u32) -> Self {
+        Self(self.max(Self::beginning(generation)).0 + 1)
+    }
+
+    /// The generation it was given in: 0 until a shard is declared down.
+    #[must_use]
+    pub fn generation(self) -> u32 {
+        u32::try_from(self.0 >> GENERATION_SHIFT).unwrap_or(u32::MAX)
+    }
+
+    /// Whether `self` is what [`Seq::next`] may give after `before`: one more, or the first of a later generation.
+    #[must_use]
+    pub fn follows(self, before: Seq) -> bool {
+        let first_of_a_generation = self.0 & ((1 << GENERATION_SHIFT) - 1) == 1;
+        self.0 == before.0 + 1 || (first_of_a_generation && self.0 > before.0)
+    }
+}
+
+impl fmt::Display for Seq {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// The text of a message: not empty, not over the limit, otherwise exactly what was sent.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Text(Box<str>);
+
+/// Why a text was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidText {
+    /// Not a single character.
+    #[error("the text is empty")]
+    Empty,
+    /// Over the limit.
+    #[error("the text has {chars} characters; at most {limit} are taken")]
+    TooLong {
+        /// How many there were.
+        chars: usize,
+        /// How many are allowed.
+        limit: usize,
+    },
+}
+
+impl Text {
+    /// Takes a text of 1 to `limit` characters (Unicode scalar values).
+    ///
+    /// # Errors
+    /// [`InvalidText`] says which bound it broke.
+    pub fn new(text: String, limit: usize) -> Result<Self, InvalidText> {
+        if text.is_empty() {
+            return Err(InvalidText::Empty);
+        }
+        // Bytes bound characters from above: only a text that may be too long is counted.
+        if text.len() > limit {
+            let chars = text.chars().count();
+            if chars > limit {
+                return Err(InvalidText::TooLong { chars, limit });
+            }
+        }
+        Ok(Self(text.into_boxed_str()))
+    }
+
+    /// The text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// What the retry of a key is compared by: it outlives an edit or a deletion of the text.
+    ///
+    /// SipHash-2-4-128 with the zero key. Collisions matter only to an author who sends two texts under one key.
+    #[must_use]
+    pub fn hash(&self) -> TextHash {
+        let mut hasher = SipHasher24::new();
+        hasher.write(self.0.as_bytes());
+        TextHash(hasher.finish128().as_bytes())
+    }
+}
+
+impl fmt::Debug for Text {
+    /// Never the text itself: it would end up in a log.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Text({} bytes)", self.0.len())
+    }
+}
+
+/// See [`Text::hash`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct TextHash(pub [u8; 16]);
+
+/// The client's name for a send: 1 to 64 bytes, unique per author and dialog.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Key(Box<str>);
+
+/// A key that is empty or longer than 64 bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a key has 1 to {} bytes", Key::MAX_BYTES)]
+pub struct InvalidKey;
+
+impl Key {
+    /// The longest key, in bytes.
+    pub const MAX_BYTES: usize = 64;
+
+    /// Takes a key.
+    ///
+    /// # Errors
+    /// [`InvalidKey`] if it is empty or too long.
+    pub fn new(key: String) -> Result<Self, InvalidKey> {
+        if (1..=Self::MAX_BYTES).contains(&key.len()) {
+            Ok(Self(key.into_boxed_str()))
+        } else {
+            Err(InvalidKey)
+        }
+    }
+
+    /// The key.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// A moment by a shard's clock: microseconds since 1970, UTC.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Timestamp(i64);
+
+impl Timestamp {
+    /// From microseconds since 1970.
+    #[must_use]
+    pub const fn from_micros(micros: i64) -> Self {
+        Self(micros)
+    }
+
+    /// Microseconds since 1970.
+    #[must_use]
+    pub fn micros(self) -> i64 {
+        self.0
+    }
+
+    /// Microseconds of an hour.
+    pub const HOUR: i64 = 3_600_000_000;
+
+    /// Hours since 1970.
+    #[must_use]
+    pub fn hour(self) -> i64 {
+        self.0.max(0) / Self::HOUR
+    }
+}
+
+/// Not a time in the notation of the wire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a time is written like 2026-11-21T05:00:00.123456Z")]
+pub struct InvalidTimestamp;
+
+impl FromStr for Timestamp {
+    type Err = InvalidTimestamp;
+
+    /// RFC 3339.
+    fn from_str(s: &str) -> Result<Self, InvalidTimestamp> {
+        let form = &time::format_description::well_known::Rfc3339;
+        let at = time::OffsetDateTime::parse(s, form).map_err(|_| InvalidTimestamp)?;
+        let micros =
+            i64::try_from(at.unix_timestamp_nanos() / 1_000).map_err(|_| InvalidTimestamp)?;
+        Ok(Self(micros))
+    }
+}
+
+impl fmt::Display for Timestamp {
+    /// RFC 3339 with microseconds, as on the wire: `2026-11-21T05:00:00.123456Z`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const FORM: &[time::format_description::FormatItem<'_>] = time::macros::format_description!(
+            "[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:6]Z"
+        );
+        let at = time::OffsetDateTime::from_unix_timestamp_nanos(i128::from(self.0) * 1_000)
+            .unwrap_or(time::OffsetDateTime::UNIX_EPOCH);
+        f.write_str(&at.format(FORM).map_err(|_| fmt::Error)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn user(id: u64) -> UserId {
+        UserId::new(id).unwrap()
+    }
+
+    #[test]
+    fn a_user_id_is_an_integer_that_javascript_holds_exactly() {
+        assert!(UserId::new(0).is_err());
+        assert!(UserId::new(1 << 53).is_err());
+        assert_eq!(user((1 << 53) - 1).get(), 9_007_199_254_740_991);
+        for bad in [
+            "",
+            "0",
+            "007",
+            "+7",
+            "-7",
+            "7 ",
+            "7.0",
+            "9007199254740992",
+            "99999999999999999999999",
+            "٧",
+        ] {
+            assert_eq!(bad.parse::<UserId>(), Err(InvalidUserId), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_dialog_has_one_canonical_text_whoever_writes_first() {
+        assert_eq!(DialogId::between(user(42), user(7)).to_string(), "7_42");
+        assert_eq!(
+            DialogId::between(user(7), user(42)),
+            "7_42".parse().unwrap()
+        );
+        for bad in ["", "7", "42_7", "7_", "_7", "7_42_1", "07_42", "7-42", "r7"] {
+            assert_eq!(bad.parse::<DialogId>(), Err(InvalidDialogId), "{bad}");
+        }
+    }
+
+    #[test]
+    fn notes_to_self_have_one_member() {
+        let notes = DialogId::between(user(7), user(7));
+        assert_eq!(notes.to_string(), "7_7");
+        assert_eq!(notes.members().count(), 1);
+        assert_eq!(notes.counterpart(user(7)), user(7));
+    }
+
+    #[test]
+    fn a_seq_counts_on_and_jumps_with_the_generation() {
+        let first = Seq::ZERO.next(0);
+        assert_eq!(first, Seq::new(1));
+        assert_eq!(first.next(0), Seq::new(2));
+        let jumped = Seq::new(2).next(1);
+        assert_eq!(jumped.get(), (1 << 40) + 1);
+        assert!(jumped.follows(Seq::new(2)));
+        assert!(!Seq::new(4).follows(Seq::new(2)));
+        assert!(!Seq::new(2).follows(Seq::new(2)));
+    }
+
+    #[test]
+    fn a_text_is_counted_in_characters_and_kept_as_it_is() {
+        assert_eq!(Text::new(String::new(), 3), Err(InvalidText::Empty));
+        assert_eq!(Text::new("👩🏽‍🚀".into(), 4).unwrap().as_str(), "👩🏽‍🚀");
+        assert_eq!(
+            Text::new("abcd".into(), 3),
+            Err(InvalidText::TooLong { chars: 4, limit: 3 })
+        );
+        assert_eq!(Text::new(" \u{0} ".into(), 3).unwrap().as_str(), " \u{0} ");
+    }
+
+    #[test]
+    fn a_timestamp_is_written_as_rfc_3339() {
+        assert_eq!(
+            Timestamp::from_micros(1_795_237_200_123_456).to_string(),
+            "2026-11-21T05:00:00.123456Z"
+        );
+        let back = "2026-11-21T05:00:00.123456Z".parse();
+        assert_eq!(back, Ok(Timestamp::from_micros(1_795_237_200_123_456)));
+        assert_eq!("yesterday".parse::<Timestamp>(), Err(InvalidTimestamp));
+    }
+}

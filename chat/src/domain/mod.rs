@@ -1,0 +1,12 @@
+//! The rules: dialogs, slots, placement, topology, ownership. Pure: no async, no clock, no randomness, no file. The store, the
+//! coordinator, the model and the simulation use the same functions.
+
+pub mod dialog;
+pub mod slot;
+
+pub mod ring;
+pub mod shards_file;
+pub mod topology;
+
+pub mod ownership;
+pub mod failover;

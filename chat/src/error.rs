@@ -1,0 +1,89 @@
+//! One place that turns reasons into answers: every error that a client may meet, with its code, for WebSocket and REST.
+
+use crate::messages::RequestError;
+use chat_wire::{ErrorBody, ErrorCode};
+use std::time::Duration;
+
+/// A request that was refused, as the client is told.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{code}: {message}")]
+pub struct ApiError {
+    /// What a program acts on.
+    pub code: ErrorCode,
+    /// What a person reads.
+    pub message: String,
+    /// When to try again, where it is known.
+    pub retry_after: Option<Duration>,
+}
+
+/// While a shard is down a probe asks every half second.
+const SHARD_DOWN_RETRY: Duration = Duration::from_millis(500);
+
+/// A queue that is full now has moved on by then.
+const OVERLOADED_RETRY: Duration = Duration::from_millis(250);
+
+/// The same key may be sent again at once.
+const UNAVAILABLE_RETRY: Duration = Duration::from_millis(100);
+
+impl ApiError {
+    /// A refusal that does not say when to try again.
+    pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
+        Self {
+            code,
+            message: message.into(),
+            retry_after: None,
+        }
+    }
+
+    /// Says when to try again.
+    #[must_use]
+    pub fn retry_after(mut self, after: Duration) -> Self {
+        self.retry_after = Some(after);
+        self
+    }
+
+    /// The body of an answer.
+    #[must_use]
+    pub fn body(self, key: Option<String>, id: Option<String>) -> ErrorBody {
+        ErrorBody {
+            code: self.code,
+            retryable: self.code.retryable(),
+            retry_after_ms: self
+                .retry_after
+                .map(|after| u64::try_from(after.as_millis()).unwrap_or(u64::MAX).max(1)),
+            message: self.message,
+            key,
+            id,
+        }
+    }
+}
+
+impl From<RequestError> for ApiError {
+    fn from(reason: RequestError) -> Self {
+        use crate::domain::dialog::InvalidText;
+        let (code, retry_after) = match &reason {
+            RequestError::InvalidUserId(_) => (ErrorCode::BadUser, None),
+            RequestError::InvalidText(InvalidText::Empty) => (ErrorCode::TextEmpty, None),
+            RequestError::InvalidText(InvalidText::TooLong { .. }) => {
+                (ErrorCode::TextTooLong, None)
+            }
+            RequestError::InvalidKey(_) | RequestError::BadRequest(_) => {
+                (ErrorCode::BadRequest, None)
+            }
+            RequestError::KeyReused => (ErrorCode::KeyReused, None),
+            RequestError::RateLimited { retry_after, .. }
+            | RequestError::TooMuchWork { retry_after } => {
+                (ErrorCode::RateLimited, Some(*retry_after))
+            }
+            RequestError::Overloaded => (ErrorCode::Overloaded, Some(OVERLOADED_RETRY)),
+            RequestError::ShardDown => (ErrorCode::ShardDown, Some(SHARD_DOWN_RETRY)),
+            RequestError::Unavailable => (ErrorCode::Unavailable, Some(UNAVAILABLE_RETRY)),
+            RequestError::NoDialog => (ErrorCode::NotFound, None),
+        };
+        Self {
+            code,
+            message: reason.to_string(),
+            retry_after,
+        }
+    }
+}

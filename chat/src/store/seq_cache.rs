@@ -1,0 +1,277 @@
+//! What is remembered of a shard, so that the seqs of a batch can be given before the shard is asked.
+//!
+//! Nothing rests on it: the transaction that stores a [`Draft`] compares everything the draft was worked out from. What is
+//! remembered wrongly costs a round trip.
+
+use super::batch_plan::Draft;
+use super::{BatchResult, NewMark, NewMessage, WriteOutcome};
+use crate::clock::now;
+use crate::domain::dialog::{DialogId, Seq, Timestamp};
+use crate::domain::ownership::Term;
+use crate::domain::slot::Slot;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// The terms and last seqs that are remembered of one shard.
+pub struct SeqCache {
+    /// Cut by slot, so that no single lock sees every message.
+    stripes: Vec<Mutex<Stripe>>,
+    /// By how many microseconds the shard's clock is ahead of ours.
+    ahead: AtomicI64,
+}
+
+#[derive(Default)]
+struct Stripe {
+    terms: HashMap<Slot, Term>,
+    /// Two generations of heads: when the young are many, the old are forgotten, and the young are the old.
+    young: HashMap<DialogId, Remembered>,
+    old: HashMap<DialogId, Remembered>,
+}
+
+#[derive(Clone, Copy)]
+struct Remembered {
+    last_seq: Seq,
+    /// The hour of the last message: the first of a later one has more to write.
+    hour: i64,
+}
+
+const STRIPES: usize = 16;
+
+/// LastSeqs of a stripe that are young. All in all a shard has at most two times sixteen times as many, of 48 bytes each.
+const YOUNG: usize = 4096;
+
+impl Default for SeqCache {
+    fn default() -> Self {
+        Self {
+            stripes: (0..STRIPES).map(|_| Mutex::default()).collect(),
+            ahead: AtomicI64::new(0),
+        }
+    }
+}
+
+impl SeqCache {
+    fn stripe(&self, slot: Slot) -> MutexGuard<'_, Stripe> {
+        let stripe = &self.stripes[slot.index() % STRIPES];
+        stripe.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Works out a batch by what is remembered; `None` if the term of a slot is not. Of the read marks, those go with it whose
+    /// slot's term is remembered.
+    #[must_use]
+    pub fn draft(&self, batch: &[NewMessage], marks: &[NewMark]) -> Option<Draft> {
+        let shard_now = now().micros() + self.ahead.load(Ordering::Relaxed);
+        let hour = Timestamp::from_micros(shard_now).hour();
+        let mut terms = BTreeMap::new();
+        let mut expected = HashMap::with_capacity(batch.len());
+        for message in batch {
+            let stripe = self.stripe(message.slot);
+            terms.insert(message.slot, *stripe.terms.get(&message.slot)?);
+            let head = stripe.head(message.dialog).filter(|head| head.hour == hour);
+            if let Some(head) = head {
+                expected.insert(message.dialog, head.last_seq);
+            }
+        }
+        let mut with_them = Vec::new();
+        for mark in marks {
+            if let Some(term) = self.stripe(mark.slot).terms.get(&mark.slot) {
+                terms.insert(mark.slot, *term);
+                with_them.push(*mark);
+            }
+        }
+        Some(Draft {
+            marks: with_them,
+            ..Draft::new(batch, terms, expected)
+        })
+    }
+
+    /// Remembers the terms that a write has shown, and where it stored its messages.
+    pub fn learn(&self, batch: &[NewMessage], receipt: &BatchResult) {
+        for (slot, term) in &receipt.terms {
+            self.stripe(*slot).terms.insert(*slot, *term);
+        }
+        self.stored(batch, &receipt.written, receipt.now);
+    }
+
+    /// Remembers where messages were stored.
+    pub fn stored(&self, batch: &[NewMessage], written: &[WriteOutcome], shard_now: Timestamp) {
+        let ahead = shard_now.micros() - now().micros();
+        self.ahead.store(ahead, Ordering::Relaxed);
+        for (message, written) in batch.iter().zip(written) {
+            if let WriteOutcome::Stored(place) = written {
+                let head = Remembered {
+                    last_seq: place.seq,
+                    hour: place.at.hour(),
+                };
+                self.stripe(message.slot).keep(message.dialog, head);
+            }
+        }
+    }
+
+    /// Another instance has stored a message of a dialog that is remembered here.
+    pub fn remote_message(&self, dialog: DialogId, seq: Seq) {
+        let mut stripe = self.stripe(Slot::of(dialog));
+        if let Some(head) = stripe.head(dialog).filter(|head| head.last_seq < seq) {
+            // It is known to be young: messages are told as soon as they are stored.
+            let shard_now = now().micros() + self.ahead.load(Ordering::Relaxed);
+            let hour = Timestamp::from_micros(shard_now).hour();
+            let last_seq = seq;
+            stripe.keep(
+                dialog,
+                Remembered {
+                    last_seq,
+                    hour: hour.max(head.hour),
+                },
+            );
+        }
+    }
+
+    /// Forgets the last seqs of these dialogs.
+    pub fn forget_heads(&self, batch: &[NewMessage]) {
+        for message in batch {
+            let mut stripe = self.stripe(message.slot);
+            stripe.young.remove(&message.dialog);
+            stripe.old.remove(&message.dialog);
+        }
+    }
+
+    /// Forgets the terms of these slots.
+    pub fn forget_terms(&self, slots: impl IntoIterator<Item = Slot>) {
+        for slot in slots {
+            self.stripe(slot).terms.remove(&slot);
+        }
+    }
+
+    /// Forgets everything: the connection was lost, and with it the certainty that the shard is as it was.
+    pub fn clear(&self) {
+        for stripe in &self.stripes {
+            *stripe.lock().unwrap_or_else(PoisonError::into_inner) = Stripe::default();
+        }
+    }
+}
+
+impl Stripe {
+    fn head(&self, dialog: DialogId) -> Option<Remembered> {
+        let head = self.young.get(&dialog).or_else(|| self.old.get(&dialog));
+        head.copied()
+    }
+
+    fn keep(&mut self, dialog: DialogId, head: Remembered) {
+        if self.young.len() >= YOUNG && !self.young.contains_key(&dialog) {
+            self.old = std::mem::take(&mut self.young);
+        }
+        self.young.insert(dialog, head);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::dialog::{Key, Text, UserId};
+    use crate::store::Receipt;
+
+    const TERM: Term = Term {
+        number: 3,
+        generation: 0,
+    };
+
+    fn message(dialog: &str, key: &str) -> NewMessage {
+        let dialog: DialogId = dialog.parse().unwrap();
+        let author = dialog.members().next().unwrap();
+        let (key, text) = (
+            Key::new(key.into()).unwrap(),
+            Text::new("x".into(), 1).unwrap(),
+        );
+        NewMessage::new(dialog, author, key, text)
+    }
+
+    fn stored(seq: u64) -> WriteOutcome {
+        WriteOutcome::Stored(Receipt {
+            seq: Seq::new(seq),
+            at: now(),
+        })
+    }
+
+    fn receipt(batch: &[NewMessage], written: Vec<WriteOutcome>) -> BatchResult {
+        BatchResult {
+            written,
+            terms: batch.iter().map(|message| (message.slot, TERM)).collect(),
+            now: now(),
+        }
+    }
+
+    #[test]
+    fn what_was_stored_is_gone_on_from_and_what_another_instance_stored_too() {
+        let (seq_cache, batch) = (SeqCache::default(), [message("7_42", "a")]);
+        assert!(seq_cache.draft(&batch, &[]).is_none(), "no term is known");
+        seq_cache.learn(&batch, &receipt(&batch, vec![stored(5)]));
+        let draft = seq_cache.draft(&batch, &[]).unwrap();
+        assert_eq!(draft.terms[&batch[0].slot], TERM);
+        assert_eq!(draft.plan.rows[0].seq, Seq::new(6));
+        seq_cache.remote_message(batch[0].dialog, Seq::new(8));
+        seq_cache.remote_message(batch[0].dialog, Seq::new(7));
+        let draft = seq_cache.draft(&batch, &[]).unwrap();
+        assert_eq!(draft.expected[&batch[0].dialog], Seq::new(8));
+        seq_cache.forget_heads(&batch);
+        seq_cache.remote_message(batch[0].dialog, Seq::new(9));
+        assert!(seq_cache.draft(&batch, &[]).unwrap().expected.is_empty());
+        seq_cache.forget_terms([batch[0].slot]);
+        assert!(seq_cache.draft(&batch, &[]).is_none());
+    }
+
+    #[test]
+    fn the_first_message_of_an_hour_expects_nothing() {
+        let (seq_cache, batch) = (SeqCache::default(), [message("7_42", "a")]);
+        let before = Timestamp::from_micros(now().micros() - Timestamp::HOUR);
+        let place = Receipt {
+            seq: Seq::new(5),
+            at: before,
+        };
+        seq_cache.learn(&batch, &receipt(&batch, vec![WriteOutcome::Stored(place)]));
+        assert!(seq_cache.draft(&batch, &[]).unwrap().expected.is_empty());
+    }
+
+    #[test]
+    fn seqs_that_the_shard_gives_are_counted_from_the_beginning_and_shifted() {
+        let batch = [
+            message("7_42", "a"),
+            message("7_9", "b"),
+            message("7_42", "c"),
+        ];
+        let terms = batch.iter().map(|message| (message.slot, TERM)).collect();
+        let expected = HashMap::from([(batch[1].dialog, Seq::new(4))]);
+        let draft = Draft::new(&batch, terms, expected);
+        assert_eq!(draft.count(batch[0].slot, Seq::new(2)), 2);
+        let at = Timestamp::from_micros(9);
+        let last = HashMap::from([(batch[0].dialog, Seq::new(12))]);
+        let seqs: Vec<u64> = draft
+            .settle(&batch, at, &last)
+            .into_iter()
+            .filter_map(|written| match written {
+                WriteOutcome::Stored(place) if place.at == at => Some(place.seq.get()),
+                WriteOutcome::Stored(_)
+                | WriteOutcome::Repeat(_)
+                | WriteOutcome::KeyReused
+                | WriteOutcome::NotOwner(_) => None,
+            })
+            .collect();
+        assert_eq!(seqs, [11, 5, 12]);
+    }
+
+    #[test]
+    fn it_is_bounded() {
+        let seq_cache = SeqCache::default();
+        for n in 1..3 * YOUNG * STRIPES {
+            let dialog = DialogId::between(UserId::new(1).unwrap(), UserId::new(n as u64).unwrap());
+            let head = Remembered {
+                last_seq: Seq::new(1),
+                hour: 0,
+            };
+            seq_cache.stripe(Slot::of(dialog)).keep(dialog, head);
+        }
+        for stripe in &seq_cache.stripes {
+            let stripe = stripe.lock().unwrap();
+            assert!(stripe.young.len() <= YOUNG && stripe.old.len() <= YOUNG);
+        }
+    }
+}
