@@ -731,7 +731,10 @@ async fn a_bad_edit_is_answered_in_one_line_and_changes_nothing() {
             "of service",
         ),
         (all_draining, "no active shard"),
-        (without("shard3"), "shard3 is missing in the file but active"),
+        (
+            without("shard3"),
+            "shard3 is missing in the file but active",
+        ),
         (
             whole.clone() + &shard("shard4", "mysql://root@127.0.0.1:1/chat", ""),
             "waiting shard4 does not answer",

@@ -1,7 +1,7 @@
-//! The shards as one: founding them, knowing them again, and which of them owns a slot.
+//! All shards together, and which of them owns a slot.
 //!
-//! What is known here of ownership is a hint: the slot's row in the shard decides (see [`crate::domain::ownership`]). A wrong hint
-//! costs a refused write and a look at the shards, nothing else.
+//! The owners that are known here are hints: the slot's row in the shard decides (see [`crate::domain::ownership`]). A wrong hint
+//! costs a rejected write and a query of the shards, nothing else.
 
 use super::bootstrap::{self, IfEmpty, Opened, StartError, StoreFactory};
 use crate::config;
@@ -30,7 +30,7 @@ struct Inner {
     settings: config::Store,
     open: StoreFactory,
     runtime: Handle,
-    /// The topology that this instance goes by, and the shards it names. Read by every message, hence without a lock.
+    /// The topology that this instance has adopted, and its shards. Every message reads it, hence without a lock.
     view: ArcSwap<TopologyView>,
     /// Every shard that this process has opened, by number: owners are named by it.
     shards_by_number: ArcSwap<Vec<Shard>>,
@@ -47,11 +47,11 @@ struct Inner {
     metrics: Arc<Metrics>,
 }
 
-/// A topology, as this instance can carry it out.
+/// The topology that this instance has adopted, with the shards that its file has URLs for.
 pub struct TopologyView {
-    /// Which.
+    /// Identifies the topology.
     pub topology_ref: TopologyRef,
-    /// What it says.
+    /// The topology.
     pub topology: Topology,
     /// Those of its shards that are not declared down and that our file has a URL for, by name.
     pub shards: Vec<Shard>,
@@ -59,7 +59,7 @@ pub struct TopologyView {
 }
 
 impl TopologyView {
-    /// The shard that the ring wants for a slot.
+    /// The target shard of a slot.
     #[must_use]
     pub fn target(&self, slot: Slot) -> &str {
         self.placement.target(slot)
@@ -71,7 +71,7 @@ impl TopologyView {
         self.shards.iter().find(|shard| shard.name() == name)
     }
 
-    /// Names of shards that are not declared down, and that our file has not.
+    /// Names of shards that are not declared down, and that the file of this instance lacks.
     pub fn unconfigured(&self) -> impl Iterator<Item = &str> {
         self.topology
             .live()

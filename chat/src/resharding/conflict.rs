@@ -1,11 +1,11 @@
-//! Two topologies that are proposed at once can each be accepted by some of the shards. Which of them is put above both is
-//! decided by what the shards have, never by who looks: one that may be in force already must not be lost, because slots may
-//! have been claimed by it.
+//! Two topologies that are proposed at the same time can each be accepted by some shards. The winner is decided by the topologies
+//! stored in the shards, never by the instance that checks: one that may have taken effect must not be lost, because slots may
+//! have been claimed under it.
 //!
-//! A topology is in force when every shard that it does not declare down has accepted it, and a shard accepts only what stands
-//! above the topology it has. So one that a rival keeps from a single one of its shards is not in force and never will be. Two
-//! that both may be must share a shard that has neither yet, because each keeps more than half of the active shards
-//! (`Topology::next`); that one is asked.
+//! A topology is in effect when every shard that it does not declare down has accepted it, and a shard accepts only descendants of
+//! its own. So a topology that a rival has blocked on one of its shards can never take effect. If both may have taken effect,
+//! they have a shard in common that has accepted neither, because each keeps more than half of the active shards
+//! (`Topology::next`); that shard decides.
 
 use crate::domain::topology::Phase;
 use crate::domain::topology::Topology;
@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn the_document_that_may_be_in_force_is_kept() {
+    fn the_topology_that_may_be_in_effect_is_kept() {
         let first = meta(1, Phase::Normal, &topology(&[]));
         let lost = child(&first, topology(&["a"]), Phase::Failover);
         let mut weighed = topology(&[]);
@@ -191,11 +191,13 @@ mod tests {
         // It may be, as far as can be seen.
         kept(&[("a", &weighed), ("b", &lost), ("c", &first)], &lost.1);
         kept(&[("a", &weighed), ("b", &lost)], &lost.1);
-        // And here the other may be.
-        kept(
-            &[("a", &weighed), ("b", &weighed), ("c", &lost)],
-            &weighed.1,
-        );
+        // Here neither can have taken effect: either may be kept.
+        let neither = found(&[("a", &weighed), ("b", &weighed), ("c", &lost)]);
+        let Some(Resolution::Settle(_, either)) = decide(&neither) else {
+            panic!("{:?}", decide(&neither));
+        };
+        let candidates = [&lost.1.shards, &weighed.1.shards];
+        assert!(candidates.contains(&&either.shards));
 
         // Two that lost different shards: whom they share decides.
         let other = child(&first, topology(&["b"]), Phase::Failover);
