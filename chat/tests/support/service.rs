@@ -298,6 +298,12 @@ pub async fn check(
             .push(one);
     }
     for ((low, high), expected) in &dialogs {
+        let mut owner = None;
+        for instance in instances {
+            let url = format!("{}/admin/where/{low}/{high}", instance.admin);
+            let found = instance.get(&url).await.1["owner"].clone();
+            assert_eq!(*owner.get_or_insert(found.clone()), found, "{low}_{high}");
+        }
         let mut first = None;
         for instance in instances {
             for (user, with) in [(*low, *high), (*high, *low)] {
