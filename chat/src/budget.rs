@@ -23,7 +23,7 @@ pub mod cost {
     /// Dialogs of an inbox that a unit pays for: what is unread is counted for each.
     const DIALOGS: usize = 4;
 
-    /// An inbox's stripe of so many dialogs, or a look at how far so many have come.
+    /// One shard's dialogs of an inbox, or the last seqs of so many dialogs.
     #[must_use]
     pub fn inbox(dialogs: usize) -> u32 {
         u32::try_from(dialogs / DIALOGS).unwrap_or(u32::MAX)
@@ -56,7 +56,7 @@ struct Balance {
 
 const STRIPES: u64 = 16;
 
-/// Users of a stripe of whom those with a full budget are forgotten.
+/// Users of a stripe; beyond it, users with a full budget are removed.
 const CROWD: usize = 4096;
 
 impl Budgets {

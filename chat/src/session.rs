@@ -76,7 +76,7 @@ pub struct Session {
     watch: Watch,
     /// Sends that are not settled.
     unsettled: Arc<Unsettled>,
-    /// Other requests whose answers are not in the outbound yet.
+    /// Other requests whose answers are not in the outbound queue yet.
     pending: FuturesUnordered<BoxFuture<'static, ()>>,
     /// Dialogs that are being read because something of them was missed; each at most once.
     catching_up: FuturesUnordered<BoxFuture<'static, ()>>,
@@ -172,7 +172,7 @@ impl Session {
         })
     }
 
-    /// Takes a text frame. Whatever it says, the answer goes to the outbound, now or when it is known.
+    /// Handles a text frame. The answer enters the outbound queue, now or later.
     pub fn receive(&mut self, text: &str) {
         if !self.count_frame() {
             return;

@@ -34,7 +34,7 @@ struct Inner {
     view: ArcSwap<TopologyView>,
     /// Every shard that this process has opened, by number: owners are named by it.
     shards_by_number: ArcSwap<Vec<Shard>>,
-    /// By name, what the file says, and the shard that was opened for it; held while view or shards_by_number change.
+    /// By name, the URL in the file and the shard that was opened for it. Locked while the view or the shards by number change.
     opened: Mutex<BTreeMap<String, (StoreUrl, Shard)>>,
     /// For each slot the number of its owner, as far as known; with [`SEALED`] where it was last seen handing over.
     owners: Vec<AtomicU16>,

@@ -33,7 +33,7 @@ const TURN: usize = 1024;
 
 const STRIPES: usize = 64;
 
-/// Dialogs of a stripe. What is beyond, after a long time without a bus, is found when its return is told.
+/// Dialogs of a stripe. Those beyond it, after a long time without a bus, are compared when the bus is back.
 const DIALOGS: usize = 4096;
 
 /// A handle; a clone is a few references.

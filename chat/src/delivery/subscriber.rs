@@ -1,4 +1,4 @@
-//! Everything on its way to one session: what it has in sequencer, and the queue of what is to be sent.
+//! Everything on its way to one session: the order of its dialogs (the sequencer), and the queue of outgoing frames.
 
 use crate::bus::event::BusEvent;
 use crate::clock::now;
@@ -50,7 +50,7 @@ impl Subscriber {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Does something with the sequencer; what it sends goes to the outbound while nobody else may send.
+    /// Works with the sequencer. Frames that it sends enter the queue while no other thread may send.
     fn with<T>(&self, work: impl FnOnce(&mut Sequencer, &mut dyn FnMut(ByteString)) -> T) -> T {
         let mut sequencer = self.sequencer();
         let done = work(&mut sequencer, &mut |frame| self.outbound.push(frame));
@@ -61,7 +61,7 @@ impl Subscriber {
         done
     }
 
-    /// Takes event.
+    /// Takes an event.
     pub fn take(&self, event: &BusEvent) {
         let due = match event {
             BusEvent::Message { dialog, seq, frame } => self.with(|sequencer, send| {

@@ -183,7 +183,7 @@ async fn run(
     context.metrics.sessions.dec();
 }
 
-/// Sends what is in the outbound, and pings; ends with the reason to close, or with `None` if the client has gone.
+/// Sends the frames of the outbound queue, and pings. Returns the reason to close, or `None` if the client is gone.
 async fn write(
     app: &App,
     outbound: &OutboundQueue,
@@ -213,7 +213,7 @@ async fn write(
     }
 }
 
-/// Takes what comes; ends when the client has gone. Reasons to close go through the outbound, behind what waits there.
+/// Reads frames until the client is gone. Reasons to close go through the outbound queue, behind the frames that wait there.
 async fn read(
     app: &App,
     session: &mut Session,

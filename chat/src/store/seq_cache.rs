@@ -38,7 +38,7 @@ struct Remembered {
 
 const STRIPES: usize = 16;
 
-/// LastSeqs of a stripe that are young. All in all a shard has at most two times sixteen times as many, of 48 bytes each.
+/// Young last seqs of a stripe. All in all a shard has at most two times sixteen times as many, of 48 bytes each.
 const YOUNG: usize = 4096;
 
 impl Default for SeqCache {
