@@ -592,3 +592,35 @@ async fn a_client_goes_on_through_a_restart_of_its_instance_and_loses_nothing() 
         (0..60).map(|n| n.to_string()).collect::<Vec<_>>()
     );
 }
+
+/// An instance that shuts down says so, and one that is killed is missed: both are reasons to compare sessions with the shards. An
+/// instance that is alive is never taken for gone.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_instance_that_leaves_or_is_killed_is_noticed_by_the_others() {
+    let databases = Databases::new(Kind::Sqlite, 1).await;
+    let (one, mut two) = two(&databases).await;
+    let others = async || {
+        let url = format!("{}/admin/resharding", one.admin);
+        one.get(&url).await.1["others"].as_object().unwrap().len()
+    };
+    until("both know each other", async || {
+        (others().await == 1).then_some(())
+    })
+    .await;
+    assert!(!one.log().contains("another instance"), "{}", one.log());
+    two.terminate();
+    until("it has said that it leaves", async || {
+        (one.log().contains("another instance shut down") && others().await == 0).then_some(())
+    })
+    .await;
+    let nats = nats_url();
+    let settings = [("NATS_URL", nats.as_str())];
+    two = Instance::start(&databases.shards_file(), &settings).await;
+    until("it is back", async || (others().await == 1).then_some(())).await;
+    assert!(!one.log().contains("another instance timed out"));
+    two.kill();
+    until("it is missed", async || {
+        (one.log().contains("another instance timed out") && others().await == 0).then_some(())
+    })
+    .await;
+}

@@ -474,7 +474,11 @@ impl Coordinator {
                 if begun.elapsed() > PURGE_BUDGET {
                     // It does not hurry: to look at all rows again and again is felt.
                     if self.pace().strain(&[shard]) > 0.0 {
-                        tokio::time::sleep(ROUND_EVERY).await;
+                        tokio::select! {
+                            biased;
+                            () = tokio::time::sleep(ROUND_EVERY) => {}
+                            () = self.wake.notified() => {}
+                        }
                     }
                     return true;
                 }
