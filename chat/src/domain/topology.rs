@@ -279,7 +279,7 @@ impl Topology {
         ))
     }
 
-    /// Whether it was derived from that topology, directly or not. One that is older than all reentryed ancestors is taken
+    /// Whether it was derived from that topology, directly or not. One that is older than all remembered ancestors is taken
     /// for an ancestor.
     #[must_use]
     pub fn descends_from(&self, version: u64, hash: &str) -> bool {
