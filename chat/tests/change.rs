@@ -558,6 +558,29 @@ async fn a_shard_that_is_slow_and_stalls_holds_nobody_else_up() {
     check(&service, &[&one, &two], &acknowledged, &[0, 1, 2]).await;
 }
 
+/// Where the slots of a dead shard stand is not known: the coordinator must not call its work done.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_shard_is_waited_for_by_name() {
+    let _room = ROOM.acquire().await.unwrap();
+    let (service, proxy) = behind_a_proxy().await;
+    let one = service.start(&[]).await;
+    service.settled(&one, 1).await;
+    let work = async || {
+        let url = format!("{}/admin/resharding", one.admin);
+        one.get(&url).await.1["work"].clone()
+    };
+    proxy.set(Mode::Cut);
+    until("it is waited for", async || {
+        let work = work().await;
+        let waits = work["stage"] == "waiting" && work["blocked_by"] == "shard2 does not answer";
+        assert!(waits || work["stage"] == "idle", "{work}");
+        waits.then_some(())
+    })
+    .await;
+    proxy.set(Mode::Pass);
+    service.settled(&one, 1).await;
+}
+
 /// What only a lost shard had is given up: that stays known, wherever its slots go, and nobody waits for it any more.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_given_up_is_told_wherever_its_slot_moves() {

@@ -203,15 +203,14 @@ impl Coordinator {
         busy |= self.move_slots(&view, &rows).await;
         busy |= self.purge(&view, &rows).await;
         if !busy {
-            let waiting = silent.first().map(|name| format!("{name} does not answer"));
             let report = self.progress.report();
-            let to_do = report.slots_left > 0;
-            let done = !to_do && report.slots_to_merge == 0 && silent.is_empty();
+            // The slots of a shard that does not answer are not known, so they are not counted as left.
+            let done = report.slots_left == 0 && report.slots_to_merge == 0 && silent.is_empty();
             *quiet = done.then(Instant::now);
             self.progress.stage(
                 view.topology_ref.version,
-                if to_do { "waiting" } else { "idle" },
-                waiting.filter(|_| to_do),
+                if done { "idle" } else { "waiting" },
+                silent.first().map(|name| format!("{name} does not answer")),
             );
         }
         Ok(busy)

@@ -384,13 +384,20 @@ pub async fn check(
         );
         for table in ["messages", "dialogs", "members"] {
             let orphans = format!(
-                "SELECT COUNT(*) FROM {table} JOIN slots ON slots.slot = {table}.slot WHERE state <> 'owner'"
+                "FROM {table} JOIN slots ON slots.slot = {table}.slot WHERE state <> 'owner'"
             );
-            assert_eq!(
-                service.databases.number(*i, &orphans).await,
-                0,
-                "{table} where they do not belong"
-            );
+            let number = service
+                .databases
+                .number(*i, &format!("SELECT COUNT(*) {orphans}"))
+                .await;
+            if number > 0 {
+                let slot =
+                    format!("SELECT CAST(COALESCE(MIN(slots.slot), -1) AS SIGNED) {orphans}");
+                let slot = service.databases.number(*i, &slot).await;
+                panic!(
+                    "{number} {table} where they do not belong, at database {i}, some of slot {slot} (-1: not any more)"
+                );
+            }
         }
     }
     assert_eq!(owned, 4096, "every slot is owned once");
