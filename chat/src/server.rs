@@ -8,7 +8,7 @@ use crate::delivery::Reconcile;
 use crate::delivery::presence::Presence;
 use crate::delivery::registry::Registry;
 use crate::domain::shards_file::ShardsFile;
-use crate::http::{self, App, ConnectionLimiter, TcpHandle, Tokens};
+use crate::http::{self, App, ConnectionLimiter, Tokens};
 use crate::messages::Messages;
 use crate::messages::last_seqs::LastSeqReader;
 use crate::messages::writer::{Committed, OnCommit};
@@ -215,21 +215,7 @@ impl Server {
             ..
         } = self;
         let limits = &settings.limits;
-        let user_timeout = Duration::from_millis(limits.tcp_user_timeout_ms);
-        let public = {
-            let app = app.clone();
-            HttpServer::new(move || WebApp::new().app_data(app.clone()).configure(http::routes))
-                .on_connect(move |connection, extensions| {
-                    TcpHandle::keep(connection, extensions, user_timeout)
-                })
-                .client_request_timeout(Duration::from_millis(limits.handshake_ms))
-                .backlog(4096)
-                .max_connections(limits.connections)
-                .shutdown_timeout(2)
-                .disable_signals()
-                .listen(listener)?
-                .run()
-        };
+        let public = http::serve(listener, app.clone(), limits)?;
         let admin = {
             let app = app.clone();
             HttpServer::new(move || {

@@ -3,6 +3,7 @@
 mod admin;
 mod asyncapi;
 mod auth;
+mod connection_limiter;
 mod errors;
 mod frame_reader;
 mod health;
@@ -10,11 +11,13 @@ mod page;
 mod rest;
 mod tcp;
 mod ws;
+mod listener;
 
 pub use asyncapi::document as asyncapi_document;
 pub use auth::{SAMPLE_SECRET, Tokens};
+pub use connection_limiter::ConnectionLimiter;
 pub use errors::HttpError;
-pub use tcp::{ConnectionLimiter, TcpHandle};
+pub use listener::serve;
 
 use crate::cluster::Peers;
 use crate::config::Secret;

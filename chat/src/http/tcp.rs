@@ -1,39 +1,81 @@
-//! The TCP connection under a request: its options, a way to cut it, and how many there are.
+//! The TCP connection of a client: its options, and a way to cut it.
 
 use actix_web::HttpRequest;
-use actix_web::dev::Extensions;
 use actix_web::rt::net::TcpStream;
-use socket2::{SockRef, Socket};
-use std::any::Any;
-use std::collections::HashMap;
-use std::net::{IpAddr, Shutdown};
-use std::sync::{Arc, Mutex, PoisonError};
+use socket2::SockRef;
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
-
-/// A second handle to a connection. Closing a WebSocket waits until the client has read what was sent before; cutting the
-/// line does not.
-#[derive(Clone, Default)]
-pub struct TcpHandle(Option<Arc<Socket>>);
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// Enough for a page on a slow line.
 const SEND_BUFFER_BYTES: usize = 128 * 1024;
 
-impl TcpHandle {
-    /// Sets the options of a new connection and keeps a handle to it; for `HttpServer::on_connect`.
-    pub fn keep(connection: &dyn Any, extensions: &mut Extensions, user_timeout: Duration) {
-        if let Some(stream) = connection.downcast_ref::<TcpStream>() {
-            let socket = SockRef::from(stream);
-            // A client that vanished is noticed when what we send is not acknowledged for this long. If an option cannot be
-            // set the connection still works, and pings notice in the end.
-            let _ = socket.set_tcp_user_timeout(Some(user_timeout));
-            let _ = socket.set_tcp_nodelay(true);
-            // What a client does not read must not gather in the kernel instead of in its queue.
-            let _ = socket.set_send_buffer_size(SEND_BUFFER_BYTES);
-            extensions.insert(TcpHandle(socket.try_clone().ok().map(Arc::new)));
-        }
+/// A connection that a [`TcpHandle`] can cut.
+pub struct Connection {
+    stream: TcpStream,
+    handle: TcpHandle,
+}
+
+/// Cuts a connection. Closing a WebSocket waits until the client has read what was sent before; cutting the connection does
+/// not. It is a flag and not a second descriptor: a session costs one of them.
+#[derive(Clone, Default)]
+pub struct TcpHandle(Rc<State>);
+
+/// A connection and its handles stay on one worker thread.
+#[derive(Default)]
+struct State {
+    cut: Cell<bool>,
+    /// The task that reads and writes the connection.
+    task: RefCell<Option<Waker>>,
+}
+
+impl Connection {
+    /// Sets the options of a new connection.
+    pub fn new(stream: TcpStream, user_timeout: Duration) -> Self {
+        let socket = SockRef::from(&stream);
+        // A client that vanished is noticed when what we send is not acknowledged for this long. If an option cannot be
+        // set the connection still works, and pings notice in the end.
+        let _ = socket.set_tcp_user_timeout(Some(user_timeout));
+        let _ = socket.set_tcp_nodelay(true);
+        // What a client does not read must not gather in the kernel instead of in its queue.
+        let _ = socket.set_send_buffer_size(SEND_BUFFER_BYTES);
+        let handle = TcpHandle::default();
+        Self { stream, handle }
     }
 
-    /// The line of a request.
+    /// The handle that cuts it.
+    pub fn handle(&self) -> TcpHandle {
+        self.handle.clone()
+    }
+
+    /// Does `io` unless the connection is cut, and is polled again when it is.
+    fn unless_cut<T>(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        io: impl FnOnce(Pin<&mut TcpStream>, &mut Context<'_>) -> Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        let this = self.get_mut();
+        if this.handle.0.cut.get() {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+        }
+        let done = io(Pin::new(&mut this.stream), context);
+        if done.is_pending() {
+            let mut task = this.handle.0.task.borrow_mut();
+            match &mut *task {
+                Some(task) => task.clone_from(context.waker()),
+                none => *none = Some(context.waker().clone()),
+            }
+        }
+        done
+    }
+}
+
+impl TcpHandle {
+    /// The handle of the connection of a request.
     #[must_use]
     pub fn of(request: &HttpRequest) -> Self {
         request
@@ -44,96 +86,88 @@ impl TcpHandle {
 
     /// Ends the connection now.
     pub fn cut(&self) {
-        if let Some(socket) = &self.0 {
-            // It may be gone already.
-            let _ = socket.shutdown(Shutdown::Both);
+        self.0.cut.set(true);
+        if let Some(task) = self.0.task.take() {
+            task.wake();
         }
     }
 }
 
-/// Counts connections, by address and altogether. A clone counts on the same slate.
-#[derive(Clone)]
-pub struct ConnectionLimiter {
-    by_address: Arc<Mutex<HashMap<IpAddr, usize>>>,
-    places: Arc<tokio::sync::Semaphore>,
-    per_address: usize,
-}
-
-impl ConnectionLimiter {
-    /// At most `per_address` from one address, and `altogether`.
-    #[must_use]
-    pub fn new(per_address: usize, altogether: usize) -> Self {
-        let places = altogether.min(tokio::sync::Semaphore::MAX_PERMITS);
-        Self {
-            by_address: Arc::default(),
-            places: Arc::new(tokio::sync::Semaphore::new(places)),
-            per_address,
-        }
-    }
-
-    /// Takes a place, which is given back when it is dropped; `None` if there is none.
-    #[must_use]
-    pub fn take(&self, address: Option<IpAddr>) -> Option<ConnectionPermit> {
-        let place = self.places.clone().try_acquire_owned().ok()?;
-        if let Some(address) = address {
-            let mut by_address = self
-                .by_address
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
-            let count = by_address.entry(address).or_default();
-            if *count >= self.per_address {
-                return None;
-            }
-            *count += 1;
-        }
-        Some(ConnectionPermit {
-            by_address: self.by_address.clone(),
-            address,
-            _place: place,
-        })
+impl AsyncRead for Connection {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.unless_cut(context, |stream, context| stream.poll_read(context, buffer))
     }
 }
 
-/// A place among the connections.
-pub struct ConnectionPermit {
-    by_address: Arc<Mutex<HashMap<IpAddr, usize>>>,
-    address: Option<IpAddr>,
-    _place: tokio::sync::OwnedSemaphorePermit,
-}
+impl AsyncWrite for Connection {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.unless_cut(context, |stream, context| stream.poll_write(context, bytes))
+    }
 
-impl Drop for ConnectionPermit {
-    fn drop(&mut self) {
-        let Some(address) = self.address else { return };
-        let mut by_address = self
-            .by_address
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = by_address.get_mut(&address) {
-            *count -= 1;
-            if *count == 0 {
-                by_address.remove(&address);
-            }
-        }
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.unless_cut(context, |stream, context| stream.poll_flush(context))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.unless_cut(context, |stream, context| stream.poll_shutdown(context))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-    #[test]
-    fn places_are_counted_by_address_and_given_back() {
-        let counter = ConnectionLimiter::new(2, 3);
-        let (a, b) = (
-            Some(IpAddr::from([127, 0, 0, 1])),
-            Some(IpAddr::from([127, 0, 0, 2])),
+    /// A client that does not read, and the server's side with all buffers full.
+    async fn stuck() -> (tokio::net::TcpStream, Connection) {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let client = tokio::net::TcpStream::connect(address).await.unwrap();
+        let (server, _) = listener.accept().await.unwrap();
+        let mut connection = Connection::new(server, Duration::from_secs(30));
+        let full = std::future::poll_fn(|context| {
+            while let Poll::Ready(written) =
+                Pin::new(&mut connection).poll_write(context, &[0; 65536])
+            {
+                written.unwrap();
+            }
+            Poll::Ready(())
+        });
+        full.await;
+        (client, connection)
+    }
+
+    #[tokio::test]
+    async fn a_writer_that_waits_for_a_slow_reader_is_cut() {
+        let (_client, mut connection) = stuck().await;
+        let handle = connection.handle();
+        let (written, ()) = tokio::join!(connection.write_all(b"more"), async {
+            tokio::task::yield_now().await;
+            handle.cut();
+        });
+        assert_eq!(
+            written.unwrap_err().kind(),
+            io::ErrorKind::ConnectionAborted
         );
-        let first = counter.take(a).unwrap();
-        let _second = counter.take(a).unwrap();
-        assert!(counter.take(a).is_none());
-        let _other = counter.take(b).unwrap();
-        assert!(counter.take(b).is_none(), "three altogether");
-        drop(first);
-        assert!(counter.take(a).is_some());
+    }
+
+    #[tokio::test]
+    async fn a_reader_is_cut_too() {
+        let (_client, mut connection) = stuck().await;
+        let handle = connection.handle();
+        let mut buffer = [0; 1];
+        let (read, ()) = tokio::join!(connection.read(&mut buffer), async {
+            tokio::task::yield_now().await;
+            handle.cut();
+        });
+        assert_eq!(read.unwrap_err().kind(), io::ErrorKind::ConnectionAborted);
     }
 }

@@ -2,8 +2,9 @@
 
 use super::App;
 use super::auth;
+use super::connection_limiter::ConnectionPermit;
 use super::frame_reader::{FrameReader, Incoming, ReadError};
-use super::tcp::{ConnectionPermit, TcpHandle};
+use super::tcp::TcpHandle;
 use crate::delivery::encode;
 use crate::delivery::outbound_queue::{Next, OutboundQueue};
 use crate::error::ApiError;
