@@ -1484,15 +1484,19 @@ async fn a_page_reads_no_more_rows_than_are_on_it(kind: Kind) {
     }
 
     // Messages that were sent before are found by their keys.
-    let repeats = ["9", "2000", "3990"].map(|key| message("7_42", 42, key, "x"));
-    let before = rows_read(&mut conn, kind, "messages").await;
-    let written = store.write(&identity(), &repeats, true).await.unwrap();
-    let read = rows_read(&mut conn, kind, "messages").await - before;
-    assert_eq!(
-        seqs(&written.written),
-        [(9, true), (2000, true), (3990, true)]
-    );
-    assert!((3..=9).contains(&read), "three keys: {read} rows");
+    for (keys, most) in [(&[9, 2000, 3990][..], 9), (&[2000], 3)] {
+        let repeats: Vec<_> = keys
+            .iter()
+            .map(|key| message("7_42", 42, &key.to_string(), "x"))
+            .collect();
+        let before = rows_read(&mut conn, kind, "messages").await;
+        let written = store.write(&identity(), &repeats, true).await.unwrap();
+        let read = rows_read(&mut conn, kind, "messages").await - before;
+        let found: Vec<_> = keys.iter().map(|key| (*key, true)).collect();
+        assert_eq!(seqs(&written.written), found);
+        let range = keys.len() as u64..=most;
+        assert!(range.contains(&read), "{} keys: {read} rows", keys.len());
+    }
 
     // Of 600 dialogs, twelve an hour: a page of ten takes the hours that hold it.
     let others: Vec<_> = (1000..1600)
@@ -1511,25 +1515,41 @@ async fn a_page_reads_no_more_rows_than_are_on_it(kind: Kind) {
     .await
     .unwrap();
     lie(&mut conn).await;
-    let three = ["7_1000", "7_1300", "7_1599"];
-    let sent = three.map(|name| message(name, 7, "b", "x"));
-    let marks = three.map(|name| NewMark::new(dialog(name), user(7), Seq::new(1)));
-    for (what, most) in [("write", 40), ("mark", 40), ("heads", 9)] {
-        let mut reads = Vec::new();
-        for table in ["members", "dialogs"] {
-            reads.push((table, rows_read(&mut conn, kind, table).await));
-        }
-        match what {
-            "write" => drop(store.write(&identity(), &sent, true).await.unwrap()),
-            "mark" => drop(store.mark_read(&identity(), &marks).await.unwrap()),
-            _ => {
-                let of = LastSeqsOf::Dialogs(three.map(dialog).to_vec());
-                drop(store.last_seqs(&identity(), &of).await.unwrap());
+    // One key is another case than several: MariaDB makes an equality of a list of one.
+    for names in [&["7_1000", "7_1300", "7_1599"][..], &["7_1000"]] {
+        let key = format!("of {}", names.len());
+        let named = names.iter();
+        let sent: Vec<_> = named
+            .clone()
+            .map(|name| message(name, 7, &key, "x"))
+            .collect();
+        let marks: Vec<_> = named
+            .clone()
+            .map(|name| NewMark::new(dialog(name), user(7), Seq::new(1)))
+            .collect();
+        for what in ["write", "mark", "heads"] {
+            let mut reads = Vec::new();
+            for table in ["members", "dialogs"] {
+                reads.push((table, rows_read(&mut conn, kind, table).await));
             }
-        }
-        for (table, before) in reads {
-            let read = rows_read(&mut conn, kind, table).await - before;
-            assert!(read <= most, "{what}: {read} rows of {table}");
+            match what {
+                "write" => drop(store.write(&identity(), &sent, true).await.unwrap()),
+                "mark" => drop(store.mark_read(&identity(), &marks).await.unwrap()),
+                _ => {
+                    let of = LastSeqsOf::Dialogs(named.clone().map(|name| dialog(name)).collect());
+                    drop(store.last_seqs(&identity(), &of).await.unwrap());
+                }
+            }
+            for (table, before) in reads {
+                let read = rows_read(&mut conn, kind, table).await - before;
+                // Each statement reads a row of a key once or twice, and what follows it.
+                let most = 13 * names.len() as u64;
+                assert!(
+                    read <= most,
+                    "{what} of {}: {read} rows of {table}",
+                    names.len()
+                );
+            }
         }
     }
     let mut before = Vec::new();

@@ -3,7 +3,7 @@
 use super::connection::MysqlStore;
 use super::error::{classify, unreachable};
 use super::sql::{
-    BEGIN, MetaRow, NOW, SELECT_META, SNAPSHOT, check_identity, comma, meta_of, push_hex,
+    BEGIN, KeyList, MetaRow, NOW, SELECT_META, SNAPSHOT, check_identity, comma, meta_of, push_hex,
     result_sets, rows, select_identity,
 };
 use super::write::{heads_of, lock_heads};
@@ -583,15 +583,9 @@ async fn standing(
     slot: Slot,
     messages: &[CopiedMessage],
 ) -> Result<Existing, StoreError> {
-    let mut places = String::new();
-    for message in messages {
-        let _ = write!(
-            places,
-            "{}({slot},'{}',{})",
-            comma(&places),
-            message.dialog,
-            message.seq
-        );
+    let mut places = KeyList::default();
+    for CopiedMessage { dialog, seq, .. } in messages {
+        places.push(format_args!("{slot},'{dialog}',{seq}"));
     }
     if places.is_empty() {
         return Ok(Existing::new());
@@ -616,18 +610,10 @@ async fn stored_keys(
     slot: Slot,
     messages: &[&CopiedMessage],
 ) -> Result<HashMap<(DialogId, UserId, Key), Seq>, StoreError> {
-    let mut keys = String::new();
+    let mut keys = KeyList::default();
     for message in messages {
         if let Some(key) = &message.key {
-            let _ = write!(
-                keys,
-                "{}({slot},'{}',{},x'",
-                comma(&keys),
-                message.dialog,
-                message.author
-            );
-            push_hex(&mut keys, key.as_str().as_bytes());
-            keys.push_str("')");
+            keys.push_key(slot, message.dialog, message.author, key);
         }
     }
     if keys.is_empty() {

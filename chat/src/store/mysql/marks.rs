@@ -1,7 +1,7 @@
 //! Read marks: many in one statement, alone or with a batch of messages.
 
 use super::sql::{
-    BEGIN, check_identity, comma, fence, result_sets, rows, select_identity, views_of,
+    BEGIN, KeyList, check_identity, fence, result_sets, rows, select_identity, views_of,
 };
 use crate::domain::dialog::{DialogId, Seq, UserId};
 use crate::store::{MarkOutcome, NewMark, ShardIdentity, StoreError, corrupt};
@@ -43,7 +43,7 @@ pub(super) async fn mark_read(
 /// [`marked`]; the second moves them, where `owned` is so. Dialogs are read and not locked: last seqs only grow.
 pub(super) fn push(sql: &mut String, marks: &[NewMark], owned: &str) {
     const LAST_SEQ: &str = "(SELECT d.last_seq FROM dialogs d WHERE d.slot = members.slot AND d.dialog = members.dialog)";
-    let (mut keys, mut cases) = (String::new(), String::new());
+    let (mut keys, mut cases) = (KeyList::default(), String::new());
     for NewMark {
         slot,
         dialog,
@@ -51,7 +51,7 @@ pub(super) fn push(sql: &mut String, marks: &[NewMark], owned: &str) {
         seq,
     } in marks
     {
-        let _ = write!(keys, "{}({slot},'{dialog}',{user})", comma(&keys));
+        keys.push(format_args!("{slot},'{dialog}',{user}"));
         let _ = write!(
             cases,
             " WHEN user_id = {user} AND dialog = '{dialog}' THEN {seq}"

@@ -3,12 +3,13 @@
 use super::super::meta::phase;
 use super::super::{Meta, ServedSlots, ShardIdentity, StoreError, StoredMessage, corrupt};
 use super::error::classify;
-use crate::domain::dialog::{Seq, Timestamp, UserId};
+use crate::domain::dialog::{DialogId, Key, Seq, Timestamp, UserId};
 use crate::domain::ownership::{COMPLETE, SlotView};
 use crate::domain::slot::Slot;
 use mysql_async::prelude::{FromRow, Queryable};
 use mysql_async::{Conn, Row};
 use std::collections::{BTreeSet, HashMap};
+use std::fmt;
 use std::fmt::Write as _;
 
 /// A connection is put back only after its transaction has ended: there is none to roll back here.
@@ -180,6 +181,45 @@ pub(super) fn rows<T: FromRow>(set: Option<Vec<Row>>) -> Result<Vec<T>, StoreErr
 
 pub(super) fn comma(list: &str) -> &'static str {
     if list.is_empty() { "" } else { "," }
+}
+
+/// Keys of several columns, for `(…) IN (…)`.
+///
+/// A single key stands there twice. MariaDB makes an equality of a list of one, and an UPDATE by the equality of several columns reads,
+/// and locks, the whole table.
+#[derive(Default)]
+pub(super) struct KeyList {
+    list: String,
+    keys: usize,
+}
+
+impl KeyList {
+    /// Adds a key: its values, with commas between them.
+    pub fn push(&mut self, values: fmt::Arguments<'_>) {
+        let _ = write!(self.list, "{}({values})", comma(&self.list));
+        self.keys += 1;
+    }
+
+    /// Adds a key of the index of messages by idempotency key.
+    pub fn push_key(&mut self, slot: Slot, dialog: DialogId, author: UserId, key: &Key) {
+        let mut hex = String::new();
+        push_hex(&mut hex, key.as_str().as_bytes());
+        self.push(format_args!("{slot},'{dialog}',{author},x'{hex}'"));
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.keys == 0
+    }
+}
+
+impl fmt::Display for KeyList {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.list)?;
+        if self.keys == 1 {
+            write!(f, ",{}", self.list)?;
+        }
+        Ok(())
+    }
 }
 
 pub(super) fn push_hex(sql: &mut String, bytes: &[u8]) {

@@ -8,8 +8,8 @@ use super::super::{
 use super::connection::{MysqlStore, PATIENCE};
 use super::error::{NO_SUCH_TABLE, classify, unreachable};
 use super::sql::{
-    BEGIN, MetaRow, NOW, SELECT_META, SNAPSHOT, check_snapshot, comma, meta_of, result_sets, rows,
-    select_snapshot, stored, view_of,
+    BEGIN, KeyList, MetaRow, NOW, SELECT_META, SNAPSHOT, check_snapshot, comma, meta_of,
+    result_sets, rows, select_snapshot, stored, view_of,
 };
 use super::{marks, write};
 use crate::domain::dialog::{DialogId, Seq, Timestamp, UserId};
@@ -339,9 +339,9 @@ impl Store for MysqlStore {
                 return Err(StoreError::Refused("heads of no dialog".into()));
             }
             LastSeqsOf::Dialogs(dialogs) => {
-                let mut keys = String::new();
+                let mut keys = KeyList::default();
                 for dialog in dialogs {
-                    let _ = write!(keys, "{}({},'{dialog}')", comma(&keys), Slot::of(*dialog));
+                    keys.push(format_args!("{},'{dialog}'", Slot::of(*dialog)));
                 }
                 format!(
                     "SELECT slot, dialog, last_seq, last_at FROM dialogs FORCE INDEX (PRIMARY) WHERE (slot, dialog) IN ({keys})"

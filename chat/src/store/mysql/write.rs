@@ -4,8 +4,8 @@
 use super::error::{DUPLICATE_KEY, classify};
 use super::marks;
 use super::sql::{
-    BEGIN, NOW, check_identity, comma, fence, push_hex, result_sets, rows, select_identity,
-    views_of,
+    BEGIN, KeyList, NOW, check_identity, comma, fence, push_hex, result_sets, rows,
+    select_identity, views_of,
 };
 use crate::domain::dialog::{DialogId, Key, Seq, Timestamp, UserId};
 use crate::domain::ownership::{SlotView, Term};
@@ -176,9 +176,9 @@ fn append_text(identity: &ShardIdentity, batch: &[NewMessage], draft: &Draft) ->
             }
         }
     }
-    let mut unknown = String::new();
+    let mut unknown = KeyList::default();
     for (slot, dialog) in unremembered(draft) {
-        let _ = write!(unknown, "{}({slot},'{dialog}')", comma(&unknown));
+        unknown.push(format_args!("{slot},'{dialog}'"));
     }
     if !unknown.is_empty() {
         let _ = write!(
@@ -438,9 +438,9 @@ async fn lock(
 }
 
 pub(super) fn lock_heads(dialogs: &BTreeSet<(Slot, DialogId)>) -> String {
-    let mut list = String::new();
+    let mut list = KeyList::default();
     for (slot, dialog) in dialogs {
-        let _ = write!(list, "{}({slot},'{dialog}')", comma(&list));
+        list.push(format_args!("{slot},'{dialog}'"));
     }
     format!(
         "SELECT dialog, last_seq FROM dialogs FORCE INDEX (PRIMARY) WHERE (slot, dialog) IN ({list}) ORDER BY slot, dialog FOR UPDATE"
@@ -481,23 +481,22 @@ fn insert(
         push_message(&mut sql, &batch[row.index], row.seq, &at);
     }
     // The rows are there and locked, so a step of so much is as good as a value, and one statement serves all that take it.
-    let mut steps = BTreeMap::<u64, String>::new();
+    let mut steps = BTreeMap::<u64, KeyList>::new();
+    let mut dialogs = KeyList::default();
     for ((slot, dialog), seq) in &plan.heads {
-        let list = steps
-            .entry(seq.get() - heads.get(dialog).copied().unwrap_or_default().get())
-            .or_default();
-        let _ = write!(list, "{}({slot},'{dialog}')", comma(list));
+        let step = seq.get() - heads.get(dialog).copied().unwrap_or_default().get();
+        steps
+            .entry(step)
+            .or_default()
+            .push(format_args!("{slot},'{dialog}'"));
+        dialogs.push(format_args!("{slot},'{dialog}'"));
     }
-    for (step, dialogs) in steps {
+    for (step, of_step) in steps {
         let now = now.micros();
         let _ = write!(
             sql,
-            "; UPDATE dialogs FORCE INDEX (PRIMARY) SET last_seq = last_seq + {step}, last_at = {now} WHERE (slot, dialog) IN ({dialogs})"
+            "; UPDATE dialogs FORCE INDEX (PRIMARY) SET last_seq = last_seq + {step}, last_at = {now} WHERE (slot, dialog) IN ({of_step})"
         );
-    }
-    let mut dialogs = String::new();
-    for (slot, dialog) in plan.heads.keys() {
-        let _ = write!(dialogs, "{}({slot},'{dialog}')", comma(&dialogs));
     }
     let _ = write!(
         sql,
@@ -512,20 +511,13 @@ async fn known_keys(
     conn: &mut Conn,
     batch: &[NewMessage],
 ) -> Result<HashMap<(DialogId, UserId, Key), StoredKey>, StoreError> {
-    let mut sql = String::from(
-        "SELECT dialog, author, client_key, seq, created_at, text_hash FROM messages FORCE INDEX (once) WHERE (slot, dialog, author, client_key) IN (",
-    );
-    for (i, message) in batch.iter().enumerate() {
-        let comma = if i == 0 { "" } else { "," };
-        let _ = write!(
-            sql,
-            "{comma}({},'{}',{},x'",
-            message.slot, message.dialog, message.author
-        );
-        push_hex(&mut sql, message.key.as_str().as_bytes());
-        sql.push_str("')");
+    let mut keys = KeyList::default();
+    for message in batch {
+        keys.push_key(message.slot, message.dialog, message.author, &message.key);
     }
-    sql.push(')');
+    let sql = format!(
+        "SELECT dialog, author, client_key, seq, created_at, text_hash FROM messages FORCE INDEX (once) WHERE (slot, dialog, author, client_key) IN ({keys})"
+    );
     type KeyRow = (String, u64, Vec<u8>, u64, i64, Vec<u8>);
     let rows: Vec<KeyRow> = conn.query(sql).await.map_err(classify)?;
     rows.into_iter()
