@@ -52,7 +52,7 @@ const ATTACKS: [&str; 6] = ["inbox", "read", "pages", "resume", "watch", "ping"]
 /// The first attacking account; the others follow.
 const ATTACKER: u64 = 900_001;
 
-/// Whom an attacker has the long dialog with.
+/// The other user of the attacker's long dialog.
 pub const COUNTERPART: u64 = 1_000_000;
 
 /// Pairs who talk, and how often each of them says something.
@@ -113,7 +113,7 @@ async fn one(service: &Service, attack: &str, accounts: u64, seconds: f64) -> an
                 while !over.load(Ordering::Relaxed) {
                     let (sink, stream) = socket.split();
                     assail(&attack, sink, stream, &over, &asked, &refused).await;
-                    // Whoever is sent away comes back.
+                    // An attacker whose connection is closed connects again.
                     tokio::time::sleep(Duration::from_millis(100)).await;
                     loop {
                         match open(&access, account).await {

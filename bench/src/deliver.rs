@@ -355,7 +355,7 @@ async fn slow(service: &mut Service, options: &Options, people: People) -> anyho
             peak = peak.max(service.resident_mib(0)?);
             if closed.is_none() && service.metric(0, slow).await? > 0.0 {
                 closed = Some(Instant::now());
-                // Whoever reads again finds what lay in the buffers, and why the connection ends.
+                // A client that reads again finds the frames in the buffers, and the close frame with its reason.
                 while let Some(Ok(frame)) = socket.next().await {
                     if let tokio_tungstenite::tungstenite::Message::Close(Some(close)) = frame {
                         code = Some(u16::from(close.code));

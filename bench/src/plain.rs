@@ -13,7 +13,7 @@ pub struct Options {
     /// Rows of a transaction.
     #[arg(long, default_value_t = 64)]
     rows: usize,
-    /// ConnectionPermit to each server.
+    /// Connections to each server.
     #[arg(long, default_value_t = 8)]
     connections: usize,
     #[arg(long, default_value_t = 10.0)]

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 /// What happens to the shards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Scenario {
-    /// A fifth is added, the second drained and removed; whoever moves slots is killed three times, and a shard once.
+    /// A fifth is added, the second drained and removed; the coordinator is killed three times, and a shard once.
     Change,
     /// One dies, is declared down, and returns; another is declared down although it is alive, and returns.
     Lose,
@@ -94,7 +94,7 @@ async fn prove(service: &mut Service, options: &Arc<Options>) -> anyhow::Result<
     service.start_servers()?;
     service.save(&[(1, ""), (2, ""), (3, ""), (4, "")])?;
     let faults = match options.scenario {
-        // Whoever moves dies while copying, then whoever goes on dies with a slot sealed, then one dies while purging.
+        // The coordinator dies while copying, the next one with a slot sealed, and one more while purging.
         Scenario::Change => ["copied=kill@80", "sealed=kill@80"],
         Scenario::Lose | Scenario::Hurt => ["", ""],
     };

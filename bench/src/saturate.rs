@@ -97,7 +97,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     }
     run.start.wait().await;
     let begun = Instant::now();
-    // Whoever fails first says why; the others only miss what did not come.
+    // The first failure has the cause; the others only miss messages.
     while let Some(ended) = tasks.join_next().await {
         ended??;
     }

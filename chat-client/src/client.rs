@@ -641,7 +641,7 @@ impl Actor {
                 let number = id.as_deref().and_then(|id| id.parse().ok());
                 let asked = number.and_then(|number: u64| self.asked.remove(&number));
                 match (asked.map(|asked| asked.by), frame) {
-                    // Whoever asked may have gone.
+                    // The caller may have been dropped.
                     (Some(By::Caller(answer)), frame) => drop(answer.send(Ok(frame))),
                     (Some(By::Reading(dialog, above)), ServerFrame::History { page, .. }) => {
                         self.found(dialog, above, page).await;
@@ -676,7 +676,7 @@ impl Actor {
             }))
             .await;
         }
-        // Whoever asked may have gone.
+        // The caller may have been dropped.
         let _ = send.answer.send(Ok(Sent { dialog, seq, at }));
     }
 
@@ -729,7 +729,7 @@ impl Actor {
         }
     }
 
-    /// Repeats what may succeed later; hands everything else to whoever asked.
+    /// Repeats what may succeed later; returns every other error to the caller.
     fn refused(&mut self, body: ErrorBody) {
         let order = match (&body.key, &body.id) {
             // The error does not say which dialog: among several sends with one key it is the oldest that is answered.

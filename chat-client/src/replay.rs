@@ -103,7 +103,7 @@ async fn send(
         }
     }
     let bar = bar(lines as u64);
-    // A line waits for the one before it in its dialog, whoever wrote it; the key says which line of the dialog it is, so
+    // A line waits for the one before it in its dialog, also of the other user; the key says which line of the dialog it is, so
     // that a file that is replayed twice is stored once.
     stream::iter(dialogs.values())
         .map(|lines| {

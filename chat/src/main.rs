@@ -180,11 +180,11 @@ async fn serve(settings: Settings) -> anyhow::Result<()> {
     let address = server.address();
     tracing::info!(%address, admin = %server.admin_address(), "serving");
     if embedded && address.ip().is_loopback() {
-        // Whoever started us may not be listening any more; that is no reason to end.
+        // The parent process may have closed the pipe; that is no reason to end.
         let _ = write!(
             std::io::stdout(),
             "chat is at http://{address}/ — open it in two tabs and sign in as two users.\n\
-             Embedded mode: whoever reaches this address gets a token for any user, from POST /v1/dev/token.\n\
+             Embedded mode: every client that reaches this address can get a token for any user, from POST /v1/dev/token.\n\
              Or talk here:  cargo run --release -p chat-client -- talk --url http://{address} --user 7 --with 42\n"
         );
     }

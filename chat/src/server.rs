@@ -39,7 +39,7 @@ pub struct Server {
     store_runtime: StoreRuntime,
 }
 
-/// ConnectionPermit to databases and to the bus live on a runtime of their own: a pool of `mysql_async` must not be shared
+/// Connections to databases and to the bus live on a runtime of their own: a pool of `mysql_async` must not be shared
 /// between the single-threaded runtimes of actix's workers.
 struct StoreRuntime(Option<Runtime>);
 
@@ -120,9 +120,9 @@ impl Server {
             Arc::new(move |committed: Committed<'_>| delivery.committed(&committed))
         };
         let messages = Messages::start(cluster, &settings, on_commit, &runtime, metrics.clone());
-        let hears = messages.clone();
+        let owners = messages.clone();
         registry.on_remote_message(Arc::new(move |dialog, seq| {
-            hears.remote_message(dialog, seq)
+            owners.remote_message(dialog, seq)
         }));
         let last_seqs = LastSeqReader::new(messages.cluster().clone(), &runtime);
         let peers = Peers::start(messages.cluster(), bus.clone(), &runtime);
@@ -241,7 +241,7 @@ impl Server {
         app.draining.store(true, Ordering::Relaxed);
         let registry = app.context.delivery.registry().clone();
         tracing::info!(sessions = registry.len(), "going away");
-        // Whoever comes now is told to go elsewhere, as those who are here are; what they asked before is still answered.
+        // New clients, and those with a session, are asked to connect elsewhere. Requests of before are still answered.
         registry
             .close_all(Close::Restart, Duration::from_millis(limits.shutdown_ms))
             .await;

@@ -27,40 +27,40 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::{Notify, Semaphore};
 
-/// What a token said, as far as a session cares.
+/// The content of a token that a session needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Identity {
-    /// Who.
+    /// The user.
     pub user: UserId,
-    /// Until when, in seconds since 1970.
+    /// When it expires, in seconds since 1970.
     pub expires: u64,
 }
 
-/// Checks tokens; implemented where they are known.
+/// Checks tokens; implemented where the keys are known.
 pub trait Authenticate: Send + Sync {
-    /// Who a token belongs to.
+    /// The identity of a token.
     ///
     /// # Errors
-    /// [`ApiError`] with `unauthenticated`, and why.
+    /// [`ApiError`] with `unauthenticated` and the reason.
     fn authenticate(&self, token: &str) -> Result<Identity, ApiError>;
 }
 
-/// What sessions share. A clone is a few references.
+/// Shared by all sessions. A clone is a few references.
 #[derive(Clone)]
 pub struct Context {
     /// Sends and reads.
     pub messages: Messages,
-    /// Reads how far dialogs have come.
+    /// Reads the last seqs of dialogs.
     pub last_seqs: LastSeqReader,
-    /// Tells people.
+    /// Delivers events.
     pub delivery: Delivery,
-    /// Knows who is there.
+    /// The presence of users.
     pub presence: Presence,
     /// Checks tokens.
     pub authenticate: Arc<dyn Authenticate>,
-    /// How much of everything.
+    /// The limits.
     pub limits: Arc<Limits>,
-    /// What is measured.
+    /// The metrics.
     pub metrics: Arc<Metrics>,
 }
 
@@ -70,40 +70,40 @@ pub struct Session {
     identity: Identity,
     outbound: Arc<OutboundQueue>,
     joined: Joined,
-    /// What this session is told, in order.
+    /// The ordered events of this session.
     subscriber: Arc<Subscriber>,
     catch_up: CatchUp,
     watch: Watch,
-    /// Sends that are not settled.
+    /// Sends without an answer.
     unsettled: Arc<Unsettled>,
     /// Other requests whose answers are not in the outbound queue yet.
     pending: FuturesUnordered<BoxFuture<'static, ()>>,
-    /// Dialogs that are being read because something of them was missed; each at most once.
+    /// Dialogs whose missed messages are being read; each at most once.
     catching_up: FuturesUnordered<BoxFuture<'static, ()>>,
-    /// When `typing` was last passed on, by dialog.
+    /// When the last `typing` was passed on, by dialog.
     typed: HashMap<DialogId, Instant>,
-    /// Pages and inboxes weigh much more than a `sent`: fewer of them may be under way.
+    /// Pages and inboxes are much larger than a `sent`: fewer of them may be in progress.
     reads: Arc<Semaphore>,
     frames: FrameRate,
 }
 
-/// The longest `id` of a request, which comes back in its answer.
+/// The longest `id` of a request, which is repeated in its answer.
 const MAX_ID_CHARS: usize = 64;
 
-/// Dialogs of a session that are read at once because something was missed.
+/// The number of dialogs whose missed messages are read at once.
 const CATCH_UPS: usize = 4;
 
-/// `typing` is passed on once in so long.
+/// The shortest interval between two `typing` of a dialog.
 const TYPING_EVERY: Duration = Duration::from_secs(1);
 
-/// Dialogs whose `typing` is remembered; who types in more begins anew.
+/// The number of dialogs whose `typing` is remembered; beyond, the memory begins anew.
 const TYPED: usize = 64;
 
 impl Session {
-    /// Joins, and says welcome.
+    /// Begins the session and queues `welcome`.
     ///
     /// # Errors
-    /// [`TooMany`] sessions of this user are here already.
+    /// [`TooMany`] sessions of this user on this instance.
     pub fn begin(
         context: Context,
         identity: Identity,
@@ -172,7 +172,7 @@ impl Session {
         })
     }
 
-    /// Handles a text frame. The answer enters the outbound queue, now or later.
+    /// Handles a text frame. The answer is put into the outbound queue, now or later.
     pub fn receive(&mut self, text: &str) {
         if !self.count_frame() {
             return;
@@ -194,7 +194,7 @@ impl Session {
         }
     }
 
-    /// Counts a frame that asks for nothing: a ping, a pong, a fragment. `false` once there are too many of all kinds.
+    /// Counts a frame without a request: a ping, a pong, a fragment. `false` once there are too many frames of all kinds.
     pub fn count_frame(&mut self) -> bool {
         let taken = self.frames.take(Instant::now());
         if !taken {
@@ -203,7 +203,7 @@ impl Session {
         taken
     }
 
-    /// Takes a frame that is not text.
+    /// Handles a binary frame: an error.
     pub fn receive_binary(&mut self) {
         if self.count_frame() {
             self.refuse(
@@ -217,11 +217,11 @@ impl Session {
         }
     }
 
-    /// Drives the requests that are under way, and reads what was missed; returns now and then. Never returns while there is
-    /// nothing to do.
+    /// Drives the requests in progress and reads missed messages; returns now and then. Never returns while there is nothing to
+    /// do.
     ///
     /// # Cancel safety
-    /// Safe: what is under way stays so.
+    /// Safe: requests in progress continue.
     pub async fn settle(&mut self) {
         tokio::select! {
             Some(()) = self.pending.next() => {}
@@ -232,14 +232,14 @@ impl Session {
         }
     }
 
-    /// Waits until every request that is under way is answered.
+    /// Waits until every request in progress is answered.
     pub async fn drain(&mut self) {
         while self.pending.next().await.is_some() {}
         self.unsettled.none().await;
         self.subscriber.release();
     }
 
-    /// How long the token lasts; zero once it has expired.
+    /// The remaining life of the token; zero once it has expired.
     #[must_use]
     pub fn token_left(&self) -> Duration {
         let now = SystemTime::now()
@@ -248,7 +248,7 @@ impl Session {
         Duration::from_secs(self.identity.expires).saturating_sub(now)
     }
 
-    /// Says that the token has expired, and closes.
+    /// Queues the error for an expired token, and closes.
     pub fn expire(&self) {
         self.refuse(
             ApiError::new(ErrorCode::Unauthenticated, "the token has expired"),
@@ -338,7 +338,7 @@ impl Session {
             ClientFrame::Read { with, seq } => {
                 self.answer(None, None, (), async move {
                     let read = messages.mark_read(me, with, seq).await?;
-                    // Of a mark that has moved, this session is told as all others are.
+                    // If the mark has moved, this session gets it as all others do.
                     let still = !read.moved;
                     Ok(still.then(|| ServerFrame::Read(read.wire(me))))
                 });
@@ -375,7 +375,7 @@ impl Session {
         }
     }
 
-    /// Sends a message. `sent` has its place among the messages of the dialog, and delivery sees to it; a failure is told here.
+    /// Sends a message. `sent` takes the place of the message in the dialog, and delivery sends it; a failure is answered here.
     fn send(&self, message: Outgoing) -> Result<(), RequestError> {
         let unsettled = Unsettled::one_more(&self.unsettled);
         let (outbound, metrics) = (self.outbound.clone(), self.context.metrics.clone());
@@ -397,7 +397,7 @@ impl Session {
             .send(self.identity.user, message, origin, settled)
     }
 
-    /// Positions of a `resume`, in the order of their dialogs.
+    /// The positions of a `resume`, ordered by dialog.
     #[allow(clippy::type_complexity)]
     fn positions(
         &self,
@@ -424,7 +424,7 @@ impl Session {
         let since = since.map(|since| since.parse()).transpose();
         let since =
             since.map_err(|_| RequestError::BadRequest("since is not the now of a welcome"))?;
-        // What was said before that is for the inbox to show.
+        // Earlier messages are shown by the inbox.
         let farthest =
             clock::now().micros() - i64::from(self.context.limits.resume_hours) * Timestamp::HOUR;
         let since = since.map(|since: Timestamp| since.max(Timestamp::from_micros(farthest)));
@@ -471,7 +471,7 @@ impl Session {
         Ok(())
     }
 
-    /// Reads from the shards. What others publish is heard by then, so that nothing falls between what is read and what is told.
+    /// Reads from the shards. The bus subscription is active by then, so no message falls between the read and the live events.
     fn read(
         &self,
         id: Option<String>,
@@ -494,7 +494,7 @@ impl Session {
         }
     }
 
-    /// Puts the result of `work`, if there is one to be told, into the outbound once it is known, and keeps `place` until then.
+    /// Puts the result of `work`, if it has one, into the outbound queue, and keeps `place` until then.
     fn answer(
         &self,
         key: Option<String>,
@@ -533,10 +533,10 @@ pub fn error(
     ServerFrame::Error(refusal.body(key, id))
 }
 
-/// Which part of a dialog `before` and `after` ask for.
+/// The part of a dialog that `before` and `after` request.
 ///
 /// # Errors
-/// Both at once.
+/// If both are set.
 pub fn range(before: Option<u64>, after: Option<u64>) -> Result<Range, RequestError> {
     match (before, after) {
         (None, None) => Ok(Range::Newest),
@@ -548,7 +548,7 @@ pub fn range(before: Option<u64>, after: Option<u64>) -> Result<Range, RequestEr
     }
 }
 
-/// What an answer is to be named after, in a frame that may be wrong otherwise.
+/// The names for the answer to a frame that may be invalid otherwise.
 #[derive(Default, Deserialize)]
 struct Names {
     #[serde(default)]
@@ -583,15 +583,15 @@ fn describe(e: &serde_json::Error) -> String {
     }
 }
 
-/// Counts the sends of a session that are not settled.
+/// Counts the sends of a session without an answer.
 #[derive(Default)]
 struct Unsettled {
     count: AtomicUsize,
-    /// Wakes who waits for all to be.
+    /// Wakes the tasks that wait for all of them.
     settled: Notify,
 }
 
-/// One send that is not settled, until it is dropped.
+/// One send without an answer, until it is dropped.
 struct OneUnsettled(Arc<Unsettled>);
 
 impl Unsettled {
@@ -604,7 +604,7 @@ impl Unsettled {
         self.count.load(Ordering::Acquire)
     }
 
-    /// Waits until all are settled.
+    /// Waits until all sends are answered.
     async fn none(&self) {
         loop {
             let settled = self.settled.notified();
@@ -624,7 +624,7 @@ impl Drop for OneUnsettled {
     }
 }
 
-/// Frames of the current second.
+/// The number of frames in the current second.
 struct FrameRate {
     limit: u32,
     second: Instant,

@@ -142,7 +142,7 @@ impl Stage {
             Fault::Kill => format!("{place}=kill@{pass}"),
             Fault::Stop => format!("{place}=stop@{pass}"),
         };
-        // Whoever comes first has the turn.
+        // The first one has the turn.
         let faulty = service
             .start(&[("NATS_URL", nats.as_str()), ("FAULT", &fault)])
             .await;
@@ -225,13 +225,13 @@ impl Stage {
 /// A shard is added, and four dialogs go there.
 async fn while_a_shard_is_added(place: &str, pass: u32, fault: Fault) {
     println!("{place} {fault:?}");
-    // One message at a time where some wait until the locks of whoever stopped are free: longer than a send may take, and
+    // One message at a time where some wait until the locks of the stopped instance are free: longer than a send may take, and
     // what is refused is repeated by each for itself.
     let burst = if fault == Fault::Kill { 4 } else { 1 };
     let mut stage = Stage::set(place, pass, fault, burst).await;
     stage.service.pin(&PINNED, "shard4");
     stage.service.add(3);
-    // Whoever is to die while it puts the edit in force must be the one that does.
+    // The instance that is to die while it puts the edit in force must be the one that does.
     if !place.starts_with("install") {
         stage.tell_the_other();
     }
@@ -298,7 +298,7 @@ fn every_place_is_gone_through() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whoever_is_killed_at_any_place_of_a_move_is_finished_by_another() {
+async fn a_coordinator_killed_at_any_step_of_a_move_is_replaced() {
     let _room = ROOM.acquire().await.unwrap();
     stream::iter(ADDING)
         .map(|(place, pass)| while_a_shard_is_added(place, pass, Fault::Kill))
@@ -308,7 +308,7 @@ async fn whoever_is_killed_at_any_place_of_a_move_is_finished_by_another() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whoever_stops_at_any_place_of_a_move_and_goes_on_later_does_no_harm() {
+async fn a_coordinator_that_stalls_at_any_step_of_a_move_does_no_harm() {
     let _room = ROOM.acquire().await.unwrap();
     stream::iter(ADDING)
         .map(|(place, pass)| while_a_shard_is_added(place, pass, Fault::Stop))
@@ -318,7 +318,7 @@ async fn whoever_stops_at_any_place_of_a_move_and_goes_on_later_does_no_harm() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whoever_is_killed_while_a_shard_is_lost_or_comes_back_is_finished_by_another() {
+async fn a_coordinator_killed_during_failover_or_merge_is_replaced() {
     let _room = ROOM.acquire().await.unwrap();
     stream::iter(LOSING)
         .map(|(place, pass)| while_a_shard_is_down_and_returns(place, pass, Fault::Kill))
@@ -328,7 +328,7 @@ async fn whoever_is_killed_while_a_shard_is_lost_or_comes_back_is_finished_by_an
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whoever_stops_while_a_shard_is_lost_or_comes_back_does_no_harm() {
+async fn a_coordinator_that_stalls_during_failover_or_merge_does_no_harm() {
     let _room = ROOM.acquire().await.unwrap();
     stream::iter(LOSING)
         .map(|(place, pass)| while_a_shard_is_down_and_returns(place, pass, Fault::Stop))

@@ -611,7 +611,7 @@ impl World {
             }
             let about = known[self.pick(0..known.len() as u64) as usize].clone();
             let reading = self.read_one(&node, &about, &known);
-            // Whoever asks a process that is dead gets no answer.
+            // A process that is dead does not answer.
             let _ = timeout(Duration::from_secs(30), reading).await;
         }
     }
@@ -870,7 +870,7 @@ impl World {
         let started = join_all((0..self.files.len()).map(|i| self.start(i)));
         let started = timeout(RECOVERY, started).await;
         started.map_err(|_| "it does not start".to_owned())?;
-        // Whoever starts with a file that is not in force yet has not edited it: so let somebody save it.
+        // An instance that starts with a file that is not in effect has not edited it: so the file is saved again.
         for text in &self.files {
             text.lock().unwrap().push_str("# mended\n");
         }

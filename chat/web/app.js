@@ -292,7 +292,7 @@ $('sign-in-form').onsubmit = async (event) => {
   if (answer?.ok) {
     start(user, (await answer.json()).token);
   } else if (answer?.status === 404) {
-    // Not embedded mode: whoever runs the service hands out tokens.
+    // Not embedded mode: tokens come from the operator.
     $('token-label').hidden = false;
     $('sign-in-error').textContent = 'This server mints no tokens here. Paste one.';
   } else {

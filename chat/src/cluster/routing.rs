@@ -1,4 +1,4 @@
-//! All shards together, and which of them owns a slot.
+//! All shards, and the known owner of each slot.
 //!
 //! The owners that are known here are hints: the slot's row in the shard decides (see [`crate::domain::ownership`]). A wrong hint
 //! costs a rejected write and a query of the shards, nothing else.
@@ -39,10 +39,10 @@ struct Inner {
     /// For each slot the number of its owner, as far as known; with [`SEALED`] where it was last seen handing over.
     owners: Vec<AtomicU16>,
     refreshing: tokio::sync::Mutex<()>,
-    /// Rounds of asking that have ended.
+    /// The number of finished rounds of asking all shards.
     rounds: AtomicU64,
     finding: Semaphore,
-    /// Tells when an owner was noted.
+    /// Notified when an owner was noted.
     noted: watch::Sender<()>,
     metrics: Arc<Metrics>,
 }
@@ -85,7 +85,7 @@ const NOBODY: u16 = SEALED - 1;
 /// Beside the number of a shard: it takes no writes for the slot, but is read there until the next owner is known.
 const SEALED: u16 = 1 << 15;
 
-/// So many slots are looked for one by one at the same time; beyond, all rows cost less.
+/// Up to this number of slots are asked for one by one; for more, reading all rows costs less.
 const FINDING: usize = 8;
 
 impl Cluster {
@@ -197,7 +197,7 @@ impl Cluster {
             cluster_id: self.inner.cluster_id.clone(),
             shard_name: name.to_owned(),
         };
-        // A process would have to open thirty thousand to run out of numbers; then the last is used again, and owners go wrong,
+        // After thirty thousand shards a process has no numbers left. Then the last one is used again, and known owners are wrong,
         // which costs refused writes.
         let number = u16::try_from(shards_by_number.len())
             .map_or(NOBODY - 1, |number| number.min(NOBODY - 1));
@@ -227,7 +227,7 @@ impl Cluster {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A shard that our file names or named, whether or not it is in the topology.
+    /// A shard that the file names or named, whether or not it is in the topology.
     #[must_use]
     pub fn opened_shard(&self, name: &str) -> Option<Shard> {
         self.opened().get(name).map(|(_, shard)| shard.clone())
@@ -240,15 +240,15 @@ impl Cluster {
         opened.values().map(|(_, shard)| shard.clone()).collect()
     }
 
-    /// Goes by a topology from now on.
+    /// Adopts a topology.
     ///
     /// # Errors
-    /// It names no active shard.
+    /// The topology names no active shard.
     pub fn adopt(&self, topology_ref: TopologyRef, topology: Topology) -> Result<(), StartError> {
         self.update_view(|_| (topology_ref, topology))
     }
 
-    /// Changes the view, under the lock that shards are opened under: neither may be lost on the other.
+    /// Changes the view, under the lock of opened shards: otherwise one of two concurrent changes could be lost.
     fn update_view(
         &self,
         next: impl FnOnce(&TopologyView) -> (TopologyRef, Topology),
@@ -275,7 +275,7 @@ impl Cluster {
         Ok(())
     }
 
-    /// The topology this instance goes by.
+    /// The topology that this instance has adopted.
     #[must_use]
     pub fn view(&self) -> Arc<TopologyView> {
         self.inner.view.load_full()
@@ -310,19 +310,19 @@ impl Cluster {
             .cloned()
     }
 
-    /// Notes an owner that was seen.
+    /// Notes the owner of a slot.
     pub fn note_owner(&self, slot: Slot, shard: &Shard) {
         self.inner.owners[slot.index()].store(shard.number(), Ordering::Relaxed);
         self.inner.noted.send_replace(());
     }
 
-    /// Tells when [`Cluster::note_owner`] was called.
+    /// Notified by [`Cluster::note_owner`].
     #[must_use]
     pub fn owners_changed(&self) -> watch::Receiver<()> {
         self.inner.noted.subscribe()
     }
 
-    /// Where to try a slot: at its owner, or else at the target shard, which says no if it is not. `None` if this
+    /// The shard to try for a slot: its known owner, or else the target shard, which refuses if it is not the owner. `None` if this
     /// instance's file lacks that shard.
     #[must_use]
     pub fn route(&self, slot: Slot) -> Option<Shard> {
@@ -332,7 +332,7 @@ impl Cluster {
         })
     }
 
-    /// Asks all shards who owns a slot. While many are looked for, this is [`Cluster::refresh`].
+    /// Asks all shards for the owner of a slot. While many owners are asked for, this is [`Cluster::refresh`].
     pub async fn find(&self, slot: Slot) {
         let Ok(_one) = self.inner.finding.try_acquire() else {
             return self.refresh().await;
@@ -359,10 +359,10 @@ impl Cluster {
         );
     }
 
-    /// Asks all shards which slots they own. Callers at the same time share one round.
+    /// Asks all shards for the slots that they own. Callers at the same time share one round.
     pub async fn refresh(&self) {
-        // Who waits here while a round is under way must not share it: it may have asked before what they were refused.
-        // Two that wait share the next.
+        // A caller that waits here must not share the round in progress, which may have asked before the caller was refused.
+        // Two callers that wait share the next one.
         let seen = self.inner.rounds.load(Ordering::Acquire);
         let _turn = self.inner.refreshing.lock().await;
         if self.inner.rounds.load(Ordering::Acquire) > seen + 1 {
@@ -405,7 +405,7 @@ impl Cluster {
     }
 }
 
-/// Notes what shards have answered of a slot: the numbers of its owner and of the shard that hands it over.
+/// Notes the answers of shards about a slot: the numbers of its owner and of the shard that hands it over.
 fn note(
     slot: &AtomicU16,
     owned: Option<u16>,
@@ -415,7 +415,7 @@ fn note(
     // A sealed slot is still read where it is sealed, until its target has it.
     match owned.or(sealed.map(|number| number | SEALED)) {
         Some(number) => slot.store(number, Ordering::Relaxed),
-        // Only what we believed of a shard that has answered is known to be wrong.
+        // Only knowledge about a shard that has answered is replaced.
         None if has_answered(slot.load(Ordering::Relaxed) & !SEALED) => {
             slot.store(NOBODY, Ordering::Relaxed);
         }
@@ -423,7 +423,7 @@ fn note(
     }
 }
 
-/// A shard that comes back may own other slots than before.
+/// A shard that returns may own other slots than before.
 async fn refresh_when_up(cluster: Weak<Inner>, shard: Shard) {
     let mut state = shard.watch();
     drop(shard);

@@ -1,4 +1,4 @@
-//! Reads from the shards what a session missed: where something was lost on the way, and after a reconnection.
+//! Reads messages that a session has missed from the shards: after a lost event, and after a reconnection.
 
 use crate::budget::cost;
 use crate::bus::event::BusEvent;
@@ -19,38 +19,38 @@ use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 
-/// Who catches up, and by what means. A clone is a few references.
+/// The session that catches up, and what it needs for that. A clone is a few references.
 #[derive(Clone)]
 pub struct CatchUp {
     /// Reads messages.
     pub messages: Messages,
-    /// Reads how far dialogs have come.
+    /// Reads the last seqs of dialogs.
     pub last_seqs: LastSeqReader,
-    /// Of the session.
+    /// The subscriber of the session.
     pub subscriber: Arc<Subscriber>,
-    /// Whose session it is.
+    /// The user of the session.
     pub me: UserId,
-    /// Messages of a dialog that are replayed; who is further behind is told to look.
+    /// The number of missed messages of a dialog that are sent. If more are missed, the client is asked to reload the dialog.
     pub replay: u64,
-    /// Dialogs that are kept level at once.
+    /// The number of dialogs that a session tracks.
     pub replay_dialogs: usize,
     /// How many dialogs are read at once.
     pub permits: Arc<Semaphore>,
-    /// What is measured.
+    /// The metrics.
     pub metrics: Arc<Metrics>,
 }
 
-/// A message that was overtaken is here by then, and need not be read.
+/// A message out of order arrives within this time, and need not be read.
 const OVERTAKEN: Duration = Duration::from_millis(20);
 
-/// Between two tries to read from a shard that does not answer.
+/// The pause before a shard that does not answer is read again.
 const TRY_AGAIN: Duration = Duration::from_millis(500);
 
-/// How long a `resume` waits for what was missed before it is answered all the same; the rest comes when it can be read.
+/// How long a `resume` waits for missed messages before it is answered. The rest follows when it can be read.
 const RESUME_LIMIT: Duration = Duration::from_secs(5);
 
 impl CatchUp {
-    /// Reads what is missing of a dialog that is due, until nothing is.
+    /// Reads the missing messages of the dialogs that are queued for it, one dialog after the other.
     pub async fn dialog(self, dialog: DialogId) {
         let mut waited = false;
         while let Some(gap) = self.subscriber.gap(dialog) {
@@ -124,7 +124,7 @@ impl CatchUp {
         let with = dialog.counterpart(self.me).get();
         let up_to = Range::Before(Seq::new(gap.head.get().saturating_add(1)));
         let page = self.messages.history(self.me, with, up_to, None).await?;
-        // Both are written alike, so that their texts are in the order of time.
+        // Both have the same format, so their texts sort by time.
         let since = since.to_string();
         let older = page
             .messages
@@ -152,13 +152,13 @@ impl CatchUp {
         self.subscriber.found(dialog, gap, seq, frame).await
     }
 
-    /// Whether it is known beforehand that more is missed than is replayed. Between generations it is not: what was not lost is
-    /// read, and counted on the way.
+    /// Whether more messages are missed than are sent, as far as this is known without reading. Across generations it is not:
+    /// the messages are read and counted.
     fn too_far(&self, from: Seq, to: Seq) -> bool {
         from.generation() == to.generation() && to.get() - from.get() > self.replay
     }
 
-    /// Nobody asked, but more was missed than is replayed.
+    /// More messages are missed than are sent, without a request of the client.
     fn send_resync(&self, dialog: DialogId, gap: Gap, head: Seq) {
         if !self.subscriber.skip_to(dialog, gap.epoch, head) {
             return;
@@ -176,14 +176,14 @@ impl CatchUp {
             }));
     }
 
-    /// Takes the client's word for what it has, sends what it misses, and says how it stands then.
+    /// Takes the positions of the client, sends the messages above them, and answers with the positions after that.
     pub async fn resume(
         self,
         id: Option<String>,
         positions: Vec<(DialogId, Seq)>,
         since: Option<Timestamp>,
     ) -> ServerFrame {
-        // From here on what is told live follows these positions; what was stored before is found below.
+        // From here on live events follow these positions. Earlier messages are found below.
         if let Some(since) = since {
             self.subscriber.away_since(since);
         }
@@ -196,7 +196,7 @@ impl CatchUp {
         let (mut level, mut resync, mut reads) = (Vec::new(), Vec::new(), Vec::new());
         for ((dialog, seq), epoch) in positions.iter().zip(epochs) {
             let Some(head) = heads.of.get(dialog) else {
-                // Its shard is away: it is asked until it answers.
+                // Its shard does not answer: the read is repeated until it does.
                 self.subscriber.take(&BusEvent::LastSeq {
                     dialog: *dialog,
                     seq: Seq::new(seq.get().saturating_add(1)),

@@ -1,7 +1,7 @@
-//! Telling people: first those who are connected here, then the other instances.
+//! Fan-out of events: to the sessions on this instance first, then to the other instances over the bus.
 //!
-//! The bus may lose anything. A message that is lost is betrayed by the next one of its dialog; the last one of a burst has no
-//! next, so a while later it is hinted at how far the dialog has come, a few times (`hints`).
+//! The bus may lose any event. The next message of the dialog reveals the loss of one before it. The last message of a burst has
+//! no next one, so the position of the dialog is published again a few times after it (`hints`).
 
 use crate::bus::event::BusEvent;
 use crate::bus::{Bus, BusState, Loss, Topic};
@@ -25,7 +25,7 @@ pub struct Delivery {
 }
 
 impl Delivery {
-    /// Delivers to the sessions of `registry` and to what listens on `bus`.
+    /// Delivers to the sessions of `registry` and publishes on `bus`.
     #[must_use]
     pub fn start(registry: Registry, bus: Arc<dyn Bus>, runtime: &Handle) -> Self {
         let hints = Hints::start(registry.clone(), bus.clone(), runtime);
@@ -36,25 +36,25 @@ impl Delivery {
         }
     }
 
-    /// The sessions here.
+    /// The sessions on this instance.
     #[must_use]
     pub fn registry(&self) -> &Registry {
         &self.registry
     }
 
-    /// Whether other instances can be reached.
+    /// Whether the bus is connected and other instances can be reached.
     #[must_use]
     pub fn bus(&self) -> BusState {
         self.bus.state()
     }
 
-    /// Receives from now on when publications may have been lost.
+    /// Receives a notification whenever publications may have been lost.
     #[must_use]
     pub fn losses(&self) -> broadcast::Receiver<Loss> {
         self.bus.losses()
     }
 
-    /// Tells everyone in the dialog.
+    /// Sends an event to both users of the dialog.
     pub fn committed(&self, committed: &Committed<'_>) {
         match committed {
             Committed::Message(message) => self.message(message),
@@ -62,8 +62,8 @@ impl Delivery {
         }
     }
 
-    /// Tells everyone in the dialog of a message that was committed. Encoded once, shared by all; the session that sent it is
-    /// told so instead.
+    /// Sends a committed message to both users of the dialog. It is encoded once for all receivers; the session that sent it
+    /// gets `sent` instead.
     fn message(&self, committed: &Stored<'_>) {
         let (message, place) = (committed.message, committed.place);
         let dialog = message.dialog;
@@ -97,7 +97,7 @@ impl Delivery {
         self.hints.message(dialog, place.seq);
     }
 
-    /// Tells everyone in the dialog how far somebody has read; those sessions too that asked for it.
+    /// Sends a read mark to both users of the dialog, and to the sessions that requested it.
     fn read_mark(&self, mark: NewMark) {
         let NewMark {
             dialog, user, seq, ..
@@ -117,7 +117,7 @@ impl Delivery {
         self.hints.read(dialog, user, event);
     }
 
-    /// Tells the other users of the dialog that `user` is typing.
+    /// Sends to the other user of the dialog that `user` is typing.
     pub fn typing(&self, dialog: DialogId, user: UserId) {
         let event = BusEvent::Ephemeral {
             frame: encode(&ServerFrame::Typing {
@@ -130,7 +130,7 @@ impl Delivery {
         publish(&*self.bus, others(), &event);
     }
 
-    /// Tells the sessions of this instance how far a dialog has come.
+    /// Sends the last position of a dialog to the sessions on this instance.
     pub fn last_seq(&self, dialog: DialogId, seq: Seq) {
         for user in dialog.members() {
             self.registry
@@ -146,7 +146,7 @@ impl Delivery {
     }
 }
 
-/// Tells the other instances, if there may be any.
+/// Publishes an event, if there are other instances.
 fn publish(bus: &dyn Bus, users: impl Iterator<Item = UserId>, event: &BusEvent) {
     if bus.state() != BusState::Standalone {
         let payload = event.encode();
@@ -154,7 +154,7 @@ fn publish(bus: &dyn Bus, users: impl Iterator<Item = UserId>, event: &BusEvent)
     }
 }
 
-/// A frame as it goes over the wire.
+/// A frame as it is sent over the wire.
 #[must_use]
 pub fn encode(frame: &ServerFrame) -> ByteString {
     // Frames have only strings for keys, and no value that JSON cannot write.

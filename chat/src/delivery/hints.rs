@@ -1,7 +1,8 @@
-//! What was told lately is told again, in short: the last message before a silence has no next that would betray its loss.
+//! Hints: the position of a dialog, published again after a burst. The loss of the last message before a silence is not revealed by
+//! a next one.
 //!
-//! A hint is cheap because it is not a message: all that fall due together go out as one, to all instances, and each looks
-//! whether somebody who is concerned is here.
+//! A hint is cheap because it is not a message. All hints that are due go out as one publication to all instances; each instance
+//! looks up whether one of the users has a session there.
 
 use crate::bus::event::BusEvent;
 use crate::bus::{Bus, BusState, Listening, Sink, Topic};
@@ -15,25 +16,25 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::time::Instant;
 
-/// So long after the last message of a burst it is hinted at.
+/// The delays after the last message of a burst at which hints are published.
 const HINT_AFTER: [Duration; 3] = [
     Duration::from_secs(1),
     Duration::from_secs(2),
     Duration::from_secs(4),
 ];
 
-/// How often it is looked whether hints are due.
+/// The interval between two checks for due hints.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 
-/// Bytes from which on a publication takes no further hint. A NATS server takes 1 MiB by default.
+/// A publication of this many bytes takes no further hint. A NATS server accepts 1 MiB by default.
 const PUBLICATION: usize = 64 * 1024;
 
-/// Dialogs that are looked at before other tasks have their turn.
+/// Dialogs that are checked before other tasks have their turn.
 const TURN: usize = 1024;
 
 const STRIPES: usize = 64;
 
-/// Dialogs of a stripe. Those beyond it, after a long time without a bus, are compared when the bus is back.
+/// Dialogs of a stripe, at most. After a long time without a bus there may be more: those are compared with the shards when the bus is back.
 const DIALOGS: usize = 4096;
 
 /// A handle; a clone is a few references.
@@ -43,14 +44,14 @@ pub struct Hints {
     _listening: Arc<Listening>,
 }
 
-/// What was told lately, by dialog; cut into stripes so that no single lock sees every message.
+/// The dialogs with recent events, in stripes so that no single lock is taken for every message.
 struct Inner {
-    /// Whether there is anybody to be hinted at anything.
+    /// Whether there are other instances.
     wanted: bool,
     stripes: Vec<Mutex<HashMap<DialogId, Burst>>>,
 }
 
-/// What was told in one dialog since it was last silent.
+/// The recent events of one dialog since it was last silent.
 struct Burst {
     head: Seq,
     reads: Vec<(UserId, BusEvent)>,
@@ -59,7 +60,7 @@ struct Burst {
 }
 
 impl Hints {
-    /// Hints at what is told here, and takes the hints of other instances for the sessions of `registry`.
+    /// Publishes hints for events of this instance, and applies the hints of other instances to the sessions of `registry`.
     pub fn start(registry: Registry, bus: Arc<dyn Bus>, runtime: &Handle) -> Self {
         let inner = Arc::new(Inner {
             wanted: bus.state() != BusState::Standalone,
@@ -74,13 +75,13 @@ impl Hints {
         }
     }
 
-    /// A message was told.
+    /// Records a message.
     pub fn message(&self, dialog: DialogId, seq: Seq) {
         self.inner
             .note(dialog, |burst| burst.head = burst.head.max(seq));
     }
 
-    /// It was told how far `user` has read.
+    /// Records a read mark of `user`.
     pub fn read(&self, dialog: DialogId, user: UserId, mark: BusEvent) {
         self.inner.note(dialog, |burst| {
             burst.reads.retain(|(reader, _)| *reader != user);
@@ -90,7 +91,7 @@ impl Hints {
 }
 
 impl Inner {
-    fn note(&self, dialog: DialogId, told: impl FnOnce(&mut Burst)) {
+    fn note(&self, dialog: DialogId, change: impl FnOnce(&mut Burst)) {
         if !self.wanted {
             return;
         }
@@ -106,10 +107,10 @@ impl Inner {
         });
         burst.last = Instant::now();
         burst.hinted = 0;
-        told(burst);
+        change(burst);
     }
 
-    /// How many dialogs there were, and what is due; forgets what was hinted at often enough.
+    /// Returns the number of dialogs and the hints that are due; removes dialogs whose last hint has been published.
     fn due(&self, stripe: &Mutex<HashMap<DialogId, Burst>>) -> (usize, Vec<BusEvent>) {
         let mut due = Vec::new();
         let mut stripe = lock(stripe);
@@ -135,7 +136,7 @@ fn lock(stripe: &Mutex<HashMap<DialogId, Burst>>) -> MutexGuard<'_, HashMap<Dial
     stripe.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Hints at what was told, while there are others to hear it; what falls due without a bus waits for it.
+/// Publishes due hints while there are other instances. While the bus is disconnected, due hints wait.
 async fn hint(hints: Weak<Inner>, bus: Arc<dyn Bus>) {
     let mut publication = BytesMut::new();
     let mut looked_at = 0;
@@ -167,20 +168,20 @@ async fn hint(hints: Weak<Inner>, bus: Arc<dyn Bus>) {
     }
 }
 
-/// Adds event to a publication: its length, 32 bits, and what it is.
+/// Appends an event to a publication: its length in 32 bits, then its bytes.
 fn pack(publication: &mut BytesMut, event: &BusEvent) {
     let event = event.encode();
     publication.put_u32(event.len() as u32);
     publication.put(event);
 }
 
-/// Takes the first event from a publication; `None` at its end, or where it is not understood.
+/// Takes the first event from a publication; `None` at the end, or if it cannot be decoded.
 fn unpack(publication: &mut Bytes) -> Option<Bytes> {
     let length = publication.try_get_u32().ok()? as usize;
     (length <= publication.len()).then(|| publication.split_to(length))
 }
 
-/// Gives hints of another instance to the sessions here.
+/// Applies the hints of another instance to the sessions on this one.
 fn take(mut publication: Bytes, registry: &Registry) {
     while let Some(event) = unpack(&mut publication) {
         let event = BusEvent::decode(&event);

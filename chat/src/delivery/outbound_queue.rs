@@ -1,4 +1,4 @@
-//! What waits to be sent to one session: bounded in bytes, filled without waiting.
+//! The queue of frames to one session: bounded in bytes, filled without waiting.
 
 use bytestring::ByteString;
 use chat_wire::Close;
@@ -6,16 +6,16 @@ use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
 use tokio::sync::Notify;
 
-/// The queue between everybody who has something for a session, and the session's writer.
+/// The queue between the senders of frames and the writer of a session.
 ///
-/// A frame is encoded once and shared by all its receivers. When the queue is full the session is closed as a slow reader:
-/// nobody waits for it, and nobody else suffers.
+/// A frame is encoded once and shared by all its receivers. When the queue is full the session is closed as a slow reader, so that
+/// no sender waits for it and no other session is affected.
 pub struct OutboundQueue {
     limit_bytes: usize,
     state: Mutex<State>,
     /// Wakes the writer.
     filled: Notify,
-    /// Wakes who waits for room.
+    /// Wakes the tasks that wait for room.
     drained: Notify,
 }
 
@@ -26,12 +26,12 @@ struct State {
     close: Option<Close>,
 }
 
-/// What the writer is to do next.
+/// The next step of the writer.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Next {
-    /// Send this.
+    /// Send this frame.
     Frame(ByteString),
-    /// Close. What was waiting has been sent, unless the session was too slow to be sent it.
+    /// Close the connection. The queue is empty, unless the session is closed as a slow reader.
     Close(Close),
 }
 
@@ -71,14 +71,14 @@ impl OutboundQueue {
         self.filled.notify_one();
     }
 
-    /// Adds a frame unless others wait in number: for what is of the moment only.
+    /// Adds a frame unless many frames are queued: for events that are worthless later, such as `typing`.
     pub fn push_if_idle(&self, frame: &ByteString) {
         if self.state().bytes <= self.limit_bytes / 4 {
             self.push(frame.clone());
         }
     }
 
-    /// Adds a frame once half of the queue is free: for answers to the session's own requests, which can wait.
+    /// Adds a frame when half of the queue is free: for answers to the session's own requests, which can wait.
     ///
     /// # Cancel safety
     /// Dropped before it is done, it has added nothing.
@@ -104,7 +104,7 @@ impl OutboundQueue {
         }
     }
 
-    /// Closes the session, after what is waiting and what comes until it is. The first reason stays.
+    /// Closes the session after the frames that are queued now or until it ends. The first reason is kept.
     pub fn close(&self, reason: Close) {
         let mut state = self.state();
         if state.close.is_none() {
@@ -115,7 +115,7 @@ impl OutboundQueue {
         self.drained.notify_waiters();
     }
 
-    /// Waits for the next thing to do.
+    /// Waits for the next step.
     ///
     /// # Cancel safety
     /// Dropped before it is done, it has taken nothing.
@@ -138,13 +138,13 @@ impl OutboundQueue {
         }
     }
 
-    /// The reason, once the session is to be closed for not reading: then nothing more needs to be tried.
+    /// The reason to close, once the session is a slow reader: no more frames need to be written.
     #[must_use]
     pub fn overflowed(&self) -> bool {
         self.state().close == Some(Close::SlowReader)
     }
 
-    /// Waits until the queue overflows.
+    /// Waits until the queue is full.
     pub async fn overflow(&self) {
         while !self.overflowed() {
             let filled = self.filled.notified();
@@ -153,7 +153,7 @@ impl OutboundQueue {
             }
             filled.await;
         }
-        // The writer's own wait may have been woken in our place.
+        // This task may have taken a notification that was meant for the writer.
         self.filled.notify_one();
     }
 }

@@ -1,9 +1,9 @@
-//! Who is there: a user with a session on any instance. Nothing is stored, so nothing can grow stale: whoever wants to know
-//! asks, and whoever has a session of that user answers.
+//! Presence: a user is online while any instance has a session of that user. Nothing is stored, so nothing can be stale: an instance
+//! that needs the presence of a user publishes a question, and the instances with a session of that user answer.
 //!
-//! A session may watch users. It is told at once how they are, and then of every change: that somebody came, when the first
-//! session joins anywhere; that somebody went, when nobody has answered for [`GRACE`]. Now and then those who are watched are
-//! asked for again, since what instances tell each other may be lost, and an instance that is killed says nothing.
+//! A session watches users. It receives their presence at once and then every change: online when the first session begins on any
+//! instance; offline when no instance has answered for [`GRACE`]. Watched users are asked for again at intervals, because events
+//! on the bus may be lost, and an instance that is killed sends none.
 
 use crate::bus::{Bus, Listening, Topic};
 use crate::delivery::encode;
@@ -18,16 +18,16 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::time::Instant;
 
-/// How long somebody may be away without being called so: a page that is loaded again, a change from one network to another.
+/// How long a user without a session still counts as online: a page is reloaded, or a device changes its network.
 pub const GRACE: Duration = Duration::from_secs(5);
 
-/// How often those who are watched are asked for again.
+/// The interval at which watched users are asked for again.
 const ASK_AGAIN: Duration = Duration::from_secs(30);
 
-/// How long interest in a user is kept when nobody watches any more.
+/// How long the subscription to a user is kept after the last watch has ended.
 const LINGER: Duration = Duration::from_secs(10);
 
-/// How many are asked for at once.
+/// The number of users that are asked for at once.
 const AT_ONCE: usize = 32;
 
 /// A handle; a clone is one more reference.
@@ -43,22 +43,22 @@ struct Inner {
     watched: Mutex<HashMap<UserId, Watched>>,
 }
 
-/// A user whom somebody here watches.
+/// A user that a session on this instance watches.
 struct Watched {
-    /// `None` until it is known.
+    /// `None` while it is unknown.
     online: Option<bool>,
-    /// When there was a sign of life, or doubt began.
+    /// When the user was last known to be online, or when the doubt began.
     seen: Instant,
-    /// Somebody is finding out whether the user has gone.
+    /// A task is finding out whether the user is offline.
     in_doubt: bool,
     watchers: HashMap<u64, Arc<Subscriber>>,
-    /// Since when nobody watches.
+    /// When the last watch ended.
     left: Option<Instant>,
     listening: Listening,
 }
 
 impl Presence {
-    /// Nobody is watched yet.
+    /// No user is watched at first.
     #[must_use]
     pub fn start(registry: Registry, bus: Arc<dyn Bus>, runtime: &Handle) -> Self {
         let inner = Arc::new(Inner {
@@ -67,12 +67,12 @@ impl Presence {
             runtime: runtime.clone(),
             watched: Mutex::default(),
         });
-        let heard = Arc::downgrade(&inner);
+        let weak = Arc::downgrade(&inner);
         inner
             .registry
             .on_presence_change(Arc::new(move |user, is_here| {
-                if let Some(inner) = heard.upgrade() {
-                    inner.heard(user, is_here);
+                if let Some(inner) = weak.upgrade() {
+                    inner.changed(user, is_here);
                 }
             }));
         runtime.spawn(ask_again(Arc::downgrade(&inner)));
@@ -80,12 +80,12 @@ impl Presence {
         Self { inner }
     }
 
-    /// Whether a user is there; `None` while that cannot be told.
+    /// Whether a user is online; `None` while it is unknown.
     pub async fn ask(&self, user: UserId) -> Option<bool> {
         self.inner.ask(user).await
     }
 
-    /// A watch of one session, over nobody yet.
+    /// The watches of one session; none at first.
     #[must_use]
     pub fn watch(&self, session: u64, subscriber: Arc<Subscriber>) -> Watch {
         Watch {
@@ -96,7 +96,7 @@ impl Presence {
         }
     }
 
-    /// Asks for everyone who is watched, soon.
+    /// Asks for all watched users, soon.
     pub async fn ask_for_all(&self) {
         Inner::ask_for_all(&self.inner, Duration::ZERO).await;
     }
@@ -114,8 +114,8 @@ impl Inner {
         self.bus.ask(Topic::User(user)).await
     }
 
-    /// An instance says that a user came or went.
-    fn heard(self: &Arc<Self>, user: UserId, is_here: bool) {
+    /// An instance reports that a user is online or offline.
+    fn changed(self: &Arc<Self>, user: UserId, is_here: bool) {
         if let Some(watched) = self.watched().get_mut(&user) {
             watched.seen = Instant::now();
             if is_here {
@@ -126,14 +126,14 @@ impl Inner {
         }
     }
 
-    /// Finds out whether a user has gone, unless that is being done.
+    /// Starts to find out whether a user is offline, unless a task already does.
     fn doubt(self: &Arc<Self>, user: UserId, watched: &mut Watched) {
         if !std::mem::replace(&mut watched.in_doubt, true) {
             self.runtime.spawn(find_out(Arc::downgrade(self), user));
         }
     }
 
-    /// Takes an answer that nobody had asked for in doubt.
+    /// Applies an answer that came without a question.
     fn learn(self: &Arc<Self>, user: UserId, online: bool) {
         if let Some(watched) = self.watched().get_mut(&user) {
             if online {
@@ -151,7 +151,7 @@ impl Inner {
     }
 
     async fn ask_for_all(inner: &Arc<Self>, over: Duration) {
-        // Also those whom nobody watches just now: a watcher who is back is told what is known of them.
+        // Includes users without a watch just now: a watcher that returns gets the last known state.
         let users: Vec<UserId> = inner.watched().keys().copied().collect();
         let chunks = users.len().div_ceil(AT_ONCE).max(1) as u32;
         for users in users.chunks(AT_ONCE) {
@@ -167,7 +167,7 @@ impl Inner {
 }
 
 impl Watched {
-    /// Tells the watchers what they do not know.
+    /// Sends to the watchers the states that they do not have.
     fn tell(&mut self, user: UserId, online: bool) {
         if self.online.replace(online) != Some(online) {
             let frame = encode(&presence(user, online));
@@ -185,7 +185,7 @@ fn presence(user: UserId, online: bool) -> ServerFrame {
     })
 }
 
-/// Says that a user has gone once nobody has answered, and nothing was heard, for [`GRACE`].
+/// Reports a user as offline when there was no answer, and no event, for [`GRACE`].
 async fn find_out(inner: Weak<Inner>, user: UserId) {
     loop {
         let Some(strong) = inner.upgrade() else {
@@ -210,9 +210,9 @@ async fn find_out(inner: Weak<Inner>, user: UserId) {
                 watched.tell(user, true);
             }
             Some(false) if watched.seen.elapsed() >= GRACE => watched.tell(user, false),
-            // A sign of life came meanwhile, and perhaps they went once more.
+            // The user was online meanwhile, and may have left once more.
             Some(false) => continue,
-            // Cut off from the others: nobody can tell, until the bus is back and everyone is asked for.
+            // This instance is cut off from the others. The state is unknown until the bus is back and all users are asked for.
             None => {}
         }
         watched.in_doubt = false;
@@ -228,7 +228,7 @@ async fn ask_again(inner: Weak<Inner>) {
     }
 }
 
-/// Leaves the bus for users that nobody has watched for [`LINGER`].
+/// Ends the subscriptions to users without a watch for [`LINGER`].
 async fn forget(inner: Weak<Inner>) {
     loop {
         tokio::time::sleep(LINGER / 2).await;
@@ -238,12 +238,12 @@ async fn forget(inner: Weak<Inner>) {
             .watched()
             .extract_if(|_, watched| is_over(watched))
             .collect();
-        // Leaving the bus is somebody else's code: not under our lock.
+        // The subscription ends in code of a library: not while our lock is held.
         drop(gone);
     }
 }
 
-/// Whom a session watches; until it is dropped.
+/// The users that a session watches, until it is dropped.
 pub struct Watch {
     presence: Presence,
     session: u64,
@@ -252,36 +252,36 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// How many are watched.
+    /// The number of watched users.
     #[must_use]
     pub fn len(&self) -> usize {
         self.users.len()
     }
 
-    /// Whether nobody is.
+    /// Whether no user is watched.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.users.is_empty()
     }
 
-    /// Whether this user is.
+    /// Whether this user is watched.
     #[must_use]
     pub fn contains(&self, user: UserId) -> bool {
         self.users.contains(&user)
     }
 
-    /// Watches one more. The session is told how that user is, as soon as it is known.
+    /// Begins to watch a user. The session receives the state as soon as it is known.
     pub fn add(&mut self, user: UserId) {
         let inner = &self.presence.inner;
         self.users.insert(user);
         let mut all = inner.watched();
         let watched = all.entry(user).or_insert_with(|| {
-            let heard = Arc::downgrade(inner);
+            let weak = Arc::downgrade(inner);
             let listening = inner.bus.listen(
                 Topic::Presence(user),
                 Arc::new(move |payload| {
-                    if let Some(inner) = heard.upgrade() {
-                        inner.heard(user, payload.first() == Some(&b'+'));
+                    if let Some(inner) = weak.upgrade() {
+                        inner.changed(user, payload.first() == Some(&b'+'));
                     }
                 }),
             );
@@ -306,7 +306,7 @@ impl Watch {
         }
         let (asking, mut effective) = (Arc::downgrade(inner), watched.listening.effective());
         inner.runtime.spawn(async move {
-            // Listen, then look: who comes between the two would be missed the other way round.
+            // Subscribes first and asks then: in the other order, a user who comes online in between would be missed.
             let _ = effective.wait_for(|effective| *effective).await;
             let Some(inner) = asking.upgrade() else {
                 return;
@@ -317,7 +317,7 @@ impl Watch {
         });
     }
 
-    /// Watches one less.
+    /// Ends the watch of a user.
     pub fn remove(&mut self, user: UserId) {
         if self.users.remove(&user) {
             self.leave(user);
@@ -328,7 +328,7 @@ impl Watch {
         if let Some(watched) = self.presence.inner.watched().get_mut(&user) {
             watched.watchers.remove(&self.session);
             if watched.watchers.is_empty() {
-                // Interest in the bus is kept for a while: a page that is loaded again watches the same users again.
+                // The subscription is kept for a while: a page that is reloaded watches the same users again.
                 watched.left = Some(Instant::now());
             }
         }

@@ -1,6 +1,6 @@
-//! Who is connected to this instance: sessions by user, and the interest in the bus that goes with them.
+//! The registry of sessions on this instance, by user, and the bus subscriptions that they need.
 //!
-//! Cut into many stripes by user, so that no single lock sees every message.
+//! It is cut into many stripes by user, so that no single lock is taken for every message.
 
 use crate::bus::event::BusEvent;
 use crate::bus::{Bus, Listening, Sink, Topic};
@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use tokio::sync::watch;
 
-/// How many stripes there are.
+/// The number of stripes.
 const STRIPES: usize = 64;
 
 /// A handle; a clone is one more reference.
@@ -29,10 +29,10 @@ struct Inner {
     stripes: Vec<Mutex<HashMap<UserId, Present>>>,
     next_session: AtomicU64,
     sessions_per_user: usize,
-    /// Told when a user comes or goes, as the other instances are.
-    told: OnceLock<Arc<dyn Fn(UserId, bool) + Send + Sync>>,
-    /// Told of messages that other instances have stored.
-    heard: OnceLock<Arc<dyn Fn(DialogId, Seq) + Send + Sync>>,
+    /// Called when the first session of a user begins here and when the last one ends.
+    on_presence_change: OnceLock<Arc<dyn Fn(UserId, bool) + Send + Sync>>,
+    /// Called for messages that other instances have stored.
+    on_remote_message: OnceLock<Arc<dyn Fn(DialogId, Seq) + Send + Sync>>,
 }
 
 /// A user with at least one session here.
@@ -41,23 +41,23 @@ struct Present {
     listening: Listening,
 }
 
-/// The user has as many sessions here as are allowed.
+/// The user has the maximum number of sessions on this instance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TooMany;
 
-/// The session that a message comes from, and the answer that it gets in the place of the message.
+/// The session that sent a message, and the answer that it gets instead of the message.
 #[derive(Clone, Debug)]
 pub struct Origin {
-    /// Which.
+    /// Its number on this instance.
     pub session: u64,
     /// The frame `sent`.
     pub frame: ByteString,
-    /// It was stored before.
+    /// Whether the message had been stored before.
     pub repeat: bool,
 }
 
 impl Registry {
-    /// Nobody yet; each user may have `sessions_per_user`.
+    /// An empty registry that allows `sessions_per_user` sessions to each user.
     #[must_use]
     pub fn new(sessions_per_user: usize, bus: Arc<dyn Bus>) -> Self {
         let stripes = (0..STRIPES).map(|_| Mutex::default()).collect();
@@ -67,21 +67,21 @@ impl Registry {
                 stripes,
                 next_session: AtomicU64::new(1),
                 sessions_per_user,
-                told: OnceLock::new(),
-                heard: OnceLock::new(),
+                on_presence_change: OnceLock::new(),
+                on_remote_message: OnceLock::new(),
             }),
         }
     }
 
-    /// From now on `told` hears when the first session of a user comes here (`true`), and when the last goes. The first who
-    /// asks for it is told.
-    pub fn on_presence_change(&self, told: Arc<dyn Fn(UserId, bool) + Send + Sync>) {
-        let _ = self.inner.told.set(told);
+    /// Registers a callback for the first session of a user (`true`) and the end of the last one (`false`). Only the first
+    /// registration counts.
+    pub fn on_presence_change(&self, callback: Arc<dyn Fn(UserId, bool) + Send + Sync>) {
+        let _ = self.inner.on_presence_change.set(callback);
     }
 
-    /// From now on `heard` is told of messages for people here that other instances have stored. The first who asks for it is told.
-    pub fn on_remote_message(&self, heard: Arc<dyn Fn(DialogId, Seq) + Send + Sync>) {
-        let _ = self.inner.heard.set(heard);
+    /// Registers a callback for messages to users of this instance that other instances have stored. Only the first registration counts.
+    pub fn on_remote_message(&self, callback: Arc<dyn Fn(DialogId, Seq) + Send + Sync>) {
+        let _ = self.inner.on_remote_message.set(callback);
     }
 
     fn stripe(&self, user: UserId) -> MutexGuard<'_, HashMap<UserId, Present>> {
@@ -90,7 +90,7 @@ impl Registry {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds a session of `user`, once `welcome` has given it the first frame. It leaves when the guard is dropped.
+    /// Adds a session of `user`, after `welcome` has written its first frame. The session is removed when the guard is dropped.
     ///
     /// # Errors
     /// [`TooMany`].
@@ -114,10 +114,10 @@ impl Registry {
             let registry = self.clone();
             let sink: Sink = Arc::new(move |payload| {
                 if let Some(event) = BusEvent::decode(&payload) {
-                    if let (BusEvent::Message { dialog, seq, .. }, Some(heard)) =
-                        (&event, registry.inner.heard.get())
+                    if let (BusEvent::Message { dialog, seq, .. }, Some(callback)) =
+                        (&event, registry.inner.on_remote_message.get())
                     {
-                        heard(*dialog, *seq);
+                        callback(*dialog, *seq);
                     }
                     registry.deliver(user, &event, None);
                 }
@@ -149,12 +149,12 @@ impl Registry {
         let payload: &[u8] = if is_here { b"+" } else { b"-" };
         let payload = Bytes::from_static(payload);
         self.inner.bus.publish(Topic::Presence(user), payload);
-        if let Some(told) = self.inner.told.get() {
-            told(user, is_here);
+        if let Some(callback) = self.inner.on_presence_change.get() {
+            callback(user, is_here);
         }
     }
 
-    /// Gives event to every session of `user` here; to the one that a message comes from its answer.
+    /// Gives an event to every session of `user` on this instance; the session that sent the message gets its answer instead.
     pub fn deliver(&self, user: UserId, event: &BusEvent, origin: Option<&Origin>) {
         if let Some(present) = self.stripe(user).get(&user) {
             for (session, subscriber) in &present.sessions {
@@ -174,7 +174,7 @@ impl Registry {
         self.stripe(user).contains_key(&user)
     }
 
-    /// Everyone who has a session here.
+    /// All users with a session here.
     #[must_use]
     pub fn users(&self) -> Vec<UserId> {
         let of_part = |stripe: &Mutex<HashMap<UserId, Present>>| {
@@ -202,13 +202,13 @@ impl Registry {
         self.inner.stripes.iter().flat_map(of_part).collect()
     }
 
-    /// How many sessions there are.
+    /// The number of sessions.
     #[must_use]
     pub fn len(&self) -> usize {
         self.outbound_queues().len()
     }
 
-    /// Whether nobody is here.
+    /// Whether there is no session.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
@@ -226,7 +226,7 @@ impl Registry {
     }
 }
 
-/// A session's place; leaves when it is dropped.
+/// The registration of a session; it ends when this is dropped.
 pub struct Joined {
     registry: Registry,
     user: UserId,
@@ -235,12 +235,12 @@ pub struct Joined {
 }
 
 impl Joined {
-    /// Waits until what other instances publish for the user is heard here; what is read from the shards after that misses
-    /// nothing that is not told.
+    /// Waits until the bus subscription of the user is active. A read from the shards after that, together with the events of the bus,
+    /// misses no message.
     pub fn listening(&self) -> impl Future<Output = ()> + Send + 'static + use<> {
         let mut effective = self.effective.clone();
         async move {
-            // Gone with the bus: then nothing is heard from others anyway.
+            // The subscription ended with the bus: there are no events of other instances anyway.
             let _ = effective.wait_for(|effective| *effective).await;
         }
     }
@@ -268,7 +268,7 @@ impl Drop for Joined {
                 None
             }
         };
-        // Leaving the bus is somebody else's code: not under our lock.
+        // The subscription ends in code of a library: not while our lock is held.
         if let Some(left) = left {
             drop(left);
             self.registry.tell(self.user, false);

@@ -1,24 +1,24 @@
-//! What a session has been sent of each dialog, and with it what it is to be sent next: in order, without a hole, nothing twice.
+//! The order of each dialog for one session: messages without a gap, and none twice.
 //!
-//! Live messages are hints: they may be lost on the way, come twice, or overtake each other. Of each dialog a session has in
-//! sequencer stands here up to where it has everything. A message that follows is sent on; one that does not is held while the ones
-//! between are waited for, and read from the shard if they do not come. What belongs to the session itself (`sent`) has its
-//! place in that order like every other message.
+//! Live events may be lost, repeated or out of order. For each dialog the sequencer keeps the position up to which the session has
+//! every message. The next message is sent on. A message ahead of the next one is held until the messages in between arrive;
+//! those that do not arrive are read from the shard. The answer to a send (`sent`) takes the place of its message
+//! in that order.
 
 use crate::domain::dialog::{DialogId, Seq, Timestamp, UserId};
 use bytestring::ByteString;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
-/// How many dialogs a session has tracked, and how much is held for it.
+/// The limits of what a session tracks.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
-    /// Dialogs; beyond, the longest silent are forgotten.
+    /// Dialogs. Beyond this number, those without a message for the longest time are forgotten.
     pub dialogs: usize,
-    /// Bytes of frames that wait for those before them.
+    /// Bytes of held frames.
     pub held_bytes: usize,
 }
 
-/// Frames of one dialog that wait for those before them.
+/// Held frames of one dialog.
 const HELD: usize = 16;
 
 /// See the module.
@@ -26,27 +26,27 @@ pub struct Sequencer {
     streams: HashMap<DialogId, Stream>,
     bounds: Bounds,
     held_bytes: usize,
-    /// Dialogs that must be read, in the order in which that was noticed.
+    /// Dialogs that must be read, in the order in which this was noticed.
     due: VecDeque<DialogId>,
-    /// Nothing is lost between the shards and here: what comes first of a dialog has nothing before it.
+    /// No event is lost between the shards and this session: the first message of a dialog that arrives has no earlier one missing.
     lossless: bool,
-    /// What was stored before this is not owed unasked, in a dialog that nothing was sent of yet.
+    /// In a dialog of which no message was sent yet, messages stored before this time are not sent unless they are requested.
     since: Timestamp,
     clock: u64,
 }
 
 /// One dialog.
 struct Stream {
-    /// Everything up to here was sent, or the client has it. `None` while what was stored since the session began is looked up.
+    /// The session has every message up to here. `None` while the messages since the session's begin are looked up.
     last: Option<Seq>,
-    /// The highest that is known to be stored.
+    /// The highest seq that is known to be stored.
     head: Seq,
-    /// What is ahead of `last`.
+    /// Messages ahead of `last`.
     held: BTreeMap<Seq, Held>,
     reading: Reading,
-    /// Counts what the client says of its position: what is read for an earlier one is void.
+    /// Counts the positions that the client has set. A message that was read for an earlier position is dropped.
     epoch: u32,
-    /// How far members have read, as the session was told.
+    /// The read marks that the session has.
     reads: Vec<(UserId, Seq)>,
     used: u64,
 }
@@ -64,28 +64,28 @@ enum Reading {
     InProgress,
 }
 
-/// What must be read from the shard for a dialog.
+/// The messages of a dialog that must be read from the shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Gap {
-    /// Which messages.
+    /// Their beginning.
     pub from: Start,
-    /// What is known to be stored.
+    /// The highest seq that is known to be stored.
     pub head: Seq,
-    /// Of which position of the client this speaks.
+    /// The count of positions that this belongs to.
     pub epoch: u32,
 }
 
-/// Where what is missing begins.
+/// The beginning of the missing messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Start {
-    /// Above this: the session has everything up to here.
+    /// Above this seq: the session has every message up to it.
     After(Seq),
-    /// With what was stored at this time, by the shard's clock: nothing of the dialog was sent yet.
+    /// At the first message stored at this time or later, by the shard's clock: no message of the dialog was sent yet.
     Since(Timestamp),
 }
 
 impl Sequencer {
-    /// Nothing tracked yet. `since` is when the session began; `lossless` says that live messages are never lost.
+    /// Tracks no dialog at first. `since` is when the session began; `lossless` says that live messages are never lost.
     #[must_use]
     pub fn new(bounds: Bounds, since: Timestamp, lossless: bool) -> Self {
         Self {
@@ -99,8 +99,8 @@ impl Sequencer {
         }
     }
 
-    /// A message that was told live, or the answer to a send of this session (`own`). `send` gets what is to be sent now.
-    /// Returns whether something became due.
+    /// A live message, or the answer to a send of this session (`own`). `send` gets the frames that can be sent now.
+    /// Returns whether a dialog must be read.
     pub fn on_message(
         &mut self,
         dialog: DialogId,
@@ -114,7 +114,7 @@ impl Sequencer {
         let stream = stream(&mut self.streams, &mut self.clock, dialog, before);
         match stream.last {
             Some(last) if seq <= last => {
-                // An answer is owed, even if the message itself was sent before.
+                // An answer is sent even if the message was sent before.
                 if own {
                     send(frame);
                 }
@@ -142,7 +142,7 @@ impl Sequencer {
         self.want(dialog)
     }
 
-    /// The answer to a send that was stored before: if the message was not sent to this session yet it stands for it.
+    /// The answer to a send that was stored before. It takes the place of the message if that was not sent to this session yet.
     pub fn on_duplicate_ack(
         &mut self,
         dialog: DialogId,
@@ -161,7 +161,7 @@ impl Sequencer {
         false
     }
 
-    /// It is known from elsewhere that `head` is stored. Returns whether something became due.
+    /// `head` is known to be stored, by a hint or a comparison. Returns whether the dialog must be read.
     pub fn on_last_seq(&mut self, dialog: DialogId, head: Seq) -> bool {
         let stream = stream(&mut self.streams, &mut self.clock, dialog, None);
         if stream.last.is_some_and(|last| head <= last) {
@@ -171,7 +171,7 @@ impl Sequencer {
         self.want(dialog)
     }
 
-    /// The client says that it has everything up to `seq`, and wants what follows. Returns the epoch that begins with it.
+    /// The client has every message up to `seq` and requests the later ones. Returns the epoch that begins with it.
     pub fn position(&mut self, dialog: DialogId, seq: Seq, send: impl FnMut(ByteString)) -> u32 {
         let stream = stream(&mut self.streams, &mut self.clock, dialog, None);
         stream.last = Some(seq);
@@ -181,17 +181,17 @@ impl Sequencer {
         stream.epoch
     }
 
-    /// The client was here before, until `since`: what was stored from then on is owed in dialogs that nothing was sent of yet.
+    /// The client was connected until `since`: in dialogs of which no message was sent yet, messages stored from then on are missing.
     pub fn away_since(&mut self, since: Timestamp) {
         self.since = self.since.min(since);
     }
 
-    /// The client was shown that the dialog has come up to `seq`: from there on it is kept level, if it was not tracked.
+    /// The client has been shown the dialog up to `seq`. If the dialog is not tracked yet, it is from there on.
     pub fn track(&mut self, dialog: DialogId, seq: Seq) {
         stream(&mut self.streams, &mut self.clock, dialog, Some(seq));
     }
 
-    /// Whether a read mark is event to the session.
+    /// Whether the session does not have a read mark yet.
     pub fn read(&mut self, dialog: DialogId, user: UserId, seq: Seq) -> bool {
         let Some(stream) = self.streams.get_mut(&dialog) else {
             return true;
@@ -221,7 +221,7 @@ impl Sequencer {
         None
     }
 
-    /// What must be read for a dialog that [`Sequencer::next_gap`] gave; `None` if it has come meanwhile, and nothing is under way.
+    /// The messages that must be read for a dialog of [`Sequencer::next_gap`]; `None` if they have arrived meanwhile.
     pub fn gap(&mut self, dialog: DialogId) -> Option<Gap> {
         let since = self.since;
         let stream = self.streams.get_mut(&dialog)?;
@@ -240,7 +240,7 @@ impl Sequencer {
         })
     }
 
-    /// A message that was read; `false` if the client has another position meanwhile.
+    /// A message that was read; `false` if the client has set another position meanwhile.
     pub fn found(
         &mut self,
         dialog: DialogId,
@@ -256,7 +256,7 @@ impl Sequencer {
             stream.last = Some(seq);
             let held = stream.held.remove(&seq);
             let freed = held.as_ref().map_or(0, |held| held.frame.len());
-            // If it answers a send, the answer is what is owed.
+            // If it is the message of a send of this session, the answer is sent instead.
             send(
                 held.filter(|held| held.own)
                     .map_or(frame, |held| held.frame),
@@ -267,7 +267,7 @@ impl Sequencer {
         true
     }
 
-    /// A reading is done: everything that is stored up to `end` was found. There may be more to read by now.
+    /// A read has ended: every message up to `end` was found. More messages may be missing by now.
     pub fn read_through(
         &mut self,
         dialog: DialogId,
@@ -281,14 +281,14 @@ impl Sequencer {
         stream.last = Some(stream.last.map_or(end, |last| last.max(end)));
         let mut freed = stream.send_held(&mut send);
         if end < gap.head {
-            // The shard does not have what we were told of: it was given up with another shard. What did come is sent.
+            // The shard does not have the messages that were announced: they were given up with another shard. Held messages are sent.
             freed += stream.send_all_held(&mut send);
             stream.head = stream.last.unwrap_or(end);
         }
         self.held_bytes -= freed;
     }
 
-    /// The client is told to look for itself: from `head` on the dialog is kept level again. `false` if the client has another
+    /// The client is asked to reload the dialog: it is tracked from `head` on. `false` if the client has set another
     /// position meanwhile.
     pub fn skip_to(
         &mut self,
@@ -307,7 +307,7 @@ impl Sequencer {
         true
     }
 
-    /// A reading failed, and will be tried again: answers do not wait for it.
+    /// A read has failed and will be tried again. Answers are sent without waiting for it.
     pub fn failed(&mut self, dialog: DialogId, send: impl FnMut(ByteString)) {
         if let Some(stream) = self.streams.get_mut(&dialog) {
             let freed = stream.send_own(send);
@@ -315,26 +315,26 @@ impl Sequencer {
         }
     }
 
-    /// Sends all answers that wait: the session ends.
+    /// Sends all held answers: the session ends.
     pub fn release(&mut self, mut send: impl FnMut(ByteString)) {
         for stream in self.streams.values_mut() {
             self.held_bytes -= stream.send_own(&mut send);
         }
     }
 
-    /// Up to where the session has everything.
+    /// The position up to which the session has every message.
     #[must_use]
     pub fn last(&self, dialog: DialogId) -> Option<Seq> {
         self.streams.get(&dialog).and_then(|stream| stream.last)
     }
 
-    /// Whether there are more dialogs than allowed.
+    /// Whether more dialogs are tracked than the limit allows.
     #[must_use]
     pub fn is_crowded(&self) -> bool {
         self.streams.len() > self.bounds.dialogs
     }
 
-    /// Forgets the longest silent quarter of the dialogs. When they are heard of again, what was stored from `since` on is owed.
+    /// Forgets the quarter of the dialogs without a message for the longest time. If one of them has a message again, those since `since` are read.
     pub fn forget_some(&mut self, since: Timestamp) {
         let mut idle: Vec<(u64, DialogId)> = self
             .streams
@@ -354,7 +354,7 @@ impl Sequencer {
         stream.filter(|stream| stream.epoch == epoch)
     }
 
-    /// Makes a dialog due if it is behind and nobody looks after it.
+    /// Queues a dialog for reading if messages are missing and no read is under way.
     fn want(&mut self, dialog: DialogId) -> bool {
         let Some(stream) = self.streams.get_mut(&dialog) else {
             return false;
@@ -369,7 +369,7 @@ impl Sequencer {
     }
 }
 
-/// The stream of a dialog, which is used now; a new one has everything up to `last`.
+/// The state of a dialog, marked as used now; a new one begins at `last`.
 fn stream<'a>(
     streams: &'a mut HashMap<DialogId, Stream>,
     clock: &mut u64,
@@ -391,7 +391,7 @@ fn stream<'a>(
 }
 
 impl Stream {
-    /// Sends what follows `last`, drops what does not lie ahead any more; how many bytes that frees.
+    /// Sends the messages that follow `last` and drops those below it. Returns the number of freed bytes.
     fn send_held(&mut self, send: &mut impl FnMut(ByteString)) -> usize {
         let mut freed = 0;
         while let (Some(last), Some(entry)) = (self.last, self.held.first_entry()) {
@@ -595,8 +595,8 @@ mod tests {
         assert_eq!(sequencer.last(dialog()), None);
     }
 
-    /// A log that grows, told with losses, doubles and overtaking; own sends among it, positions that are said again, and
-    /// readings that fail. The client drops what it has; what is left must be the log.
+    /// A growing log whose events are lost, repeated and reordered, with sends of the session, positions that are set again, and
+    /// reads that fail. The client drops messages that it has; the rest must be the log.
     #[test]
     fn whatever_is_lost_doubled_or_overtaken_the_client_has_the_log() {
         let first = rand::random::<u32>();

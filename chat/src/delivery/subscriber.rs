@@ -1,4 +1,4 @@
-//! Everything on its way to one session: the order of its dialogs (the sequencer), and the queue of outgoing frames.
+//! The delivery state of one session: the order of its dialogs (the sequencer), and its queue of outgoing frames.
 
 use crate::bus::event::BusEvent;
 use crate::clock::now;
@@ -9,24 +9,24 @@ use bytestring::ByteString;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 
-/// See the module. Whoever has something for the session calls it, and waits for nothing.
+/// See the module. No caller of it waits.
 pub struct Subscriber {
     outbound: Arc<OutboundQueue>,
     sequencer: Mutex<Sequencer>,
-    /// Wakes who reads what is missing.
+    /// Wakes the task that reads missing messages.
     due: Notify,
-    /// Wakes who waits for dialogs to be level.
+    /// Wakes the tasks that wait until dialogs are complete.
     level: Notify,
 }
 
-/// How far the clocks of shards and instances may be apart, in microseconds.
+/// The largest difference between the clocks of shards and instances, in microseconds.
 pub const CLOCKS_APART: i64 = 1_000_000;
 
-/// How long a message may be on its way, hints and all, in microseconds.
+/// The longest time for which a message is on its way, including its hints, in microseconds.
 const ON_ITS_WAY: i64 = 5_000_000;
 
 impl Subscriber {
-    /// A subscriber of a session that begins now. `lossless`: see [`Sequencer::new`].
+    /// The subscriber of a session that begins now. `lossless`: see [`Sequencer::new`].
     #[must_use]
     pub fn new(outbound: Arc<OutboundQueue>, bounds: Bounds, lossless: bool) -> Self {
         let since = Timestamp::from_micros(now().micros() - CLOCKS_APART);
@@ -38,7 +38,7 @@ impl Subscriber {
         }
     }
 
-    /// The queue.
+    /// The queue of outgoing frames.
     #[must_use]
     pub fn outbound(&self) -> &Arc<OutboundQueue> {
         &self.outbound
@@ -50,7 +50,7 @@ impl Subscriber {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Works with the sequencer. Frames that it sends enter the queue while no other thread may send.
+    /// Calls `work` with the sequencer. Its frames enter the queue in one piece: no other thread can send in between.
     fn with<T>(&self, work: impl FnOnce(&mut Sequencer, &mut dyn FnMut(ByteString)) -> T) -> T {
         let mut sequencer = self.sequencer();
         let done = work(&mut sequencer, &mut |frame| self.outbound.push(frame));
@@ -61,7 +61,7 @@ impl Subscriber {
         done
     }
 
-    /// Takes an event.
+    /// Applies an event.
     pub fn take(&self, event: &BusEvent) {
         let due = match event {
             BusEvent::Message { dialog, seq, frame } => self.with(|sequencer, send| {
@@ -91,7 +91,7 @@ impl Subscriber {
         }
     }
 
-    /// The answer to a send of this session; `again` if it was stored before.
+    /// The answer to a send of this session; `again` if the message had been stored before.
     pub fn sent(&self, dialog: DialogId, seq: Seq, frame: ByteString, again: bool) {
         let due = self.with(|sequencer, send| {
             if again {
@@ -121,7 +121,7 @@ impl Subscriber {
         self.with(|sequencer, _| sequencer.track(dialog, seq));
     }
 
-    /// The session has been told of a read mark otherwise.
+    /// Records a read mark that was sent to the session in another way.
     pub fn knows_read(&self, dialog: DialogId, user: UserId, seq: Seq) {
         self.sequencer().read(dialog, user, seq);
     }
@@ -146,7 +146,7 @@ impl Subscriber {
         self.sequencer().gap(dialog)
     }
 
-    /// Sends a message that was read, once there is room for it; `false` if it is not wanted any more.
+    /// Sends a message that was read from a shard, once there is room; `false` if it is not needed any more.
     pub async fn found(&self, dialog: DialogId, gap: Gap, seq: Seq, frame: ByteString) -> bool {
         self.outbound.room().await;
         self.with(|sequencer, send| sequencer.found(dialog, gap.epoch, seq, frame, send))
@@ -175,13 +175,13 @@ impl Subscriber {
         self.with(|sequencer, send| sequencer.release(send));
     }
 
-    /// Up to where the session has everything of a dialog.
+    /// The position up to which the session has every message of a dialog.
     #[must_use]
     pub fn last(&self, dialog: DialogId) -> Option<Seq> {
         self.sequencer().last(dialog)
     }
 
-    /// Waits until the session has everything up to these.
+    /// Waits until the session has every message up to these positions.
     pub async fn caught_up(&self, heads: &[(DialogId, Seq)]) {
         loop {
             let level = self.level.notified();

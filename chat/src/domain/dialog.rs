@@ -81,7 +81,7 @@ impl DialogId {
         std::iter::once(self.low).chain((self.high != self.low).then_some(self.high))
     }
 
-    /// Whom `me` talks to here: the `to` and `with` of the wire.
+    /// The other user, seen from `me`: `to` and `with` on the wire.
     #[must_use]
     pub fn counterpart(self, me: UserId) -> UserId {
         if me == self.low { self.high } else { self.low }
@@ -352,7 +352,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dialog_has_one_canonical_text_whoever_writes_first() {
+    fn a_dialog_has_one_canonical_text_in_both_directions() {
         assert_eq!(DialogId::between(user(42), user(7)).to_string(), "7_42");
         assert_eq!(
             DialogId::between(user(7), user(42)),

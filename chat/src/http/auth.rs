@@ -140,9 +140,10 @@ impl Tokens {
     /// # Errors
     /// If only a public key is configured.
     pub fn mint(&self, user: UserId, lifetime: Duration) -> anyhow::Result<String> {
-        let key = self.minting.as_ref().context(
-            "tokens are minted by whoever holds the private key; here is only the public one",
-        )?;
+        let key = self
+            .minting
+            .as_ref()
+            .context("only the public key is set here: tokens are signed with the private key")?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
         let claims = Claims {
             sub: Subject::Text(user.to_string()),

@@ -1,7 +1,7 @@
-//! Takes each send and read mark to the writer of the shard that owns its slot, and after the slot when it moves.
+//! Routes each send and read mark to the writer of the shard that owns its slot, also while the slot moves.
 //!
-//! Sends of a slot keep their order on the way ([`crate::messages::slot_queue`]). What a shard gives back because it does not own the
-//! slot any more is buffered, and so is what comes after it, until the new owner is known; then all of it goes there.
+//! Sends of a slot keep their order on the way ([`crate::messages::slot_queue`]). Requests that a shard refuses because it does not
+//! own the slot any more are buffered, and so are later ones, until the new owner is known. Then all of them go there.
 
 use crate::cluster::Cluster;
 use crate::config;
@@ -37,26 +37,26 @@ struct Inner {
     metrics: Arc<Metrics>,
 }
 
-/// A send or read mark that cannot be taken now.
+/// The reason why a send or read mark is not queued.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SubmitError {
-    /// No shard is known for the slot that our file has.
+    /// No shard of the file is known to own the slot.
     NoRoute,
     /// Its shard does not answer.
     ShardDown,
-    /// Too many wait already.
+    /// Too many requests wait already.
     Full,
 }
 
-/// How long a send or read mark may be buffered altogether.
+/// The time for which a send or read mark may be buffered in total.
 const BUFFER_LIMIT: Duration = Duration::from_secs(2);
 
-/// Between the first two looks at who owns a buffered slot, and between later ones at most: the pause doubles, because with
-/// a slot whose owner is lost hundreds are buffered. It is also looked at when this instance hears of a new owner.
+/// The pause between the first two lookups of the owner of a buffered slot, and the longest one between later lookups. The pause doubles,
+/// because hundreds of slots are buffered when a shard is lost. A notification of a new owner also triggers a lookup.
 const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(160));
 
 impl Dispatch {
-    /// Starts with a writer for each shard of the topology; `on_commit` is called for every message that is stored, and every read mark
+    /// Starts a writer for each shard of the topology. `on_commit` is called for every message that is stored and every read mark
     /// that moves.
     #[must_use]
     pub fn start(
@@ -80,8 +80,8 @@ impl Dispatch {
         }
     }
 
-    /// Puts a message into the queue of its slot, behind those that came before. `answer` is called once, if it is taken; it must
-    /// not wait.
+    /// Adds a message to the queue of its slot, behind earlier ones. If it is queued, `answer` is called once; it must
+    /// not block.
     ///
     /// # Errors
     /// [`SubmitError`].
@@ -105,7 +105,7 @@ impl Dispatch {
         Ok(())
     }
 
-    /// Puts a read mark into the queue of its slot. `answer` is called once, if it is taken; it must not wait.
+    /// Adds a read mark to the queue of its slot. If it is queued, `answer` is called once; it must not block.
     ///
     /// # Errors
     /// [`SubmitError`].
@@ -145,7 +145,7 @@ impl Dispatch {
     }
 }
 
-/// Tells a writer of a slot that needs it.
+/// Notifies a writer of a slot.
 fn tell(writer: &Writer, slot: Slot, then: Then) {
     match then {
         Then::TellWriter => writer.ready(slot),
@@ -178,12 +178,12 @@ impl Inner {
             shared,
             &self.runtime,
         );
-        // Two may have started one at the same moment: the first that is entered is used by all.
+        // Two threads may start a writer at the same moment: both use the first that is inserted.
         let mut entered = writer;
         self.writers.rcu(|writers| {
             let mut writers = HashMap::clone(writers);
             let view = self.cluster.view();
-            // Those of shards that are gone end when nothing is ready for them.
+            // Writers of removed shards end when no slot is ready for them.
             writers.retain(|number, _| view.shards.iter().any(|shard| shard.number() == *number));
             entered = writers
                 .entry(shard.number())
@@ -194,7 +194,7 @@ impl Inner {
         entered
     }
 
-    /// Does what a slot needs.
+    /// Performs the next step of a slot.
     fn go_on(self: &Arc<Self>, slot: Slot, then: Then) {
         match then {
             Then::Nothing => {}
@@ -209,15 +209,15 @@ impl Inner {
         }
     }
 
-    /// Nobody is known who could take what is queued.
+    /// No shard is known that could process the queue.
     fn fail(&self, slot: Slot) {
         let given_up = self.queues.of(slot).give_all_up();
         drop(given_up);
     }
 
-    /// Lets a buffered slot go to its owner, if that is known.
+    /// Releases a buffered slot to its owner, if that is known.
     fn release(self: &Arc<Self>, slot: Slot) -> bool {
-        // Not on a guess, nor to a shard that is handing over: what is refused there would come back and wait anew.
+        // Not to an owner that is only assumed, nor to a shard that is handing over: refused requests would be buffered again.
         let owner = self.cluster.known_writable(slot);
         let Some(shard) = owner.filter(|shard| !shard.is_down()) else {
             return false;
@@ -227,7 +227,7 @@ impl Inner {
         true
     }
 
-    /// Gives up what has been buffered for too long; `true` if nothing is left.
+    /// Gives up requests that have been buffered for too long; `true` if none is left.
     fn give_up_late(&self, slot: Slot) -> bool {
         let now = Instant::now();
         let buffered_before = now.checked_sub(BUFFER_LIMIT).unwrap_or(now);
@@ -246,12 +246,12 @@ impl Inner {
     }
 }
 
-/// Looks after a buffered slot until nothing of it is buffered.
+/// Retries a buffered slot until its queue is released or empty.
 async fn see_on(inner: Weak<Inner>, slot: Slot) {
     let (mut looked, mut pause) = (false, LOOK_AGAIN.0);
     loop {
         let Some(inner) = inner.upgrade() else { return };
-        // Not before the first look at the shards: until then the map names the one that has just refused.
+        // Only after a first lookup at the shards: until then the map names the shard that has just refused.
         if (looked && inner.release(slot)) || inner.give_up_late(slot) {
             inner.metrics.slots_buffering.dec();
             return;

@@ -1,4 +1,4 @@
-//! History pages: read from the shard that owns the slot, checked for gaps, and shared by those who ask for the same page at the
+//! History pages: read from the shard that owns the slot, checked for gaps, and shared by requests for the same page at the
 //! same time.
 
 use super::error::RequestError;
@@ -13,7 +13,7 @@ use chat_wire::{HistoryPage, Message};
 use std::sync::Arc;
 
 impl Messages {
-    /// A page of the dialog of `me` with `with`, ascending, whole and without a hole.
+    /// A page of the dialog of `me` with `with`, in ascending order and without a gap.
     ///
     /// # Errors
     /// [`RequestError`].
@@ -26,7 +26,7 @@ impl Messages {
     ) -> Result<HistoryPage, RequestError> {
         let dialog = DialogId::between(me, UserId::new(with)?);
         let limit = page_limit(limit, self.inner.limits.history_page)?;
-        // One more than asked for tells whether there is more.
+        // One message more than requested shows whether there are more.
         self.afford(me, cost::STATEMENT)?;
         let page = self.page(me, dialog, range, limit + 1).await?;
         let bytes = page.messages.iter().map(|message| message.text.len()).sum();
@@ -57,7 +57,7 @@ impl Messages {
             let page = match (view.state, &view.peer) {
                 (SlotState::Owner, _) => page,
                 (SlotState::Sealed, Some(peer)) => {
-                    // Nothing was written since it was sealed, unless the target has taken over already.
+                    // It was not written to since it was sealed, unless the target has taken over already.
                     let Some(peer) = cluster.view().shard(peer).cloned() else {
                         return Err(RequestError::Unavailable);
                     };
@@ -98,7 +98,7 @@ impl Messages {
         Ok(page.await?)
     }
 
-    /// Cuts a page to what was asked for and to what an answer may weigh, and gives it the form of the wire.
+    /// Limits a page to the requested number and to the bytes of an answer, and converts it to the wire format.
     fn present(&self, dialog: DialogId, range: Range, limit: u32, page: &Page) -> HistoryPage {
         let mut budget = self.inner.limits.history_page_bytes;
         let mut fits = |message: &&StoredMessage| {
@@ -141,7 +141,7 @@ impl Messages {
     }
 }
 
-/// A message in the form of the wire.
+/// A message in the wire format.
 #[must_use]
 pub fn wire(dialog: DialogId, message: &StoredMessage) -> Message {
     Message {
@@ -155,8 +155,8 @@ pub fn wire(dialog: DialogId, message: &StoredMessage) -> Message {
     }
 }
 
-/// Whether messages may be missing from a page that begins with `first`. While a slot lacks some, that is so of every page but
-/// one that lies within the generation that began when they were lost, and does not reach down to its beginning.
+/// Whether messages may be missing from a page that begins with `first`. While a slot lacks some, this is the case for every page
+/// except one within the generation that began with the loss, without its first message.
 fn may_lack(slot: &SlotView, range: Range, first: Option<Seq>, more: bool) -> bool {
     let begins_within = match (range, first) {
         (_, None) => false,
@@ -167,11 +167,11 @@ fn may_lack(slot: &SlotView, range: Range, first: Option<Seq>, more: bool) -> bo
     !(slot.complete || begins_within && of_this_generation)
 }
 
-/// Whether a page is whole: seqs are dense, so that a hole shows. `limit` is what the shard was asked for.
+/// Whether a page is complete: seqs are consecutive, so a gap is visible. `limit` is the number of messages that the shard was asked for.
 fn is_contiguous(page: &Page, range: Range, limit: u32) -> bool {
     let seqs: Vec<Seq> = page.messages.iter().map(|message| message.seq).collect();
-    // While a shard that was declared down holds some of them, holes are known, and the answer says so: but for those that were
-    // stored since.
+    // While a shard that was declared down holds some of the messages, gaps are known and reported in the answer; messages stored
+    // after the loss have none.
     if let Some(view) = page.slot.as_ref().filter(|view| !view.complete) {
         return seqs.windows(2).all(|pair| {
             let since = pair[0].generation() >= view.generation;
@@ -189,7 +189,7 @@ fn is_contiguous(page: &Page, range: Range, limit: u32) -> bool {
             Range::Before(before) => {
                 let reaches = match seqs.last() {
                     Some(last) => before.follows(*last) || *last == page.last_seq,
-                    // Nothing below: there is no message at all, or the bound is not above the first.
+                    // There are no messages below: the dialog is empty, or the bound is not above its first message.
                     None => page.last_seq == Seq::ZERO || before <= Seq::ZERO.next(0),
                 };
                 reaches && (!short || from_the_start)
@@ -296,7 +296,7 @@ mod tests {
             (true, newest, None, false, false),
             (true, newest, Some(of(0, 1)), false, false),
             (false, newest, None, false, true),
-            // What came since the loss is whole, but for its beginning.
+            // Messages since the loss are complete, except for the first.
             (false, newest, Some(of(1, 3)), true, false),
             (false, before, Some(of(1, 3)), true, false),
             (false, newest, Some(of(1, 1)), false, true),

@@ -1,4 +1,4 @@
-//! Inboxes: the dialogs of a user, gathered from all shards.
+//! Inboxes: the dialogs of a user, merged from all shards.
 
 use super::error::RequestError;
 use super::history::wire;
@@ -16,7 +16,7 @@ impl Messages {
     /// A page of the dialogs of `me`, newest first, from all shards together.
     ///
     /// # Errors
-    /// [`RequestError`]. A shard that does not answer, or that was declared down and alone holds a part, is no error: its name is
+    /// [`RequestError`]. A shard that does not answer, or that was declared down and holds a part of its own, is no error: its name is
     /// in `incomplete`.
     pub async fn inbox(
         &self,
@@ -56,7 +56,7 @@ impl Messages {
                 }
             }
             gathered.add(parts);
-            // What is missing may have changed hands between two of the answers, or lie where nobody answers.
+            // Missing slots may have moved between two of the answers, or belong to a shard that does not answer.
             let lies_there = |slot: Slot| match self.inner.cluster.known_owner(slot) {
                 Some(shard) => incomplete.iter().any(|name| name == shard.name()),
                 None => !incomplete.is_empty(),
@@ -67,10 +67,10 @@ impl Messages {
             let mut incomplete: BTreeSet<String> = if gathered.missing().next().is_some() {
                 incomplete.into_iter().collect()
             } else {
-                // A shard that does not answer and owns nothing takes nothing away.
+                // A shard that does not answer and owns no slot hides nothing.
                 BTreeSet::new()
             };
-            // Others have its slots now, but not what it alone holds of them.
+            // Other shards own its slots now, but do not have the messages that only it holds.
             incomplete.append(&mut gathered.missing_from);
             let incomplete = incomplete.into_iter().collect();
             return Ok(inbox_page(me, gathered.rows, limit as usize, incomplete));
@@ -93,7 +93,7 @@ fn parse_cursor(cursor: &str) -> Result<InboxCursor, RequestError> {
     ))
 }
 
-/// The parts of an inbox, taken together slot by slot: each slot's rows come from one answer, whichever shards have answered
+/// The parts of an inbox, merged slot by slot: the rows of each slot come from one answer, whichever shards have answered
 /// for it meanwhile.
 #[derive(Default)]
 struct Gathered {
@@ -103,8 +103,8 @@ struct Gathered {
 }
 
 impl Gathered {
-    /// Takes what is not covered yet from its owners; where there is none, from where it is sealed: no owner had taken it
-    /// over when this request began.
+    /// Takes each slot that is not covered yet from its owner, or, if there is none, from the shard where it is sealed: no owner had
+    /// taken it over when this request began.
     fn add(&mut self, parts: Vec<ShardInbox>) {
         let mut parts: Vec<(ServedSlots, Vec<InboxRow>)> = parts
             .into_iter()
@@ -206,7 +206,7 @@ mod tests {
         let (others, the_slot) = (set(&|slot| slot != theirs), set(&|slot| slot == theirs));
         for (parts, missing, rows) in [
             (vec![part(all.clone(), none.clone(), 5)], 0, vec![5]),
-            // It has moved between the two answers, and both call themselves owners: one of them is taken.
+            // It moved between the two answers, so both shards report to own it: one of them is taken.
             (
                 vec![
                     part(all.clone(), none.clone(), 5),
@@ -226,7 +226,7 @@ mod tests {
             ),
             // Sealed, and not taken over yet.
             (vec![part(others.clone(), the_slot, 5)], 0, vec![5]),
-            // Not owned by whoever answered: it is asked for again, and its rows here are none.
+            // Not owned by the shard that answered: it has no rows of the slot, which is read again from another shard.
             (vec![part(others.clone(), none.clone(), 5)], 1, vec![]),
         ] {
             let mut gathered = Gathered::default();

@@ -36,10 +36,10 @@ pub(super) struct Inner {
     pub(super) metrics: Arc<Metrics>,
 }
 
-/// A send, as it comes from the outside.
+/// A request to send a message.
 #[derive(Clone, Debug)]
 pub struct Outgoing {
-    /// To which user.
+    /// The receiver.
     pub to: u64,
     /// See [`Key`].
     pub key: String,
@@ -52,25 +52,25 @@ pub struct Outgoing {
 pub struct Sent {
     /// The dialog.
     pub dialog: DialogId,
-    /// Where in it, and when.
+    /// Its place in the dialog, and its time.
     pub place: Receipt,
     /// Whether an earlier send with this key had stored it.
     pub repeat: bool,
 }
 
-/// Where a read mark is.
+/// The position of a read mark.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReadUpTo {
     /// The dialog.
     pub dialog: DialogId,
-    /// Its user has read up to here.
+    /// The user has read up to here.
     pub seq: Seq,
-    /// Whether the mark was below before.
+    /// Whether the mark has moved.
     pub moved: bool,
 }
 
 impl ReadUpTo {
-    /// The mark of `user` in the form of the wire.
+    /// The mark of `user` in the wire format.
     #[must_use]
     pub fn wire(&self, user: UserId) -> ReadMark {
         ReadMark {
@@ -116,14 +116,14 @@ impl Messages {
         }
     }
 
-    /// The shards below.
+    /// The cluster of shards.
     #[must_use]
     pub fn cluster(&self) -> &Cluster {
         &self.inner.cluster
     }
 
-    /// Stores a message of `me` to `to`. What is wrong with it is said at once; otherwise it has taken its place in the
-    /// queue when this returns, and `answer` is called once, when it is settled. It must not wait.
+    /// Stores a message of `me` to `to`. Invalid requests are refused at once; otherwise the message is in the queue when this
+    /// returns, and `answer` is called once, when the send is settled. It must not block.
     ///
     /// # Errors
     /// [`RequestError`]. After a retryable one the same key may be sent again.
@@ -172,7 +172,7 @@ impl Messages {
     /// [`RequestError`].
     ///
     /// # Cancel safety
-    /// Dropping the future withdraws nothing: the message is stored and delivered all the same.
+    /// Dropping the future does not withdraw the message: it is stored and delivered all the same.
     pub fn sending(
         &self,
         me: UserId,
@@ -182,12 +182,12 @@ impl Messages {
         RequestError,
     > {
         let (settled, settling) = oneshot::channel();
-        // The caller may have gone.
+        // The caller may have been dropped.
         self.send(me, message, None, |sent| drop(settled.send(sent)))?;
         Ok(async move { settling.await.unwrap_or(Err(RequestError::Unavailable)) })
     }
 
-    /// Takes from the budget of a user what a request costs at least.
+    /// Takes the minimal cost of a request from the budget of a user.
     ///
     /// # Errors
     /// [`RequestError::TooMuchWork`].
@@ -199,7 +199,7 @@ impl Messages {
         })
     }
 
-    /// Takes from the budget of a user what a request turned out to cost.
+    /// Takes the rest of the actual cost of a request from the budget of a user.
     pub fn charge(&self, user: UserId, units: u32) {
         self.inner.budgets.charge(user, units);
     }
@@ -209,8 +209,8 @@ impl Messages {
         self.inner.dispatch.remote_message(dialog, seq);
     }
 
-    /// Marks the dialog of `me` with `with` as read up to `seq`: forward only, and not beyond the last message. Everybody in the
-    /// dialog has been told if the mark has moved. Of many that come within a moment the highest is stored.
+    /// Marks the dialog of `me` with `with` as read up to `seq`: forward only, and not beyond the last message. A mark that has
+    /// moved is delivered to both users. Of several marks within a moment the highest is stored.
     ///
     /// # Errors
     /// [`RequestError`].
@@ -225,7 +225,7 @@ impl Messages {
         let mark = NewMark::new(dialog, me, Seq::new(seq));
         let deadline = Instant::now() + self.inner.send_limit;
         let (settled, settling) = oneshot::channel();
-        // The caller may have gone.
+        // The caller may have been dropped.
         let answer = |marked| {
             let _ = settled.send(marked);
         };

@@ -1,8 +1,8 @@
-//! The sends of a slot, in the order in which they came, and its read marks, wherever the slot is and goes.
+//! The queue of a slot: its sends in the order of their arrival, and its read marks. It stays with the slot when the slot moves.
 //!
 //! A slot is idle, ready for a writer to take from, in flight with a writer, or buffered because its owner is not known.
-//! It is at one of them at a time: so its sends are stored in order, by one transaction after the other, and no read mark is
-//! told after a higher one.
+//! It is in one of these states at a time. So its sends are stored in order, by one transaction after the other, and a read mark
+//! is never published after a higher one.
 
 use crate::domain::dialog::{DialogId, UserId};
 use crate::domain::slot::Slot;
@@ -13,52 +13,52 @@ use std::collections::btree_map::{BTreeMap, Entry};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::time::Instant;
 
-/// What became of a send that a shard has settled.
+/// The outcome of a send that a shard has processed.
 #[derive(Clone, Copy, Debug)]
 pub enum Settled {
-    /// It is stored; `repeat` if it was before.
+    /// It is stored; `repeat` if an earlier send with the same key had stored it.
     Stored {
-        /// Where.
+        /// Its place.
         place: store::Receipt,
         /// Whether an earlier send with this key had stored it.
         repeat: bool,
     },
-    /// The key stands for another text.
+    /// The key belongs to another text.
     KeyReused,
 }
 
-/// Why nothing is settled.
+/// The reason why a request was not processed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unsettled {
     /// The shard does not answer.
     ShardDown,
-    /// Not through in time, or refused by the database; the reason is in the log.
+    /// It took too long or the database refused it; the reason is in the log.
     Unavailable,
 }
 
-/// What became of something that was asked of a shard.
+/// The outcome of a request to a shard.
 pub type Answer<T> = Result<T, Unsettled>;
 
-/// A send on its way.
+/// A queued send.
 pub struct Job {
-    /// What to store.
+    /// The message.
     pub message: NewMessage,
-    /// The session it came from, which gets `sent` and not `message`; `None` for REST.
+    /// The session that sent it, which gets `sent` instead of `message`; `None` for REST.
     pub origin: Option<u64>,
-    /// Where the answer goes.
+    /// The receiver of the answer.
     pub reply: Reply<Settled>,
 }
 
-/// A read mark on its way: the highest that was asked for, and where the answers go.
+/// A queued read mark: the highest that was requested, and the receivers of the answers.
 pub struct MarkJob {
-    /// What to move.
+    /// The mark.
     pub mark: NewMark,
-    /// One for each that asked, in order.
+    /// One for each request, in order.
     pub replies: Vec<Reply<MarkOutcome>>,
 }
 
 impl MarkJob {
-    /// Answers all who asked.
+    /// Answers all requests.
     pub fn answer(self, with: Answer<MarkOutcome>) {
         for reply in self.replies {
             reply.answer(with);
@@ -66,19 +66,19 @@ impl MarkJob {
     }
 }
 
-/// Where an answer goes, and until when it is waited for. Dropped without an answer, it says that nothing is through.
+/// The receiver of an answer, with a deadline. If it is dropped without an answer, it answers with a timeout.
 pub struct Reply<T> {
-    /// After this, the answer is that it is not through.
+    /// After this the answer is a timeout.
     pub deadline: Instant,
-    /// Since when it has been waiting for an owner of its slot to be known.
+    /// The time since which the owner of its slot has been unknown.
     pub buffered: Option<Instant>,
-    /// Its place among the sends that wait for a shard.
+    /// Its permit among the sends that wait for a shard.
     pub place: QueuePermit,
     answer: Option<Box<dyn FnOnce(Answer<T>) + Send>>,
 }
 
 impl<T> Reply<T> {
-    /// Calls `answer` once; it must not wait.
+    /// Calls `answer` once; it must not block.
     #[must_use]
     pub fn new(
         deadline: Instant,
@@ -113,11 +113,11 @@ impl<T> Drop for Reply<T> {
     }
 }
 
-/// One of a number of places; free again when it is dropped.
+/// One of a number of permits; it is free again when this is dropped.
 pub struct QueuePermit(Gauge);
 
 impl QueuePermit {
-    /// A place, if fewer than `limit` are taken.
+    /// A permit, if fewer than `limit` are taken.
     #[must_use]
     pub fn take(taken: &Gauge, limit: usize) -> Option<Self> {
         if taken.inc() < i64::try_from(limit).unwrap_or(i64::MAX) {
@@ -148,30 +148,30 @@ pub struct SlotQueue {
     stage: Stage,
 }
 
-/// How much a transaction takes.
+/// The size of a transaction.
 #[derive(Clone, Copy, Debug)]
 pub struct Most {
-    /// Sends.
+    /// The number of sends.
     pub jobs: usize,
-    /// Bytes of sends, by [`store::size`], but for a single one.
+    /// The bytes of sends, by [`store::size`]; a single send may be larger.
     pub bytes: usize,
-    /// Read marks.
+    /// The number of read marks.
     pub marks: usize,
 }
 
 impl Most {
-    /// Whether `taken` has room for one more send of this size.
+    /// Whether a transaction that has `taken` has room for one more send of this size.
     fn fits(&self, taken: &Taken, size: usize) -> bool {
         taken.jobs.is_empty() || (taken.jobs.len() < self.jobs && taken.bytes + size <= self.bytes)
     }
 }
 
-/// What was taken out of queues.
+/// Requests that were taken out of queues.
 #[derive(Default)]
 pub struct Taken {
-    /// Sends, those of a slot in order.
+    /// Sends, in order within each slot.
     pub jobs: Vec<Job>,
-    /// Bytes of those that were taken for a transaction.
+    /// Bytes of the sends that were taken for a transaction.
     bytes: usize,
     /// Read marks.
     pub marks: Vec<MarkJob>,
@@ -179,29 +179,29 @@ pub struct Taken {
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Stage {
-    /// Nothing is queued.
+    /// The queue is empty.
     #[default]
     Idle,
-    /// A writer knows that read marks are queued, and nothing else is.
+    /// A writer has been notified of read marks; there are no sends.
     Gathering,
-    /// A writer knows that sends are queued.
+    /// A writer has been notified of sends.
     Ready,
-    /// A writer has taken some.
+    /// A writer has taken requests.
     InFlight,
-    /// What is queued waits for an owner.
+    /// The requests wait until the owner is known.
     Parked,
 }
 
-/// What a slot needs after something was done with it.
+/// The next step after a change of a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Then {
     /// Nothing.
     Nothing,
-    /// The writer of its owner is to be told that it is ready.
+    /// Notify the writer of the owner.
     TellWriter,
-    /// The writer of its owner is to be told that it has read marks, which may wait for its next batch.
+    /// Notify the writer of the owner of read marks, which may wait for its next batch.
     Gather,
-    /// Its owner is to be found.
+    /// Find the owner.
     FindOwner,
 }
 
@@ -236,7 +236,7 @@ impl SlotQueue {
         }
     }
 
-    /// Queues a read mark: of a dialog and user the highest counts.
+    /// Queues a read mark. Of several marks of a dialog and user the highest counts.
     #[must_use]
     pub fn push_mark(&mut self, mark: MarkJob) -> Then {
         self.gather(mark);
@@ -258,7 +258,7 @@ impl SlotQueue {
         }
     }
 
-    /// Takes sends of a slot that is ready, and read marks, until there are `most` of each in `into`: it is in flight from now on,
+    /// Takes sends and read marks of a slot that is ready, until there are `most` of each in `into`. The slot is in flight from now on,
     /// until [`SlotQueue::landed`]. `false` if it has more sends than `into` has room for.
     pub fn take_off(&mut self, most: Most, into: &mut Taken) -> bool {
         self.stage = Stage::InFlight;
@@ -281,7 +281,7 @@ impl SlotQueue {
         }
     }
 
-    /// Takes the read marks of a slot that has nothing else, as [`SlotQueue::take_off`]; `false` if it is not such a slot any more.
+    /// Takes the read marks of a slot without sends, as [`SlotQueue::take_off`]; `false` if it has sends meanwhile.
     #[must_use]
     pub fn take_marks_off(&mut self, most: usize, into: &mut Taken) -> bool {
         let gathering = self.stage == Stage::Gathering;
@@ -292,7 +292,7 @@ impl SlotQueue {
         gathering
     }
 
-    /// What was in flight has ended; `refused` is, in order, that whose shard does not own the slot.
+    /// The requests in flight are processed; `refused` are, in order, those whose shard does not own the slot.
     #[must_use]
     pub fn landed(&mut self, refused: Taken, now: Instant) -> Then {
         let buffered = !refused.jobs.is_empty() || !refused.marks.is_empty();
@@ -323,8 +323,8 @@ impl SlotQueue {
         Then::TellWriter
     }
 
-    /// Takes out what has been buffered since before `buffered_before`, or whose deadline is over; `true` if nothing is left, and the
-    /// slot is idle.
+    /// Takes out requests that have been buffered since before `buffered_before`, or whose deadline is over; `true` if the queue is empty
+    /// and the slot idle.
     pub fn give_up(&mut self, buffered_before: Instant, now: Instant, into: &mut Taken) -> bool {
         let (late, kept) = std::mem::take(&mut self.jobs)
             .into_iter()
@@ -347,7 +347,7 @@ impl SlotQueue {
         idle
     }
 
-    /// Takes out everything that is queued: there is nobody to take it. It is to be dropped without the lock: then it answers.
+    /// Takes out all requests, because no shard can process them. The caller drops them without the lock; that answers them.
     #[must_use]
     pub fn give_all_up(&mut self) -> Self {
         std::mem::take(self)

@@ -1,6 +1,6 @@
 //! Batches the sends for one shard into transactions.
 //!
-//! A writer is one task. While its transactions are in flight the sends of other slots gather, so batches size themselves: an
+//! A writer is one task. While its transactions are in flight, sends of other slots are queued, so batches size themselves: an
 //! idle writer adds no delay, a busy one spreads the cost of a commit over many sends. The number of transactions in flight
 //! (`concurrency`) and the delay between two of them (`commit_delay`) are measured. Read marks go with the next batch of sends, or
 //! in a transaction of their own a moment later.
@@ -30,7 +30,7 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-/// What is committed, as delivery is told of it.
+/// A commit, as reported to delivery.
 pub enum Committed<'a> {
     /// A message.
     Message(Stored<'a>),
@@ -38,32 +38,32 @@ pub enum Committed<'a> {
     Mark(NewMark),
 }
 
-/// A message that is committed.
+/// A committed message.
 pub struct Stored<'a> {
     /// The message.
     pub message: &'a NewMessage,
-    /// Where it lies.
+    /// Its place.
     pub place: store::Receipt,
-    /// The session it came from.
+    /// The session that sent it.
     pub origin: Option<u64>,
-    /// An earlier send with this key had stored it.
+    /// Whether an earlier send with this key had stored it.
     pub repeat: bool,
 }
 
-/// Called after COMMIT and before the answer, on the database runtime: it must not wait.
+/// Called after COMMIT and before the answer, on the database runtime: it must not block.
 pub type OnCommit = Arc<dyn Fn(Committed<'_>) + Send + Sync>;
 
-/// Called when a slot that was in flight needs something. It must not wait.
+/// Called with the next step of a slot that was in flight. It must not block.
 pub type OnLanded = Arc<dyn Fn(Slot, Then) + Send + Sync>;
 
-/// What the writers of all shards share.
+/// Shared by the writers of all shards.
 #[derive(Clone)]
 pub struct Shared {
-    /// The sends, by slot.
+    /// The queues of the slots.
     pub queues: SlotQueues,
-    /// Tells people.
+    /// Delivers a commit.
     pub on_commit: OnCommit,
-    /// Takes slots on.
+    /// Performs the next step of a slot.
     pub on_landed: OnLanded,
 }
 
@@ -71,22 +71,22 @@ pub struct Shared {
 #[derive(Clone)]
 pub struct Writer {
     ready: mpsc::UnboundedSender<Ready>,
-    /// Sends that are not settled yet, and how many may be.
+    /// Sends without an answer, and their limit.
     waiting: Gauge,
     most_waiting: usize,
     seq_cache: Arc<SeqCache>,
 }
 
-/// A slot that is ready.
+/// A slot that is ready, and what its queue holds.
 enum Ready {
-    /// It has sends.
+    /// Sends.
     Sends(Slot),
-    /// It has read marks, which may wait.
+    /// Only read marks, which may wait.
     Marks(Slot),
 }
 
 impl Writer {
-    /// Starts it on the database runtime. It ends when the last clone is gone and nothing is ready or in flight.
+    /// Starts the writer on the database runtime. It ends when the last clone is dropped and no slot is ready or in flight.
     #[must_use]
     pub fn start(
         shard: Shard,
@@ -95,7 +95,7 @@ impl Writer {
         shared: Shared,
         runtime: &Handle,
     ) -> Self {
-        // A slot is in it twice at most: that bounds it.
+        // A slot is in the channel twice at most: that bounds it.
         let (ready, is_ready) = mpsc::unbounded_channel();
         let (seq_cache, waiting) = (Arc::new(SeqCache::default()), metrics.queue_length.clone());
         let line = Line {
@@ -124,24 +124,24 @@ impl Writer {
         }
     }
 
-    /// A place for a send among those that wait for this shard; `None` if too many do.
+    /// A permit for a send; `None` if too many sends wait for this shard.
     #[must_use]
     pub fn place(&self) -> Option<QueuePermit> {
         QueuePermit::take(&self.waiting, self.most_waiting)
     }
 
-    /// A slot has sends for this shard.
+    /// Notifies the writer of a slot with sends for this shard.
     pub fn ready(&self, slot: Slot) {
-        // It has ended only if the runtime has: then nobody waits any more.
+        // The task ends only with its runtime: then no request waits any more.
         let _ = self.ready.send(Ready::Sends(slot));
     }
 
-    /// A slot has read marks for this shard, and nothing else.
+    /// Notifies the writer of a slot with read marks for this shard and no sends.
     pub fn gather(&self, slot: Slot) {
         let _ = self.ready.send(Ready::Marks(slot));
     }
 
-    /// What is remembered of the shard.
+    /// The last seqs of dialogs and terms of slots that are remembered for optimistic writes.
     #[must_use]
     pub fn seq_cache(&self) -> &SeqCache {
         &self.seq_cache
@@ -152,7 +152,7 @@ struct Work {
     line: Arc<Line>,
     is_ready: mpsc::UnboundedReceiver<Ready>,
     ready: VecDeque<Slot>,
-    /// Slots that had read marks and nothing else, since then.
+    /// Slots with read marks and no sends, and since when they wait.
     gathering: VecDeque<(Instant, Slot)>,
     batch_rows: usize,
     in_flight: InFlight,
@@ -161,23 +161,23 @@ struct Work {
     shared: Shared,
 }
 
-/// How long read marks wait for a batch of sends to go with.
+/// How long read marks wait for a batch of sends.
 const GATHER: Duration = Duration::from_millis(50);
 
-/// Read marks of a transaction.
+/// The largest number of read marks in a transaction.
 const MARKS: usize = 64;
 
-/// A batch that is settled, but for what the shard does not own.
+/// A batch that is settled, except for slots that the shard does not own.
 struct Landed {
     slots: Vec<Slot>,
     rows: usize,
     outcomes: Outcomes,
-    /// Others had to wait when it began.
+    /// Whether other sends had to wait when it began.
     waited_for: bool,
     took: Duration,
 }
 
-/// What became of a batch.
+/// The outcome of a batch.
 #[derive(Default)]
 struct Outcomes {
     sends: Vec<(Job, Answer<WriteOutcome>)>,
@@ -220,7 +220,7 @@ impl Work {
         }
     }
 
-    /// When the next transaction begins, if there is something for it and it may; when `closed`, read marks wait for nothing more.
+    /// When the next transaction may begin, if there is one; when `closed`, read marks do not wait for sends.
     fn due(&self, closed: bool) -> Option<Instant> {
         let may = self.delay.until();
         if !self.ready.is_empty() {
@@ -234,7 +234,7 @@ impl Work {
         })
     }
 
-    /// Puts the sends of ready slots under way, as many as a transaction takes, and read marks with them.
+    /// Starts a transaction with the sends of ready slots, as many as fit, and their read marks.
     fn begin(&mut self) {
         let (mut slots, mut taken) = (Vec::new(), Taken::default());
         let most = Most {
@@ -254,7 +254,7 @@ impl Work {
             let Some((_, slot)) = self.gathering.pop_front() else {
                 break;
             };
-            // Sends may have come for it meanwhile, and taken its read marks with them.
+            // Sends may have been queued for the slot meanwhile, and have taken its read marks with them.
             if self
                 .shared
                 .queues
@@ -275,7 +275,7 @@ impl Work {
         }
         let (line, begun) = (self.line.clone(), Instant::now());
         self.in_flight_batches.push(Box::pin(async move {
-            // Whatever happens in there: the slots go on, and what is dropped answers that it is not through.
+            // After a panic in there, too, the slots go on, and dropped requests are answered with a timeout.
             let outcomes = AssertUnwindSafe(line.carry_out(taken)).catch_unwind().await;
             Landed {
                 slots,
@@ -287,13 +287,13 @@ impl Work {
         }));
     }
 
-    /// Tells everybody what became of a batch, and lets its slots go on.
+    /// Delivers and answers a settled batch, and releases its slots.
     fn land(&mut self, landed: Landed) {
         let now = Instant::now();
         if landed.rows > 0 {
             let waiting = landed.waited_for || !self.ready.is_empty();
             self.in_flight.ended(landed.rows, waiting, now);
-            // One that was refused at once, or came too late, says nothing about how long a transaction takes.
+            // A batch that was refused at once or timed out says nothing about the duration of a transaction.
             if landed.outcomes.sends.iter().any(|(_, sent)| sent.is_ok()) {
                 self.delay.ended(landed.rows, landed.took, now);
             }
@@ -353,8 +353,8 @@ impl Work {
         } else {
             metrics.stored.inc();
         }
-        // A repeat is told again too: the instance that stored it may have died before it told anybody. Receivers that have
-        // it know it by its seq.
+        // A repeat is delivered again: the instance that stored it may have died before it published it. Receivers that have the
+        // message know it by its seq.
         (self.shared.on_commit)(Committed::Message(Stored {
             message: &job.message,
             place,
@@ -365,21 +365,21 @@ impl Work {
     }
 }
 
-/// The way of batches into a shard.
+/// Executes batches at a shard.
 struct Line {
     shard: Shard,
     seq_cache: Arc<SeqCache>,
     metrics: WriterMetrics,
 }
 
-/// Between two tries of a transaction that met a conflict, or no connection in time.
+/// The pause after a transaction that met a conflict, or got no connection in time.
 const CONFLICT_PAUSE: Duration = Duration::from_millis(5);
 
-/// Between two tries of a transaction whose connection was lost.
+/// The pause after a transaction whose connection was lost.
 const LOST_PAUSE: Duration = Duration::from_millis(50);
 
 impl Line {
-    /// Stores a batch and says what became of each of its parts, whatever happens.
+    /// Stores a batch and returns the outcome of each of its parts, after retries.
     async fn carry_out(&self, taken: Taken) -> Outcomes {
         let now = Instant::now();
         let mut outcomes = Outcomes::default();
@@ -403,7 +403,7 @@ impl Line {
         outcomes
     }
 
-    /// Takes out of `marks` what is stored with the sends; sets `suspect` if others of them may be stored.
+    /// Removes from `marks` those that were stored with the sends; sets `suspect` if others of them may have been stored.
     async fn store_all(
         &self,
         jobs: Vec<Job>,
@@ -434,7 +434,7 @@ impl Line {
                     (job, Ok(marked))
                 }));
             }
-            // One message that the database will not have must not take the others with it.
+            // The database refuses one of the messages: the others are stored without it.
             Err(ShardError::Failed(_, StoreError::Refused(_))) if jobs.len() > 1 => {
                 for job in jobs {
                     let (deadline, alone) =
@@ -456,7 +456,7 @@ impl Line {
         }
     }
 
-    /// Moves read marks that did not go with sends. `suspect`: they may have moved before.
+    /// Stores read marks that did not go with sends. `suspect`: they may have been stored before.
     async fn mark_all(&self, jobs: Vec<MarkJob>, mut suspect: bool, outcomes: &mut Outcomes) {
         let marks: Vec<NewMark> = jobs.iter().map(|job| job.mark).collect();
         let replies = jobs.iter().flat_map(|job| &job.replies);
@@ -477,7 +477,7 @@ impl Line {
                 outcomes
                     .marks
                     .extend(jobs.into_iter().zip(marked).map(|(job, mut marked)| {
-                        // It may be this one that moved it there, and told nobody.
+                        // This request may have moved the mark itself, without publishing it.
                         if let MarkOutcome::At { seq, moved } = &mut marked {
                             *moved |= suspect && *seq == job.mark.seq;
                         }
@@ -502,8 +502,8 @@ impl Line {
         }
     }
 
-    /// A transaction, repeated as a whole while that is safe and there is time: always with the same keys, so that a commit
-    /// whose answer was lost is found and not repeated.
+    /// A transaction, repeated as a whole while that is safe and there is time. The keys stay the same, so that a commit without
+    /// an answer is found and not stored twice.
     async fn store(
         &self,
         batch: &Arc<Vec<NewMessage>>,
@@ -522,17 +522,17 @@ impl Line {
         }
     }
 
-    /// Returns when a transaction that failed may be tried again.
+    /// Waits until a failed transaction may be tried again.
     async fn again(&self, e: ShardError, deadline: Option<Instant>) -> Result<(), ShardError> {
         let pause = match &e {
-            // Nothing is written. A machine that is full opens connections slowly: that is no reason to refuse what still has time.
+            // Nothing is written. A machine under full load opens connections slowly: requests with time left are not refused for that.
             ShardError::Busy(_) | ShardError::Failed(_, StoreError::Conflict(_)) => CONFLICT_PAUSE,
             ShardError::Failed(_, StoreError::Lost(_)) => {
                 self.seq_cache.clear();
                 LOST_PAUSE
             }
             ShardError::Unreachable(_) => {
-                // It may come back as it was at another time.
+                // The connection may work again.
                 self.seq_cache.clear();
                 return Err(e);
             }
@@ -555,7 +555,7 @@ impl Line {
         Ok(())
     }
 
-    /// In one round trip, by what is remembered; if that is not as it was, by what the shard's locks show.
+    /// Stores the batch in one round trip with the remembered state. If the shard's state differs, a second attempt reads it under locks.
     async fn attempt(
         &self,
         batch: &Arc<Vec<NewMessage>>,
@@ -584,7 +584,7 @@ impl Line {
                             self.seq_cache
                                 .forget_terms(slots.chain(of.iter().map(|mark| mark.slot)));
                         }
-                        // Once more, with seqs that the shard gives.
+                        // Once more, with seqs from the shard.
                         Mismatch::LastSeq if expects => self.seq_cache.forget_heads(batch),
                         Mismatch::LastSeq | Mismatch::Key => suspect = true,
                     }
@@ -597,12 +597,12 @@ impl Line {
     }
 }
 
-/// Whether a transaction that failed may be stored all the same.
+/// Whether a failed transaction may have been committed.
 fn may_be_stored(e: &ShardError) -> bool {
     matches!(e, ShardError::Failed(_, StoreError::Lost(_)))
 }
 
-/// What became of the read marks that went with sends.
+/// The outcomes of the read marks that went with sends.
 type MarkedOf = HashMap<(DialogId, UserId), MarkOutcome>;
 
 fn key_of(mark: &NewMark) -> (DialogId, UserId) {

@@ -12,19 +12,19 @@ use crate::domain::topology::Topology;
 use crate::store::{Meta, StoreError};
 use std::collections::BTreeMap;
 
-/// What the shards that answered have, by name.
+/// The topologies of the shards that answered, by name.
 pub type Found = BTreeMap<String, (Meta, Topology)>;
 
-/// What is to be done about it.
+/// The decision.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Resolution {
-    /// One topology stands above all others.
+    /// One topology descends from all others.
     Agreed(Meta, Topology),
-    /// This one is to be put in force: it stands above all, and says what the one says that may be in force.
+    /// This topology is to be installed: it descends from all others and has the content of the one that may be in effect.
     Settle(Meta, Topology),
-    /// Several may be in force; this shard has none of them yet, and decides by what it takes.
+    /// Several may be in effect. This shard has none of them yet; the one that it accepts first wins.
     Ask(String, Meta),
-    /// Several may be in force, until one of these shards answers.
+    /// Several may be in effect. One of these shards must answer first.
     Wait(Vec<String>),
 }
 
@@ -59,7 +59,7 @@ pub fn decide(found: &Found) -> Option<Resolution> {
             }
         }
     }
-    // Whoever looks takes them in the same order.
+    // Every instance takes them in the same order.
     tips.sort_by_key(|(meta, _)| {
         (
             std::cmp::Reverse(meta.topology_version),
@@ -160,7 +160,7 @@ mod tests {
         weighed.shards.get_mut("b").unwrap().weight = 2;
         let weighed = child(&first, weighed, Phase::Normal);
 
-        // Whoever is behind is brought up.
+        // Shards with an older topology get the newer one.
         for shards in [
             &[("a", &first), ("b", &first)][..],
             &[("a", &first), ("b", &weighed), ("c", &first)],
@@ -174,7 +174,7 @@ mod tests {
             assert_eq!(resolution, Resolution::Agreed(meta, topology));
         }
 
-        // Both shards that the one needs have it: it is in force, and what `a` took instead never is.
+        // Both shards that the first one needs have it: it is in effect, and the one that `a` accepted instead never is.
         let kept = |shards: &[(&str, &(Meta, Topology))], of: &Topology| {
             let Some(Resolution::Settle(meta, topology)) = decide(&found(shards)) else {
                 panic!("{:?}", decide(&found(shards)));
@@ -188,7 +188,7 @@ mod tests {
         };
         let taken = [("a", &weighed), ("b", &lost), ("c", &lost)];
         assert_eq!(kept(&taken, &lost.1), Phase::Failover);
-        // It may be, as far as can be seen.
+        // It may be, by the shards that answered.
         kept(&[("a", &weighed), ("b", &lost), ("c", &first)], &lost.1);
         kept(&[("a", &weighed), ("b", &lost)], &lost.1);
         // Here neither can have taken effect: either may be kept.
@@ -199,7 +199,7 @@ mod tests {
         let candidates = [&lost.1.shards, &weighed.1.shards];
         assert!(candidates.contains(&&either.shards));
 
-        // Two that lost different shards: whom they share decides.
+        // Two that lost different shards: the shard that they have in common decides.
         let other = child(&first, topology(&["b"]), Phase::Failover);
         let both = [("a", &other), ("b", &lost)];
         assert_eq!(

@@ -1,5 +1,5 @@
-//! Carries a topology out: failover, then moves, merges and purges, in rounds. Each round begins with a look at all rows of all
-//! shards; whatever an instance leaves half done, the next round of any instance continues.
+//! The coordinator carries a topology out: failover, then moves, merges and purges, in rounds. Each round begins with a read of all rows
+//! of all shards. Steps that an instance leaves unfinished are continued by the next round of any instance.
 
 use super::failover::{self, Rows, owner_of};
 use super::install;
@@ -26,22 +26,22 @@ use tokio::sync::Notify;
 use tokio::sync::broadcast::Receiver;
 use tokio::time::Instant;
 
-/// Between two rounds, when nothing happens.
+/// The pause between two rounds without an event.
 const ROUND_EVERY: Duration = Duration::from_secs(1);
 
-/// Between two reads of all rows of all shards, when the last round had nothing to do.
+/// The pause between two reads of all rows of all shards, when the last round had nothing to do.
 const QUIET_LOOK: Duration = Duration::from_secs(5);
 
-/// Slots that one round moves, while the topology stays the same.
+/// The number of slots that one round moves, while the topology stays the same.
 const MOVES_A_ROUND: usize = 256;
 
-/// Slots that one round merges.
+/// The number of slots that one round merges.
 const MERGES_A_ROUND: usize = 256;
 
 /// How long a round waits for instances that have not adopted the topology.
 const PEERS_LIMIT: Duration = Duration::from_secs(10);
 
-/// How long one round purges.
+/// The time that one round spends on purging.
 const PURGE_BUDGET: Duration = Duration::from_millis(500);
 
 /// The work of this instance, while it holds the coordinator lock.
@@ -50,7 +50,7 @@ pub(super) struct Coordinator {
     settings: config::Resharding,
     progress: Progress,
     peers: Peers,
-    /// Something may be to do.
+    /// Notified when a round may have something to do.
     wake: Arc<Notify>,
     is_coordinator: AtomicBool,
 }
@@ -72,7 +72,7 @@ impl Coordinator {
         }
     }
 
-    /// Notify it when there may be something to do.
+    /// Notify it when a round may have something to do.
     pub fn wake(&self) -> &Arc<Notify> {
         &self.wake
     }
@@ -93,11 +93,11 @@ impl Coordinator {
         }
     }
 
-    /// Runs one round after the other, for ever.
+    /// Runs one round after the other; never returns.
     pub async fn run(self: Arc<Self>) {
         let mut lease = CoordinatorLease::default();
         let mut adopted = (self.cluster.view().topology_ref.clone(), Instant::now());
-        // Since when there has been nothing to do.
+        // The time since which there has been nothing to do.
         let mut quiet = None;
         let mut events = self.peers.events();
         loop {
@@ -121,7 +121,7 @@ impl Coordinator {
         }
     }
 
-    /// Waits until it is time for the next round; `true` if that is because something has happened.
+    /// Waits until the next round is due; `true` if an event has triggered it.
     async fn wait(&self, events: &mut Receiver<PeerEvent>) -> bool {
         tokio::select! {
             biased;
@@ -131,7 +131,7 @@ impl Coordinator {
         }
     }
 
-    /// One look at everything, and what is to be done about it. `true` if there may be more to do at once.
+    /// Reads the state of all shards and performs the next steps. `true` if the next round should follow at once.
     async fn round(
         &self,
         lease: &mut CoordinatorLease,
@@ -153,7 +153,7 @@ impl Coordinator {
             *quiet = None;
             return Ok(false);
         }
-        // Only the coordinator changes rows, and only a new topology gives it a reason to.
+        // Only the coordinator changes rows, and only for a new topology.
         if quiet.is_some_and(|since| since.elapsed() < QUIET_LOOK) {
             return Ok(false);
         }
@@ -234,7 +234,7 @@ impl Coordinator {
         }
     }
 
-    /// What others left half done: sealed slots are decided by evidence, copies that nobody needs are cancelled.
+    /// Finishes steps that another instance left unfinished: sealed slots are resolved by evidence, abandoned copies are cancelled.
     async fn settle(&self, view: &TopologyView, rows: &Rows) -> bool {
         let mut busy = false;
         for (name, of_shard) in rows {
@@ -252,7 +252,7 @@ impl Coordinator {
                         settled.map(|_| true)
                     }
                     (SlotState::Incoming, from) => {
-                        // A copy that somebody began and nobody goes on with: its source may have changed hands since.
+                        // A copy that no instance continues: its source may have changed hands since.
                         let sealed_for_it = from
                             .and_then(|from| rows.get(from.name()))
                             .is_none_or(|source| source[slot.index()].is_sealed(name, row.term));
@@ -298,7 +298,7 @@ impl Coordinator {
         Ok(true)
     }
 
-    /// Brings back what shards that returned alone hold, and notes at the owners who has nothing of theirs any more.
+    /// Merges the messages of returned shards, and records at the owners which shards have no messages of their own any more.
     async fn merge(&self, view: &TopologyView, rows: &Rows) -> bool {
         let mut fenced = Vec::new();
         for (name, of_shard) in rows {
@@ -379,7 +379,7 @@ impl Coordinator {
         merged || healed
     }
 
-    /// Moves slots that are owned elsewhere than target, a few at once.
+    /// Moves slots whose owner is not their target, a few at once.
     async fn move_slots(&self, view: &TopologyView, rows: &Rows) -> bool {
         let mut by_pair = BTreeMap::<(String, String), Vec<Slot>>::new();
         for slot in Slot::all() {
@@ -441,7 +441,7 @@ impl Coordinator {
                     Err(e) => {
                         self.progress.failed();
                         tracing::info!(slot = %a_move.slot, pair, reason = %e, "not moved yet");
-                        // What failed at once would fail again at once.
+                        // A move that failed at once would fail again at once.
                         tokio::time::sleep(Duration::from_millis(100)).await;
                         false
                     }
@@ -453,7 +453,7 @@ impl Coordinator {
             .await
     }
 
-    /// Deletes what slots left behind when they went, after a while.
+    /// Deletes the rows of slots that have left a shard, after a grace period.
     async fn purge(&self, view: &TopologyView, rows: &Rows) -> bool {
         let begun = Instant::now();
         let mut busy = false;
@@ -471,7 +471,7 @@ impl Coordinator {
             };
             for slot in slots {
                 if begun.elapsed() > PURGE_BUDGET {
-                    // It does not hurry: to look at all rows again and again is felt.
+                    // Purging is not urgent, and each read of all rows slows live traffic down.
                     if self.pace().strain(&[shard]) > 0.0 {
                         tokio::select! {
                             biased;
@@ -491,11 +491,11 @@ impl Coordinator {
     }
 }
 
-/// All rows of the shards that answer, as evidence under the view's topology, and the names of those that do not.
+/// All rows of the shards that answer, as evidence under the view's topology, and the names of the shards that do not answer.
 async fn read_rows(view: &TopologyView) -> (Rows, Vec<String>) {
     let mut rows = Rows::new();
     let mut silent: Vec<String> = view.unconfigured().map(str::to_owned).collect();
-    // One after the other: to take so many rows apart is felt by those who share the thread.
+    // One after the other: decoding so many rows delays other tasks of the thread.
     for shard in &view.shards {
         let topology_ref = view.topology_ref.clone();
         let of_shard = shard

@@ -12,16 +12,16 @@ use crate::store::{Chunk, Shard};
 use std::collections::BTreeMap;
 use tokio::time::Instant;
 
-/// Messages of a chunk, at most.
+/// The largest number of messages of a chunk.
 const CHUNK_ROWS: u32 = 500;
 
-/// Dialogs that one query reads.
+/// The number of dialogs that one query reads.
 const DIALOGS_AT_ONCE: usize = 32;
 
-/// Merges everything of a fenced slot at `from` into its owner, then releases the slot. Returns the number of messages read.
+/// Merges all rows of a fenced slot at `from` into its owner, then releases the slot. Returns the number of messages read.
 ///
 /// # Errors
-/// [`MoveError`]; messages that were merged stay, the others are merged by the next attempt.
+/// [`MoveError`]. Messages that were merged stay; the others are merged by the next attempt.
 pub async fn merge(
     topology_ref: &TopologyRef,
     slot: Slot,

@@ -1,30 +1,30 @@
-//! How fast slots move, merge and are purged: as fast as they can where nobody writes, and so that people do not feel it where they
-//! do.
+//! The pace of moves, merges and purges: at full speed without live traffic, and slow enough to leave its latency alone
+//! with it.
 
 use crate::store::Shard;
 use std::time::Duration;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-/// Where there is live traffic, work is followed by a rest of so many times its length: `REST`, and `REST_OF_STRAIN` for each time
-/// that transactions of sends take longer than `UNFELT` times as long as usual.
+/// With live traffic, work is followed by a rest of this many times its duration: `REST`, and `REST_OF_STRAIN` for each multiple
+/// by which transactions of sends take longer than `UNFELT` times their usual duration.
 const REST: f64 = 1.0;
 const UNFELT: f64 = 1.05;
 const REST_OF_STRAIN: f64 = 20.0;
 const LONGEST_REST: f64 = 10.0;
 
-/// How moves are carried out.
+/// The settings of moves.
 #[derive(Clone, Copy, Debug)]
 pub struct Pace {
-    /// Sealed for longer than this, the attempt is cancelled.
+    /// A slot that is sealed for longer than this is unsealed, and the attempt cancelled.
     pub freeze: Duration,
-    /// After a slot has left, its rows stay for so long.
+    /// How long the rows of a slot stay after it has left.
     pub purge_after: Duration,
-    /// Whether live traffic counts.
+    /// Whether live traffic is taken into account.
     pub throttle: bool,
 }
 
 impl Pace {
-    /// How many times as long as usual live traffic takes at the shard that feels it most; 0 where there is none that counts.
+    /// The duration of live transactions as a multiple of the usual one, at the shard with the highest; 0 without live traffic.
     #[must_use]
     pub fn strain(&self, shards: &[&Shard]) -> f64 {
         if !self.throttle {
@@ -34,7 +34,7 @@ impl Pace {
         strain.fold(0.0, f64::max)
     }
 
-    /// Leaves shards alone for a while after so much work, where there is live traffic.
+    /// Rests after work of this duration, if these shards have live traffic.
     pub async fn rest(&self, shards: &[&Shard], worked: Duration) {
         tokio::time::sleep(rest_after(worked, self.strain(shards))).await;
     }
@@ -48,7 +48,7 @@ fn rest_after(worked: Duration, strain: f64) -> Duration {
     worked.mul_f64(rest.min(LONGEST_REST))
 }
 
-/// How many slots move at once: some where there is no live traffic, and one where there is.
+/// The number of slots that move at once: several without live traffic, one with it.
 pub struct Lanes {
     pace: Pace,
     permits: Semaphore,
@@ -67,7 +67,7 @@ impl Lanes {
         }
     }
 
-    /// Waits until work at these shards may begin; it may go on until the permit is dropped.
+    /// Waits until work at these shards may begin; it ends when the permit is dropped.
     pub async fn enter(&self, shards: &[&Shard]) -> Option<SemaphorePermit<'_>> {
         let all = self.pace.strain(shards) > 0.0;
         let permits = if all { self.count } else { 1 };

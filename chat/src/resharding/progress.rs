@@ -16,7 +16,7 @@ pub struct Report {
     pub stage: String,
     /// What it waits for.
     pub blocked_by: Option<String>,
-    /// Slots that are still where they are not target.
+    /// Slots whose owner is not their target.
     pub slots_left: u64,
     /// Slots that were moved since the change began.
     pub slots_moved: u64,

@@ -26,13 +26,13 @@ pub enum FileState {
     Rejected(String),
 }
 
-/// Between two reads of the file.
+/// The pause between two reads of the file.
 pub const EVERY: Duration = Duration::from_millis(500);
 
-/// Between the two reads that must agree: an editor may be in the middle of writing.
+/// The pause between the two reads that must agree: an editor may be in the middle of writing.
 const SETTLE: Duration = Duration::from_millis(200);
 
-/// What a read of the file has shown.
+/// The result of a read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Seen {
     /// Nothing new.
@@ -43,7 +43,7 @@ pub enum Seen {
     Gone,
 }
 
-/// Where edits come from.
+/// The source of edits.
 #[derive(Clone)]
 pub struct Source {
     /// For messages.
@@ -66,14 +66,14 @@ impl Source {
     }
 }
 
-/// A file and its content as it was last seen; `None` while there is none.
+/// A file and its last content; `None` while it is missing.
 pub struct Watched {
     source: Source,
     seen: Option<String>,
 }
 
 impl Watched {
-    /// Watches a file of which `seen` was read: an edit between that reading and the first look counts like any other.
+    /// Watches a file whose content was `seen`: an edit between that read and the first one here counts like any other.
     #[must_use]
     pub fn new(source: Source, seen: String) -> Self {
         Self {
@@ -82,7 +82,7 @@ impl Watched {
         }
     }
 
-    /// Waits, then looks.
+    /// Waits, then reads.
     pub async fn changed_within(&mut self, wait: Duration) -> Seen {
         tokio::time::sleep(wait).await;
         let first = (self.source.read)().await;
@@ -99,10 +99,10 @@ impl Watched {
     }
 }
 
-/// Follows the file: proposes an edit, and reports how the file stands to the topology in effect.
+/// Follows the file: proposes edits, and reports the state of the file.
 pub(super) struct Follower {
     pub cluster: Cluster,
-    /// How the file stands.
+    /// The state of the file.
     pub state: watch::Sender<FileState>,
     /// Notified when a file was proposed.
     pub proposed: Arc<Notify>,

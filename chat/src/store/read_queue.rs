@@ -1,5 +1,5 @@
-//! Who reads from a shard next. Reads wait in front of the connections, by payer and round robin: a user who asks for much waits
-//! behind their own requests, and everybody else behind one of them at most.
+//! The queue in front of the read connections of a shard: round robin by payer. A user with many requests waits behind their own
+//! ones, and every other user behind one of them at most.
 
 use crate::domain::dialog::UserId;
 use std::collections::{HashMap, VecDeque};
@@ -8,10 +8,10 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
-/// Whose read it is; `None` for the service's own.
+/// The payer of a read; `None` for the service itself.
 pub type Payer = Option<UserId>;
 
-/// The turns of one shard.
+/// The permits of one shard.
 pub struct ReadQueue {
     state: Arc<Mutex<State>>,
     limit: Duration,
@@ -20,24 +20,24 @@ pub struct ReadQueue {
 struct State {
     free: usize,
     waiting: HashMap<Payer, VecDeque<oneshot::Sender<ReadPermit>>>,
-    /// Payers with something waiting, in the order in which they are served.
+    /// Payers with waiting reads, in the order in which they are served.
     order: VecDeque<Payer>,
 }
 
-/// A turn; the next has it when this is dropped.
+/// A permit; the next read gets it when this is dropped.
 pub struct ReadPermit {
     state: Arc<Mutex<State>>,
 }
 
-/// No turn: too many reads of this payer wait already, or it did not come in time.
+/// No permit: too many reads of this payer wait already, or it did not come in time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Busy;
 
-/// Reads of one payer that may wait for one shard.
+/// The number of reads of one payer that may wait for one shard.
 const WAITING: usize = 64;
 
 impl ReadQueue {
-    /// So many at once; who has waited for `limit` is told that the shard is busy.
+    /// A queue with this many permits. A read that has waited for `limit` is refused as busy.
     #[must_use]
     pub fn new(at_once: usize, limit: Duration) -> Self {
         Self {
@@ -50,13 +50,13 @@ impl ReadQueue {
         }
     }
 
-    /// Waits for a turn.
+    /// Waits for a permit.
     ///
     /// # Errors
     /// [`Busy`].
     ///
     /// # Cancel safety
-    /// Dropped, it waits no more, and nothing is done for it.
+    /// If it is dropped, the read does not wait any more.
     pub async fn take(&self, payer: Payer) -> Result<ReadPermit, Busy> {
         let turn = {
             let mut state = lock(&self.state);
@@ -68,7 +68,7 @@ impl ReadQueue {
             }
             let (sender, turn) = oneshot::channel();
             let waiting = state.waiting.entry(payer).or_default();
-            // Those that have gone make room for those that have not.
+            // Cancelled reads make room for new ones.
             waiting.retain(|waiting| !waiting.is_closed());
             if waiting.len() >= WAITING {
                 return Err(Busy);
@@ -88,7 +88,7 @@ impl ReadQueue {
 
 impl Drop for ReadPermit {
     fn drop(&mut self) {
-        // Handed to the next who is there; one that goes at this very moment drops it, and so hands it on.
+        // Handed to the next read that waits. If that is cancelled at this moment, it drops the permit and so hands it on.
         let state = self.state.clone();
         let next = lock(&self.state).next();
         if let Some(next) = next {
@@ -98,7 +98,7 @@ impl Drop for ReadPermit {
 }
 
 impl State {
-    /// The next who waits; without any, a turn is free from now on.
+    /// The next read that waits; without one, the permit is free.
     fn next(&mut self) -> Option<oneshot::Sender<ReadPermit>> {
         while let Some(payer) = self.order.pop_front() {
             let Some(waiting) = self.waiting.get_mut(&payer) else {

@@ -1,9 +1,9 @@
-//! A shard as everything above uses it: a store with a name, an identity, time limits and a circuit.
+//! A shard: a store with a name, an identity, time limits and a circuit breaker.
 //!
-//! The circuit keeps a dead shard from hurting anybody but its own dialogs: once the database does not answer, every call
-//! is refused at once, until a probe in the background gets an answer again. Slow is not dead: a call that takes long is
-//! only given up when a fresh connection gets no answer either, or at the limit; and a connection that does not open in time
-//! speaks against a shard only if nothing else was answered meanwhile.
+//! The circuit breaker limits the effect of a dead shard to its own dialogs. Once the database does not answer, every call is refused
+//! at once, until a probe in the background gets an answer. A slow database is not dead: a slow call is given up only when a fresh
+//! connection gets no answer either, or at the time limit. A connection that does not open in time counts
+//! against a shard only if no other call was answered meanwhile.
 
 use super::read_queue::{Busy, Payer, ReadPermit, ReadQueue};
 use super::{
@@ -25,23 +25,23 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-/// A call that takes longer makes us ask on a fresh connection whether the shard is there at all.
+/// The duration after which a call checks with a fresh connection whether the shard answers at all.
 const PATIENCE: Duration = Duration::from_millis(250);
 
-/// Between two probes of a shard whose circuit is open.
+/// The pause between two probes of a shard whose circuit breaker is open.
 const PROBE_EVERY: Duration = Duration::from_millis(500);
 
-/// How long counting everything may take.
+/// The time limit for counting all rows.
 const COUNTING_LIMIT: Duration = Duration::from_secs(300);
 
-/// How long a shard may take.
+/// The limits of a shard.
 #[derive(Clone, Copy, Debug)]
 pub struct Timing {
-    /// The most that any call may take.
+    /// The time limit of a call.
     pub answer: Duration,
-    /// The most that a connection may take to open.
+    /// The time limit for opening a connection.
     pub connect: Duration,
-    /// How many pages are read at once.
+    /// The number of pages that are read at once.
     pub readers: usize,
 }
 
@@ -58,19 +58,19 @@ impl From<&config::Store> for Timing {
 /// Whether a shard answers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Health {
-    /// It did when it was last asked.
+    /// It answered the last call.
     Reachable,
-    /// It does not, and why.
+    /// It does not answer, for this reason.
     Unreachable(String),
 }
 
-/// Why a call was not carried out.
+/// The reason why a call failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ShardError {
-    /// The circuit is open, or opened just now.
+    /// The circuit breaker is open, or has just opened.
     #[error("{0} does not answer")]
     Unreachable(String),
-    /// Too much is asked of it by this instance, or of what this payer asks.
+    /// This instance, or the payer of the call, has too many requests for it.
     #[error("{0} is busy")]
     Busy(String),
     /// Anything else; see [`StoreError`].
@@ -91,9 +91,9 @@ struct Inner {
     timing: Timing,
     runtime: Handle,
     state: watch::Sender<Health>,
-    /// When a probe last got an answer; held while one is under way, so that many who wait ask once.
+    /// When a probe last got an answer. It is locked during a probe, so that callers that wait share one.
     probed: tokio::sync::Mutex<Option<Instant>>,
-    /// When any call last got an answer, whatever it said.
+    /// When any call last got an answer.
     answered: Mutex<Option<Instant>>,
     metrics: ShardMetrics,
     logged: Mutex<Option<Instant>>,
@@ -101,23 +101,23 @@ struct Inner {
     felt: Mutex<Felt>,
 }
 
-/// How long transactions of sends take, as live traffic feels it.
+/// The duration of transactions of sends, as live traffic observes it.
 #[derive(Default)]
 struct Felt {
-    /// Of late, and usually; in seconds. What is usual does not rise while a slot moves.
+    /// The recent and the usual average, in seconds. The usual one does not rise while a slot moves.
     late: f64,
     usual: f64,
-    /// Of how many transactions that is the average, up to the number that `USUAL` stands for.
+    /// The number of transactions in that average, up to the number that `USUAL` stands for.
     known: f64,
     at: Option<Instant>,
     moves: usize,
 }
 
-/// Shares of a new transaction in the two averages.
+/// The weights of a new transaction in the two averages.
 const LATE: f64 = 0.1;
 const USUAL: f64 = 0.005;
 
-/// Without a transaction for so long, nobody feels anything.
+/// Without a transaction for this long, there is no live traffic.
 const FELT: Duration = Duration::from_secs(1);
 
 impl Felt {
@@ -137,7 +137,7 @@ impl Felt {
     }
 }
 
-/// A slot of the shard moves, until this is dropped.
+/// While this exists, a slot of the shard moves.
 pub struct Moving(Shard);
 
 impl Drop for Moving {
@@ -147,7 +147,7 @@ impl Drop for Moving {
 }
 
 impl Shard {
-    /// Takes a store into service under the identity it must have. `number` tells it from all others of this process.
+    /// Opens a store that must have this identity. `number` distinguishes it from all others of this process.
     #[must_use]
     pub fn new(
         number: u16,
@@ -183,13 +183,13 @@ impl Shard {
         &self.inner.identity.shard_name
     }
 
-    /// Its number in this process; one that is opened again under another URL has another.
+    /// Its number in this process; a shard that is opened again under another URL has another number.
     #[must_use]
     pub fn number(&self) -> u16 {
         self.inner.number
     }
 
-    /// Who it must be.
+    /// The identity that it must have.
     #[must_use]
     pub fn identity(&self) -> &ShardIdentity {
         &self.inner.identity
@@ -226,15 +226,15 @@ impl Shard {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A slot of this shard begins to move.
+    /// Records that a slot of this shard moves.
     #[must_use]
     pub fn moving(&self) -> Moving {
         self.felt().moves += 1;
         Moving(self.clone())
     }
 
-    /// How many times as long as usual transactions of sends take of late; 0 while there are none, and 1 while it is not known
-    /// what is usual.
+    /// The recent duration of transactions of sends as a multiple of the usual one; 0 without transactions, and 1 while the usual
+    /// one is unknown.
     #[must_use]
     pub fn strain(&self) -> f64 {
         let felt = self.felt();
@@ -245,13 +245,13 @@ impl Shard {
         }
     }
 
-    /// Tells when the state changes.
+    /// Notified when the health changes.
     #[must_use]
     pub fn watch(&self) -> watch::Receiver<Health> {
         self.inner.state.subscribe()
     }
 
-    /// Opens the circuit: it was found not to answer.
+    /// Opens the circuit breaker: the shard was found not to answer.
     pub fn open(&self, reason: &str) {
         let opened = self.inner.state.send_if_modified(|state| {
             let was_up = *state == Health::Reachable;
@@ -318,13 +318,13 @@ impl Shard {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether a call got an answer while a connection that was just given up was being opened.
+    /// Whether a call was answered while a connection that was given up was being opened.
     fn answers_others(&self) -> bool {
         self.answered()
             .is_some_and(|at| at.elapsed() < self.inner.timing.connect)
     }
 
-    /// Whether a fresh connection gets an answer, or another call has got one meanwhile. Callers at the same time share one.
+    /// Whether a fresh connection is answered, or another call was answered meanwhile. Callers at the same time share one probe.
     async fn probe(&self) -> Result<(), StoreError> {
         let mut probed = self.inner.probed.lock().await;
         if probed.is_some_and(|at| at.elapsed() < PATIENCE) {
@@ -338,7 +338,7 @@ impl Shard {
         Ok(())
     }
 
-    /// Runs a call on the database runtime, within the time limits and the circuit.
+    /// Runs a call on the database runtime, within the time limits and the circuit breaker.
     async fn call<T, F>(&self, call: impl FnOnce(Arc<Inner>) -> F) -> Result<T, ShardError>
     where
         T: Send + 'static,
@@ -367,7 +367,7 @@ impl Shard {
         result.map_err(|e| self.judge(e))
     }
 
-    /// Opens the circuit for what speaks against the shard.
+    /// Opens the circuit breaker for an error that counts against the shard.
     fn judge(&self, e: StoreError) -> ShardError {
         match e {
             StoreError::Unreachable(_) | StoreError::WrongIdentity(_) => {
@@ -428,7 +428,7 @@ impl Shard {
         }
     }
 
-    /// [`super::Store::append`]. Called on the database runtime, and carried out in the caller's task.
+    /// [`super::Store::append`]. Called on the database runtime, and executed in the caller's task.
     pub async fn append(
         &self,
         batch: Arc<Vec<NewMessage>>,
@@ -439,7 +439,7 @@ impl Shard {
             .await
     }
 
-    /// [`super::Store::write`]. Called on the database runtime, and carried out in the caller's task.
+    /// [`super::Store::write`]. Called on the database runtime, and executed in the caller's task.
     pub async fn write(
         &self,
         batch: Arc<Vec<NewMessage>>,
@@ -450,7 +450,7 @@ impl Shard {
             .await
     }
 
-    /// Carries out a batch within the time limits and the circuit.
+    /// Executes a batch within the time limits and the circuit breaker.
     async fn batch<T>(
         &self,
         work: impl Future<Output = Result<T, StoreError>>,
@@ -505,14 +505,14 @@ impl Shard {
             .await
     }
 
-    /// [`super::Store::mark_read`]. Called on the database runtime, and carried out in the caller's task.
+    /// [`super::Store::mark_read`]. Called on the database runtime, and executed in the caller's task.
     pub async fn mark_read(&self, marks: &[NewMark]) -> Result<Vec<MarkOutcome>, ShardError> {
         let inner = &self.inner;
         self.batch(inner.store.mark_read(&inner.identity, marks))
             .await
     }
 
-    /// Anything else that a database can be asked, within the same limits and the same circuit.
+    /// Any other call to the database, within the same limits and the same circuit breaker.
     ///
     /// # Errors
     /// [`ShardError`].

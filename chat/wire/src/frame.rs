@@ -71,14 +71,14 @@ pub enum ClientFrame {
         /// The other user.
         with: u64,
     },
-    /// Tell whether these users are there, now and whenever it changes.
+    /// Send the presence of these users, now and after every change.
     Watch {
-        /// Whom.
+        /// The users.
         users: Vec<u64>,
     },
-    /// No longer.
+    /// Stop sending the presence of these users.
     Unwatch {
-        /// Whom.
+        /// The users.
         users: Vec<u64>,
     },
     /// A fresh token for the same user, before the old one expires.
@@ -153,7 +153,7 @@ pub struct Limits {
     /// Messages of a dialog that a `resume` replays; who is further behind is told to read the history.
     #[serde(default)]
     pub resume_messages: u32,
-    /// Users whom a session may watch.
+    /// The number of users that a session may watch.
     #[serde(default)]
     pub watched_users: u32,
     /// How far back the `since` of a `resume` reaches, in hours.

@@ -79,7 +79,7 @@ pub struct ReadMark {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct DevTokenRequest {
-    /// For whom.
+    /// The user.
     pub user: u64,
 }
 
