@@ -9,6 +9,7 @@ use chat::http::Tokens;
 use chat::server::Server;
 use clap::{Parser, Subcommand};
 use std::io::{IsTerminal, Write};
+use std::net::{AddrParseError, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -58,22 +59,22 @@ enum Command {
         #[arg(long)]
         watch: bool,
         /// The admin listener of a running instance; that of the settings if left out.
-        #[arg(long)]
-        admin: Option<std::net::SocketAddr>,
+        #[arg(long, value_parser = admin_address)]
+        admin: Option<SocketAddr>,
         #[command(flatten)]
         embedded: Embedded,
     },
     /// Pause rebalancing: no slot moves until `chat resume`.
     Pause {
         /// The admin listener of a running instance; that of the settings if left out.
-        #[arg(long)]
-        admin: Option<std::net::SocketAddr>,
+        #[arg(long, value_parser = admin_address)]
+        admin: Option<SocketAddr>,
     },
     /// Resume rebalancing.
     Resume {
         /// The admin listener of a running instance; that of the settings if left out.
-        #[arg(long)]
-        admin: Option<std::net::SocketAddr>,
+        #[arg(long, value_parser = admin_address)]
+        admin: Option<SocketAddr>,
     },
     /// Show the slot, owner and target shard of the dialog of two users.
     Where {
@@ -92,6 +93,13 @@ struct Embedded {
     /// Where embedded mode keeps its files.
     #[arg(long, default_value = "data", requires = "embedded")]
     data: PathBuf,
+}
+
+/// A socket address, also as the start of the server prints it: with `http://` before it.
+fn admin_address(text: &str) -> Result<SocketAddr, AddrParseError> {
+    text.trim_start_matches("http://")
+        .trim_end_matches('/')
+        .parse()
 }
 
 #[tokio::main]
