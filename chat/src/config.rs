@@ -28,6 +28,8 @@ pub struct Settings {
     pub trust_forwarded_for: bool,
     /// How long to wait at the start for shards that the founding needs, in milliseconds.
     pub start_wait_ms: u64,
+    /// Threads that serve clients; the first one has the databases and the bus, too.
+    pub threads: usize,
     /// Who may come in.
     pub auth: Auth,
     /// How much of everything.
@@ -101,8 +103,6 @@ pub struct Limits {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Store {
-    /// Threads of the runtime that database connections live on.
-    pub threads: usize,
     /// Lanes of a shard's writer: transactions in flight at once, at most.
     pub lanes: usize,
     /// Lanes that are always there; as many as `lanes`, and nothing is measured.
@@ -182,6 +182,9 @@ impl fmt::Debug for Secret {
 /// A TEXT of MySQL takes 65,535 bytes, and a character up to four.
 const TEXT_CHARS: u32 = 16_383;
 
+/// More threads than any machine has use for.
+const THREADS: usize = 256;
+
 const DEFAULTS: &str = include_str!("defaults.toml");
 
 impl Settings {
@@ -229,6 +232,12 @@ impl Settings {
         if !(1..=TEXT_CHARS).contains(&text_chars) {
             return Err(config::ConfigError::Message(format!(
                 "limits.text_chars is {text_chars}: it must lie between 1 and {TEXT_CHARS}"
+            )));
+        }
+        let threads = settings.threads;
+        if !(1..=THREADS).contains(&threads) {
+            return Err(config::ConfigError::Message(format!(
+                "threads is {threads}: it must lie between 1 and {THREADS}"
             )));
         }
         let Store {
@@ -279,6 +288,15 @@ mod tests {
             assert!(refusal.contains("limits.text_chars"), "{refusal}");
         }
         assert!(Settings::from_toml("[limits]\ntext_chars = 16383").is_ok());
+    }
+
+    #[test]
+    fn there_is_at_least_one_thread_and_no_absurd_number() {
+        for threads in [0, 257] {
+            let refusal = Settings::from_toml(&format!("threads = {threads}")).unwrap_err();
+            assert!(refusal.to_string().contains("threads is"), "{refusal}");
+        }
+        assert!(Settings::from_toml("threads = 256").is_ok());
     }
 
     #[test]

@@ -7,6 +7,7 @@
 // The ground floor.
 pub mod config;
 pub mod rng;
+pub mod threads;
 
 // The rules. Pure: no async, no clock, no randomness, no file.
 pub mod domain;

@@ -102,7 +102,7 @@ fn admin_address(text: &str) -> Result<SocketAddr, AddrParseError> {
         .parse()
 }
 
-#[tokio::main]
+#[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
     match run().await {
         Ok(()) => ExitCode::SUCCESS,

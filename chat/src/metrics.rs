@@ -8,9 +8,10 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::metrics::{MetricType, TypedMetric};
 use prometheus_client::registry::{Metric, Registry};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
+use tokio::runtime::RuntimeMetrics;
 
 /// The label of metrics per shard.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -112,9 +113,48 @@ impl EncodeMetric for Latency {
     }
 }
 
+/// The time that each thread was busy, as its event loop counts it.
+#[derive(Clone, Debug, Default)]
+pub struct ThreadTimes(Arc<OnceLock<Vec<RuntimeMetrics>>>);
+
+/// The label of metrics per thread.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ThreadLabel {
+    thread: usize,
+}
+
+impl ThreadTimes {
+    /// Counts these threads from now on; called once.
+    pub fn of(&self, threads: Vec<RuntimeMetrics>) {
+        let _ = self.0.set(threads);
+    }
+}
+
+impl TypedMetric for ThreadTimes {
+    const TYPE: MetricType = MetricType::Counter;
+}
+
+impl EncodeMetric for ThreadTimes {
+    fn encode(&self, mut encoder: MetricEncoder<'_>) -> std::fmt::Result {
+        for (thread, metrics) in self.0.get().into_iter().flatten().enumerate() {
+            let busy = metrics.worker_total_busy_duration(0).as_secs_f64();
+            encoder
+                .encode_family(&ThreadLabel { thread })?
+                .encode_counter::<NoLabelSet, _, f64>(&busy, None)?;
+        }
+        Ok(())
+    }
+
+    fn metric_type(&self) -> MetricType {
+        Self::TYPE
+    }
+}
+
 /// All metrics; one for each server in a process.
 pub struct Metrics {
     registry: Registry,
+    /// Seconds for which each thread was busy.
+    pub thread_busy_seconds: ThreadTimes,
     /// Open sessions.
     pub sessions: Gauge,
     /// Frames from clients.
@@ -244,6 +284,7 @@ impl Metrics {
         let mut registry = Registry::with_prefix("chat");
         let r = &mut registry;
         Arc::new(Self {
+            thread_busy_seconds: metric(r, "thread_busy_seconds", "Seconds for which a thread was busy; thread 0 has the databases and the bus"),
             sessions: metric(r, "sessions", "Open WebSocket sessions"),
             received_frames: metric(r, "received_frames", "Frames received from clients"),
             received_bytes: metric(r, "received_bytes", "Bytes of frames received from clients"),

@@ -8,7 +8,7 @@ use crate::delivery::Reconcile;
 use crate::delivery::presence::Presence;
 use crate::delivery::registry::Registry;
 use crate::domain::shards_file::ShardsFile;
-use crate::http::{self, App, ConnectionLimiter, Tokens};
+use crate::http::{self, App, ConnectionLimiter, Listener, Tokens};
 use crate::messages::Messages;
 use crate::messages::last_seqs::LastSeqReader;
 use crate::messages::writer::{Committed, OnCommit};
@@ -17,7 +17,8 @@ use crate::rate_limit::RateLimiter;
 use crate::resharding::Resharding;
 use crate::resharding::watcher::Source;
 use crate::session::Context as SessionContext;
-use actix_web::{App as WebApp, HttpServer, web};
+use crate::threads::Threads;
+use actix_web::web;
 use anyhow::{Context, bail};
 use chat_wire::Close;
 use std::net::{SocketAddr, TcpListener};
@@ -25,7 +26,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
-use tokio::runtime::Runtime;
 
 /// A server that is built and listens, but does not serve yet.
 pub struct Server {
@@ -35,38 +35,8 @@ pub struct Server {
     admin_listener: TcpListener,
     app: web::Data<App>,
     settings: Settings,
-    /// Ends after everything that uses it.
-    store_runtime: StoreRuntime,
-}
-
-/// Connections to databases and to the bus live on a runtime of their own: a pool of `mysql_async` must not be shared
-/// between the single-threaded runtimes of actix's workers.
-struct StoreRuntime(Option<Runtime>);
-
-impl StoreRuntime {
-    fn start(threads: usize) -> anyhow::Result<Self> {
-        let mut builder = tokio::runtime::Builder::new_multi_thread();
-        let runtime = builder
-            .worker_threads(threads.max(1))
-            .thread_name("chat-store")
-            .enable_all()
-            .build();
-        Ok(Self(Some(runtime.context("the runtime for the stores")?)))
-    }
-
-    fn handle(&self) -> tokio::runtime::Handle {
-        // unwrap: it is taken only in drop
-        self.0.as_ref().unwrap().handle().clone()
-    }
-}
-
-impl Drop for StoreRuntime {
-    fn drop(&mut self) {
-        if let Some(runtime) = self.0.take() {
-            // Ending it the ordinary way would block, which is not allowed within another runtime.
-            runtime.shutdown_background();
-        }
-    }
+    /// End after everything that uses them.
+    threads: Threads,
 }
 
 /// Reads and checks a `shards.toml`, with `${VAR}` from the environment; returns its text too.
@@ -96,8 +66,9 @@ impl Server {
         }
         let (file, text) = read_shards_file(&settings.shards_file)?;
         let metrics = Metrics::new();
-        let store_runtime = StoreRuntime::start(settings.store.threads)?;
-        let runtime = store_runtime.handle();
+        let threads = Threads::start(settings.threads).context("threads")?;
+        metrics.thread_busy_seconds.of(threads.metrics());
+        let runtime = threads.store().clone();
 
         let (address, listener) = listen(settings.listen).context("listen")?;
         let (admin_address, admin_listener) =
@@ -184,7 +155,7 @@ impl Server {
             admin_listener,
             app,
             settings,
-            store_runtime,
+            threads,
         })
     }
 
@@ -211,30 +182,17 @@ impl Server {
             admin_listener,
             app,
             settings,
-            store_runtime,
+            threads,
             ..
         } = self;
         let limits = &settings.limits;
-        let public = http::serve(listener, app.clone(), limits)?;
-        let admin = {
-            let app = app.clone();
-            HttpServer::new(move || {
-                WebApp::new()
-                    .app_data(app.clone())
-                    .configure(http::admin_routes)
-            })
-            .workers(1)
-            .shutdown_timeout(1)
-            .disable_signals()
-            .listen(admin_listener)?
-            .run()
-        };
-        let (public_handle, admin_handle) = (public.handle(), admin.handle());
-        let (mut public, mut admin) = (tokio::spawn(public), tokio::spawn(admin));
+        let serve = |listener, routes| Listener::serve(listener, &threads, routes, &app, limits);
+        let mut public = serve(listener, http::routes)?;
+        let mut admin = serve(admin_listener, http::admin_routes)?;
         tokio::select! {
             () = shutdown => {}
-            ended = &mut public => bail!("the server ended by itself: {ended:?}"),
-            ended = &mut admin => bail!("the admin server ended by itself: {ended:?}"),
+            error = public.failed() => bail!("the server ended by itself: {error}"),
+            error = admin.failed() => bail!("the admin server ended by itself: {error}"),
         }
 
         let begun = Instant::now();
@@ -249,12 +207,11 @@ impl Server {
         while !registry.is_empty() && Instant::now() < patience {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        public_handle.stop(true).await;
+        public.stop().await;
         app.peers.announce_shutdown().await;
-        admin_handle.stop(false).await;
-        let _ = tokio::join!(public, admin);
+        admin.stop().await;
         drop(app);
-        drop(store_runtime);
+        drop(threads);
         tracing::info!(after_ms = begun.elapsed().as_millis() as u64, "stopped");
         Ok(())
     }
@@ -264,8 +221,7 @@ impl Server {
 const DRAIN_LIMIT: Duration = Duration::from_secs(7);
 
 fn listen(address: SocketAddr) -> anyhow::Result<(SocketAddr, TcpListener)> {
-    let listener =
-        TcpListener::bind(address).with_context(|| format!("cannot listen on {address}"))?;
+    let listener = http::listen(address).with_context(|| format!("cannot listen on {address}"))?;
     Ok((listener.local_addr()?, listener))
 }
 

@@ -668,6 +668,41 @@ async fn the_description_of_the_api_the_page_and_the_metrics_are_there() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn sessions_on_several_threads_talk_and_are_handed_over() {
+    let (_databases, mut instance) =
+        instance(&[("THREADS", "3"), ("LIMITS__SHUTDOWN_MS", "100")]).await;
+    let mut sockets = Vec::new();
+    for user in 0..6 {
+        sockets.push(Socket::of(&instance, user + 1).await);
+    }
+    // Each thread takes its turn with a connection: from every thread to every other one.
+    for from in 0..3 {
+        for to in 3..6 {
+            let key = format!("{from}-{to}");
+            sockets[from].send_text(&key, to as u64 + 1, &key).await;
+            sockets[from].sent().await;
+            assert_eq!(sockets[to].message().await.text, key);
+        }
+    }
+    let metrics = reqwest::get(format!("{}/metrics", instance.admin)).await;
+    let metrics = metrics.unwrap().text().await.unwrap();
+    let busy = |thread: usize| -> f64 {
+        let name = format!("chat_thread_busy_seconds_total{{thread=\"{thread}\"}} ");
+        let value = metrics.lines().find_map(|line| line.strip_prefix(&name));
+        value
+            .unwrap_or_else(|| panic!("no {name}in {metrics}"))
+            .parse()
+            .unwrap()
+    };
+    assert!((0..3).all(|thread| busy(thread) > 0.0), "{metrics}");
+    instance.terminate();
+    for socket in &mut sockets {
+        assert_eq!(socket.until_closed().await.1, Some(Close::Restart.code()));
+    }
+    assert!(instance.ended().await.success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_instance_that_is_asked_to_stop_hands_its_sessions_over() {
     let (_databases, mut instance) = instance(&[("LIMITS__SHUTDOWN_MS", "500")]).await;
     let mut sockets = Vec::new();

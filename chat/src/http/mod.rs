@@ -17,7 +17,7 @@ pub use asyncapi::document as asyncapi_document;
 pub use auth::{SAMPLE_SECRET, Tokens};
 pub use connection_limiter::ConnectionLimiter;
 pub use errors::HttpError;
-pub use listener::serve;
+pub use listener::{Listener, listen};
 
 use crate::cluster::Peers;
 use crate::config::Secret;

@@ -378,12 +378,25 @@ impl Control for MysqlStore {
     }
 
     async fn try_lock_coordinator(&self) -> Result<Option<Box<dyn CoordinatorLock>>, StoreError> {
+        // Each instance asks every second: those that find the lock taken open no connection for it.
+        let free = self
+            .on_read(async |conn| {
+                let free: Option<Option<u8>> = conn
+                    .query_first(format!("SELECT IS_FREE_LOCK({COORDINATOR_LOCK})"))
+                    .await
+                    .map_err(classify)?;
+                Ok(free.flatten() != Some(0))
+            })
+            .await?;
+        if !free {
+            return Ok(None);
+        }
         let setup = format!("SET SESSION wait_timeout = {TURN_SECONDS}");
         let opts = OptsBuilder::from_opts(self.opts.clone()).setup(vec![setup]);
         let taking = async {
             let mut conn = Conn::new(opts).await.map_err(unreachable)?;
             let taken: Option<u8> = conn
-                .query_first("SELECT GET_LOCK(CONCAT('chat.change.', DATABASE()), 0)")
+                .query_first(format!("SELECT GET_LOCK({COORDINATOR_LOCK}, 0)"))
                 .await
                 .map_err(classify)?;
             Ok((taken == Some(1)).then(|| {
@@ -398,6 +411,9 @@ impl Control for MysqlStore {
             .unwrap_or_else(|_| Err(StoreError::Slow("no answer in time".into())))
     }
 }
+
+/// The name of the coordinator lock: names of locks are those of the whole server.
+const COORDINATOR_LOCK: &str = "CONCAT('chat.change.', DATABASE())";
 
 /// A connection that holds a lock by name; the server frees the lock when the connection ends, however it ends.
 struct MysqlLock {
