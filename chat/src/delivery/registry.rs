@@ -263,7 +263,13 @@ impl Drop for Joined {
                 .sessions
                 .retain(|(session, _)| *session != self.session);
             if present.sessions.is_empty() {
-                stripe.remove(&self.user)
+                let left = stripe.remove(&self.user);
+                // A crowd that has left takes no memory.
+                if stripe.len() * 4 < stripe.capacity() {
+                    let room = stripe.len() * 2;
+                    stripe.shrink_to(room);
+                }
+                left
             } else {
                 None
             }

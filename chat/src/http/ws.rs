@@ -19,7 +19,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::time::{Instant, sleep_until, timeout};
-use tracing::Instrument;
 
 /// How long a client may take to read the close frame, and what was sent before it.
 const CLOSE_LIMIT: Duration = Duration::from_secs(3);
@@ -48,10 +47,7 @@ pub async fn connect(
     rt::spawn(async move {
         match admitted {
             Ok((identity, place)) => {
-                let span = tracing::info_span!("session", user = %identity.user, name = tracing::field::Empty);
-                run(&app, identity, frames, socket, &line)
-                    .instrument(span)
-                    .await;
+                run(&app, identity, frames, socket, &line).await;
                 drop(place);
             }
             Err((refusal, reason)) => {
@@ -144,6 +140,7 @@ async fn run(
     line: &TcpHandle,
 ) {
     let context = &app.context;
+    let user = identity.user;
     let outbound = Arc::new(OutboundQueue::new(context.limits.outbound_queue_bytes));
     let mut session = match Session::begin(context.clone(), identity, outbound.clone()) {
         Ok(session) => session,
@@ -158,7 +155,8 @@ async fn run(
         }
     };
     context.metrics.sessions.inc();
-    tracing::debug!("session begins");
+    // No span: it would live as long as the session, and the subscriber of logs keeps the memory of spans for ever.
+    tracing::debug!(%user, "session begins");
     // The writer ends with a reason to close, the reader when the client has gone.
     let reason = tokio::select! {
         reason = write(app, &outbound, socket.clone()) => reason,
@@ -178,7 +176,7 @@ async fn run(
         }
         // From here on nothing more is for this session.
         drop(session);
-        tracing::debug!(reason = reason.reason(), "session is closed");
+        tracing::debug!(%user, reason = reason.reason(), "session is closed");
         close(app, &mut frames, socket, line, reason).await;
     }
     context.metrics.sessions.dec();
