@@ -186,13 +186,19 @@ impl Server {
             ..
         } = self;
         let limits = &settings.limits;
-        let serve = |listener, routes| Listener::serve(listener, &threads, routes, &app, limits);
+        let serve = |listener, routes: fn(&mut web::ServiceConfig)| {
+            let app = app.clone();
+            Listener::serve(listener, &threads, limits, move |config| {
+                config.app_data(app.clone());
+                routes(config);
+            })
+        };
         let mut public = serve(listener, http::routes)?;
         let mut admin = serve(admin_listener, http::admin_routes)?;
         tokio::select! {
             () = shutdown => {}
-            error = public.failed() => bail!("the server ended by itself: {error}"),
-            error = admin.failed() => bail!("the admin server ended by itself: {error}"),
+            () = public.failed() => bail!("the server ended by itself"),
+            () = admin.failed() => bail!("the admin server ended by itself"),
         }
 
         let begun = Instant::now();

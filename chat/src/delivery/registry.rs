@@ -360,6 +360,27 @@ mod tests {
     }
 
     #[test]
+    fn a_crowd_that_has_left_leaves_no_room_behind() {
+        let registry = registry(1);
+        let room = |registry: &Registry| -> usize {
+            let stripes = registry.inner.stripes.iter();
+            stripes
+                .map(|stripe| stripe.lock().unwrap().capacity())
+                .sum()
+        };
+        let joined: Vec<_> = (1..=5000)
+            .map(|id| {
+                registry
+                    .join(user(id), subscriber(), |_| "".into())
+                    .unwrap()
+            })
+            .collect();
+        assert!(room(&registry) >= 5000);
+        drop(joined);
+        assert_eq!(room(&registry), 0);
+    }
+
+    #[test]
     fn a_session_leaves_with_its_guard_and_the_limit_counts_only_those_present() {
         let registry = registry(2);
         let told = Arc::new(Mutex::new(Vec::new()));

@@ -1,7 +1,6 @@
 //! Accepts connections and serves HTTP on them, on all threads: what `HttpServer` does, but over connections that can be cut, and
 //! on the threads that the rest of the process lives on.
 
-use super::App;
 use super::tcp::Connection;
 use crate::config::Limits;
 use crate::threads::Threads;
@@ -11,7 +10,6 @@ use actix_web::dev::AppConfig;
 use actix_web::rt::net::TcpStream;
 use actix_web::{App as WebApp, web};
 use socket2::{Domain, Socket, Type};
-use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -37,12 +35,9 @@ const STOP_LIMIT: Duration = Duration::from_secs(2);
 /// A connection, and its place among the connections.
 type Accepted = (std::net::TcpStream, OwnedSemaphorePermit);
 
-/// The configuration of an actix application.
-pub type Routes = fn(&mut web::ServiceConfig);
-
 /// A server that accepts connections.
 pub struct Listener {
-    accepting: JoinHandle<Infallible>,
+    accepting: JoinHandle<()>,
     stopping: CancellationToken,
     places: Arc<Semaphore>,
     /// What `places` began with.
@@ -64,16 +59,15 @@ pub fn listen(address: SocketAddr) -> io::Result<std::net::TcpListener> {
 }
 
 impl Listener {
-    /// Serves `routes` to those who connect. Each thread takes its turn with a connection.
+    /// Serves the routes that `configure` gives to those who connect. Each thread takes its turn with a connection.
     ///
     /// # Errors
     /// If the listener cannot be used.
     pub fn serve(
         listener: std::net::TcpListener,
         threads: &Threads,
-        routes: Routes,
-        app: &web::Data<App>,
         limits: &Limits,
+        configure: impl Fn(&mut web::ServiceConfig) + Clone + Send + 'static,
     ) -> io::Result<Self> {
         let stopping = CancellationToken::new();
         let mut queues = Vec::new();
@@ -81,8 +75,9 @@ impl Listener {
             // Bounded by the places.
             let (queue, accepted) = mpsc::unbounded_channel();
             queues.push(queue);
-            let (app, stopping, limits) = (app.clone(), stopping.clone(), limits.clone());
-            Box::new(move || serve_connections(accepted, routes, app, stopping, limits))
+            let (configure, stopping, limits) =
+                (configure.clone(), stopping.clone(), limits.clone());
+            Box::new(move || serve_connections(accepted, configure, stopping, limits))
         });
         let all_places = limits
             .connections
@@ -106,12 +101,9 @@ impl Listener {
         })
     }
 
-    /// Waits for an end that was not asked for.
-    pub async fn failed(&mut self) -> tokio::task::JoinError {
-        match (&mut self.accepting).await {
-            Ok(never) => match never {},
-            Err(error) => error,
-        }
+    /// Waits for an end that was not asked for: a thread serves nobody any more.
+    pub async fn failed(&mut self) {
+        let _ = (&mut self.accepting).await;
     }
 
     /// Accepts nobody any more, and gives requests under way some time to be answered.
@@ -123,11 +115,12 @@ impl Listener {
     }
 }
 
+/// Accepts connections and gives them to the threads in turn; ends when one of them takes no more.
 async fn accept(
     listener: TcpListener,
     places: Arc<Semaphore>,
     queues: Vec<mpsc::UnboundedSender<Accepted>>,
-) -> Infallible {
+) {
     let mut said = false;
     for queue in queues.iter().cycle() {
         // unwrap: it is never closed
@@ -150,24 +143,23 @@ async fn accept(
             }
         };
         said = false;
-        let _ = queue.send((stream, place));
+        if queue.send((stream, place)).is_err() {
+            return;
+        }
     }
-    unreachable!("there is at least one thread");
 }
 
 /// Serves the connections that one thread is given.
 async fn serve_connections(
     mut accepted: mpsc::UnboundedReceiver<Accepted>,
-    routes: Routes,
-    app: web::Data<App>,
+    configure: impl Fn(&mut web::ServiceConfig),
     stopping: CancellationToken,
     limits: Limits,
 ) {
     let handshake = Duration::from_millis(limits.handshake_ms);
     let user_timeout = Duration::from_millis(limits.tcp_user_timeout_ms);
     let routes = WebApp::new()
-        .app_data(app)
-        .configure(routes)
+        .configure(configure)
         .into_factory()
         .map_err(|e: actix_web::Error| e.error_response());
     let http = HttpService::build()
@@ -202,4 +194,131 @@ async fn serve_connections(
 async fn serve_one<R, S: Service<R>>(service: &S, request: R) -> Result<S::Response, S::Error> {
     std::future::poll_fn(|context| service.poll_ready(context)).await?;
     service.call(request).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Settings;
+    use std::collections::BTreeMap;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream as Client;
+    use tokio::sync::Notify;
+
+    fn socket() -> (SocketAddr, std::net::TcpListener) {
+        let listener = listen(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+        (listener.local_addr().unwrap(), listener)
+    }
+
+    async fn ask(address: SocketAddr) -> Client {
+        let mut client = Client::connect(address).await.unwrap();
+        client
+            .write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            .await
+            .unwrap();
+        client
+    }
+
+    /// The head and body of an answer, as far as `end`.
+    async fn answer(client: &mut Client, end: &str) -> String {
+        let mut text = String::new();
+        while !text.ends_with(end) {
+            let mut bytes = [0; 512];
+            let read = client.read(&mut bytes).await.unwrap();
+            assert!(read > 0, "it ended after {text:?}");
+            text += std::str::from_utf8(&bytes[..read]).unwrap();
+        }
+        text
+    }
+
+    #[tokio::test]
+    async fn threads_take_turns_with_connections() {
+        let threads = Threads::start(3).unwrap();
+        let limits = Settings::from_toml("").unwrap().limits;
+        let (address, listener) = socket();
+        let server = Listener::serve(listener, &threads, &limits, |config| {
+            let name = || async { format!("{}.", std::thread::current().name().unwrap()) };
+            config.route("/", web::get().to(name));
+        });
+        let server = server.unwrap();
+        let mut counts = BTreeMap::new();
+        for _ in 0..6 {
+            let text = answer(&mut ask(address).await, ".").await;
+            let name = text.rsplit("\r\n").next().unwrap().to_owned();
+            *counts.entry(name).or_insert(0) += 1;
+        }
+        let each_twice = ["chat-0.", "chat-1.", "chat-2."].map(|name| (name.to_owned(), 2));
+        assert_eq!(counts, BTreeMap::from(each_twice));
+        server.stop().await;
+    }
+
+    /// A connection that is only kept alive does not hold up the stop, and a request under way is answered.
+    #[tokio::test]
+    async fn a_stop_waits_for_requests_under_way_and_for_nothing_else() {
+        let threads = Threads::start(1).unwrap();
+        let limits = Settings::from_toml("").unwrap().limits;
+        let (address, listener) = socket();
+        let (begun, go_on) = (Arc::new(Semaphore::new(0)), Arc::new(Notify::new()));
+        let requests = Arc::new(AtomicUsize::new(0));
+        let seen = begun.clone();
+        let goes_on = go_on.clone();
+        let server = Listener::serve(listener, &threads, &limits, move |config| {
+            let (begun, go_on, requests) = (seen.clone(), goes_on.clone(), requests.clone());
+            let slow = move || {
+                let (begun, go_on) = (begun.clone(), go_on.clone());
+                let first = requests.fetch_add(1, Ordering::Relaxed) == 0;
+                async move {
+                    if !first {
+                        begun.add_permits(1);
+                        go_on.notified().await;
+                    }
+                    "done"
+                }
+            };
+            config.route("/", web::get().to(slow));
+        });
+        let server = server.unwrap();
+        let mut kept = ask(address).await;
+        answer(&mut kept, "done").await;
+        let mut under_way = ask(address).await;
+        begun.acquire().await.unwrap().forget();
+        let places = server.places.clone();
+        let all_places = server.all_places as usize;
+        let stopping = tokio::spawn(server.stop());
+        assert_eq!(kept.read(&mut [0; 1]).await.unwrap(), 0, "kept alive");
+        assert!(
+            Client::connect(address).await.is_err(),
+            "nobody is accepted"
+        );
+        assert!(!stopping.is_finished());
+        go_on.notify_one();
+        answer(&mut under_way, "done").await;
+        stopping.await.unwrap();
+        assert_eq!(places.available_permits(), all_places);
+    }
+
+    #[tokio::test]
+    async fn a_connection_waits_for_a_place_and_a_thread_that_has_ended_ends_the_server() {
+        let (address, listener) = socket();
+        let places = Arc::new(Semaphore::new(1));
+        let (queue, mut accepted) = mpsc::unbounded_channel();
+        let listener = TcpListener::from_std(listener).unwrap();
+        let accepting = tokio::spawn(accept(listener, places.clone(), vec![queue]));
+        let _clients = (
+            Client::connect(address).await.unwrap(),
+            Client::connect(address).await.unwrap(),
+        );
+        let (_first, place) = accepted.recv().await.unwrap();
+        // Every other task has had its turn, and the second client waits in the backlog.
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        assert!(accepted.try_recv().is_err());
+        drop(place);
+        let (_second, place) = accepted.recv().await.unwrap();
+        drop((accepted, place));
+        let _third = Client::connect(address).await.unwrap();
+        accepting.await.unwrap();
+    }
 }

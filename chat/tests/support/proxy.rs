@@ -12,13 +12,13 @@ use tokio::sync::watch;
 pub enum Mode {
     /// They pass.
     Pass,
-    /// ConnectionPermit are accepted, and nothing passes in either direction.
+    /// Connections are accepted, and nothing passes in either direction.
     Hang,
     /// As `Pass` for connections that were there before; on new ones nothing passes.
     HangNew,
     /// Whatever the server says comes 300 ms late, and every hundredth time two seconds.
     Slow,
-    /// ConnectionPermit are closed, and none is accepted.
+    /// Connections are closed, and none is accepted.
     Cut,
     /// What the client says passes; once it has said COMMIT, the connection is cut before the answer.
     CutReplyToCommit,
