@@ -26,6 +26,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 use support::memory::{Calm, MemoryStore};
+use support::proxy::Proxy;
 use support::{Databases, Kind};
 
 fn user(id: u64) -> UserId {
@@ -1341,6 +1342,21 @@ async fn one_at_a_time_has_the_turn(kind: Kind) {
     assert_eq!(taken.is_some(), kind == Kind::Sqlite);
     if kind == Kind::Memory {
         return; // Its servers take a turn away after a time only, which is what simulations are about.
+    }
+    if let Some(address) = databases.url(0).strip_prefix("mysql://root@") {
+        // Every instance asks every second: that opens no more connections than the pool of reads has.
+        let address = address.split('/').next().unwrap().to_owned();
+        let proxy = Proxy::to(address).await;
+        let url = databases.url_through(0, proxy.port);
+        let settings = Settings::from_toml("").unwrap().store;
+        let runtime = tokio::runtime::Handle::current();
+        let waiting: Arc<dyn Database> =
+            Arc::new(MysqlStore::new(&url, &settings, runtime).unwrap());
+        for _ in 0..50 {
+            assert!(waiting.try_lock_coordinator().await.unwrap().is_none());
+        }
+        let opened = proxy.connections();
+        assert!((1..=12).contains(&opened), "{opened} connections");
     }
     drop((turn, taken));
     support::until("the turn is free", async || {

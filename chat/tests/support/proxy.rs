@@ -32,6 +32,7 @@ pub struct Proxy {
     mode: Arc<watch::Sender<Mode>>,
     commits: Arc<AtomicU64>,
     answers: Arc<AtomicU64>,
+    connections: Arc<AtomicU64>,
 }
 
 impl Proxy {
@@ -42,11 +43,13 @@ impl Proxy {
             mode: Arc::new(watch::Sender::new(Mode::Pass)),
             commits: Arc::default(),
             answers: Arc::default(),
+            connections: Arc::default(),
         };
         let accepting = proxy.clone();
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
                 let mode = *accepting.mode.borrow();
+                accepting.connections.fetch_add(1, Ordering::SeqCst);
                 if mode == Mode::HangNew {
                     tokio::spawn(accepting.clone().hold(client));
                 } else if mode != Mode::Cut {
@@ -64,6 +67,11 @@ impl Proxy {
     /// How many times a client's COMMIT has passed while its answer was withheld.
     pub fn commits_withheld(&self) -> u64 {
         self.commits.load(Ordering::SeqCst)
+    }
+
+    /// How many connections were made.
+    pub fn connections(&self) -> u64 {
+        self.connections.load(Ordering::SeqCst)
     }
 
     /// Keeps a connection open, and says nothing, until the mode is another.
