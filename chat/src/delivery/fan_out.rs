@@ -71,7 +71,7 @@ impl Delivery {
         let key = message.key.as_str();
         let origin = committed.origin.map(|session| Origin {
             session,
-            frame: encode(&ServerFrame::Sent {
+            answer: encode(&ServerFrame::Sent {
                 key: key.to_owned(),
                 dialog: name.clone(),
                 seq: place.seq.get(),

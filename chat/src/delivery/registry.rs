@@ -51,7 +51,7 @@ pub struct Origin {
     /// Its number on this instance.
     pub session: u64,
     /// The frame `sent`.
-    pub frame: ByteString,
+    pub answer: ByteString,
     /// Whether the message had been stored before.
     pub repeat: bool,
 }
@@ -159,8 +159,13 @@ impl Registry {
         if let Some(present) = self.stripe(user).get(&user) {
             for (session, subscriber) in &present.sessions {
                 match (event, origin.filter(|origin| origin.session == *session)) {
-                    (BusEvent::Message { dialog, seq, .. }, Some(origin)) => {
-                        subscriber.sent(*dialog, *seq, origin.frame.clone(), origin.repeat);
+                    (BusEvent::Message { dialog, seq, frame }, Some(origin)) => {
+                        let answer = origin.answer.clone();
+                        if origin.repeat {
+                            subscriber.repeated(*dialog, *seq, frame.clone(), answer);
+                        } else {
+                            subscriber.sent(*dialog, *seq, answer);
+                        }
                     }
                     (_, _) => subscriber.take(event),
                 }
@@ -331,7 +336,7 @@ mod tests {
         };
         let origin = Origin {
             session: joined[1].session(),
-            frame: "sent".into(),
+            answer: "sent".into(),
             repeat: false,
         };
         registry.deliver(user(7), &event, Some(&origin));

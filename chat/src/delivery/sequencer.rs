@@ -2,8 +2,8 @@
 //!
 //! Live events may be lost, repeated or out of order. For each dialog the sequencer keeps the position up to which the session has
 //! every message. The next message is sent on. A message ahead of the next one is held until the messages in between arrive;
-//! those that do not arrive are read from the shard. The answer to a send (`sent`) takes the place of its message
-//! in that order.
+//! those that do not arrive are read from the shard. The answer to the send that stored a message (`sent`) takes the place of the
+//! message in that order.
 
 use crate::domain::dialog::{DialogId, Seq, Timestamp, UserId};
 use bytestring::ByteString;
@@ -142,23 +142,27 @@ impl Sequencer {
         self.want(dialog)
     }
 
-    /// The answer to a send that was stored before. It takes the place of the message if that was not sent to this session yet.
-    pub fn on_duplicate_ack(
+    /// The answer to a send whose message was stored before, and that message as `frame`. The answer is sent at once and never takes
+    /// the place of the message: a client that was told of the message, or got an answer already, has forgotten its text.
+    pub fn on_repeat(
         &mut self,
         dialog: DialogId,
         seq: Seq,
         frame: ByteString,
+        answer: ByteString,
         mut send: impl FnMut(ByteString),
     ) -> bool {
-        let ahead = self
-            .streams
-            .get(&dialog)
-            .is_some_and(|stream| stream.last.is_some_and(|last| last < seq));
-        if ahead {
-            return self.on_message(dialog, seq, frame, true, send);
+        send(answer);
+        let stream = stream(&mut self.streams, &mut self.clock, dialog, Some(seq));
+        if stream.last.is_none_or(|last| seq <= last) {
+            return false;
         }
-        send(frame);
-        false
+        if let Some(held) = stream.held.get_mut(&seq) {
+            self.held_bytes = self.held_bytes - held.frame.len() + frame.len();
+            *held = Held { frame, own: false };
+            return false;
+        }
+        self.on_message(dialog, seq, frame, false, send)
     }
 
     /// `head` is known to be stored, by a hint or a comparison. Returns whether the dialog must be read.
@@ -443,6 +447,7 @@ mod tests {
     use super::*;
     use rand::rngs::StdRng;
     use rand::{RngExt, SeedableRng};
+    use std::collections::BTreeSet;
 
     const BOUNDS: Bounds = Bounds {
         dialogs: 8,
@@ -533,8 +538,30 @@ mod tests {
         read_one(&mut sequencer, dialog(), 11, &mut got);
         assert_eq!(got.0, [11, 10, 11], "and then the log, whole");
         // A repeat is answered, whatever was sent before.
-        sequencer.on_duplicate_ack(dialog(), seq(10), frame(10), got.taker());
-        assert_eq!(got.0, [11, 10, 11, 10]);
+        sequencer.on_repeat(dialog(), seq(10), frame(10), frame(1000), got.taker());
+        assert_eq!(got.0, [11, 10, 11, 1000]);
+    }
+
+    #[test]
+    fn the_answer_to_a_repeat_never_takes_the_place_of_the_message() {
+        let (mut sequencer, mut got) = (sequencer(), Got::default());
+        sequencer.position(dialog(), seq(9), got.taker());
+        sequencer.on_repeat(dialog(), seq(10), frame(10), frame(1010), got.taker());
+        assert_eq!(got.0, [1010, 10], "the next one");
+        sequencer.on_message(dialog(), seq(12), frame(1012), true, got.taker());
+        sequencer.on_repeat(dialog(), seq(12), frame(12), frame(1012), got.taker());
+        assert_eq!(
+            got.0,
+            [1010, 10, 1012],
+            "the answer that waited is given, once for both"
+        );
+        read(&mut sequencer, 12, &mut got);
+        assert_eq!(got.0, [1010, 10, 1012, 11, 12]);
+        assert_eq!(sequencer.held_bytes, 0);
+        let other = "7_43".parse().unwrap();
+        sequencer.on_repeat(other, seq(5), frame(5), frame(1005), got.taker());
+        assert!(sequencer.on_message(other, seq(7), frame(7), false, got.taker()));
+        assert_eq!(got.0[5..], [1005], "from there on nothing is left out");
     }
 
     #[test]
@@ -595,73 +622,130 @@ mod tests {
         assert_eq!(sequencer.last(dialog()), None);
     }
 
-    /// A growing log whose events are lost, repeated and reordered, with sends of the session, positions that are set again, and
-    /// reads that fail. The client drops messages that it has; the rest must be the log.
+    /// What a client has that keeps to PROTOCOL: it forgets a send that it knows to be stored.
+    struct Model {
+        /// Frames for it: the seq of a message, or `ANSWER` more than that.
+        got: Got,
+        have: u64,
+        unanswered: BTreeSet<u64>,
+        /// Its `resume` was not answered yet.
+        resuming: bool,
+    }
+
+    const ANSWER: u64 = 1_000_000;
+
+    impl Model {
+        fn take(&mut self, what: &str) {
+            for n in std::mem::take(&mut self.got.0) {
+                let known = self.unanswered.remove(&(n % ANSWER));
+                if n % ANSWER == self.have + 1 && (n < ANSWER || known) {
+                    self.have += 1;
+                } else if n < ANSWER {
+                    assert!(
+                        n <= self.have || self.resuming,
+                        "{what}: {n} after {}",
+                        self.have
+                    );
+                }
+            }
+        }
+    }
+
+    /// A growing log whose events are lost, repeated and reordered, with sends of the session, reads that fail, and connections
+    /// that are lost: what was not answered is sent again, before or after the position.
     #[test]
     fn whatever_is_lost_doubled_or_overtaken_the_client_has_the_log() {
         let first = rand::random::<u32>();
-        for seed in (first..first.wrapping_add(300)).map(u64::from) {
+        for seed in (first..first.wrapping_add(1000)).map(u64::from) {
             let mut chance = StdRng::seed_from_u64(seed);
-            let (mut sequencer, mut got) = (sequencer(), Got::default());
+            let what = format!("seed {seed}");
+            let lossless = chance.random();
+            let connect = || Sequencer::new(BOUNDS, Timestamp::from_micros(0), lossless);
+            let mut sequencer = connect();
             let (mut stored, mut on_the_way) = (0, VecDeque::new());
-            let (mut have, mut own) = (0, Vec::new());
-            sequencer.position(dialog(), seq(0), got.taker());
+            // Up to where the session has to be before its `resume` is answered.
+            let mut level = None;
+            let mut client = Model {
+                got: Got::default(),
+                have: 0,
+                unanswered: BTreeSet::new(),
+                resuming: true,
+            };
             for _ in 0..chance.random_range(1..200) {
-                match chance.random_range(0..10) {
+                let got = &mut client.got;
+                match chance.random_range(0..12) {
                     0..4 => {
                         stored += 1;
                         let ours = chance.random_ratio(1, 3);
                         if ours {
-                            own.push(stored);
+                            client.unanswered.insert(stored);
                         }
-                        if ours || chance.random_ratio(4, 5) {
-                            let at = chance.random_range(0..=on_the_way.len().min(3));
-                            on_the_way.insert(on_the_way.len() - at, (stored, ours));
+                        if ours || lossless || chance.random_ratio(4, 5) {
+                            let most = if lossless { 0 } else { 3 };
+                            let at = chance.random_range(0..=on_the_way.len().min(most));
+                            on_the_way.insert(on_the_way.len() - at, (stored, ours, false));
                         }
+                        // Stored again by another instance; or the client sent it twice.
                         if chance.random_ratio(1, 10) {
-                            on_the_way.push_back((stored, false));
+                            on_the_way.push_back((stored, ours && chance.random(), true));
                         }
                     }
-                    4..7 => {
-                        if let Some((n, ours)) = on_the_way.pop_front() {
-                            sequencer.on_message(dialog(), seq(n), frame(n), ours, got.taker());
+                    4..7 => match on_the_way.pop_front() {
+                        Some((n, true, false)) => {
+                            let answer = frame(ANSWER + n);
+                            sequencer.on_message(dialog(), seq(n), answer, true, got.taker());
                         }
-                    }
+                        Some((n, true, true)) => {
+                            let answer = frame(ANSWER + n);
+                            sequencer.on_repeat(dialog(), seq(n), frame(n), answer, got.taker());
+                        }
+                        Some((n, false, _)) => {
+                            sequencer.on_message(dialog(), seq(n), frame(n), false, got.taker());
+                        }
+                        None => {}
+                    },
                     7 => drop(sequencer.on_last_seq(dialog(), seq(stored))),
                     8 => {
                         if let Some(due) = sequencer.next_gap() {
                             if chance.random_ratio(1, 4) {
                                 sequencer.failed(due, got.taker());
                             }
-                            read_one(&mut sequencer, due, stored, &mut got);
+                            read_one(&mut sequencer, due, stored, got);
                         }
+                    }
+                    9 => {
+                        sequencer.position(dialog(), seq(client.have), got.taker());
+                        sequencer.on_last_seq(dialog(), seq(stored));
+                        client.resuming = true;
+                        level = Some(stored);
                     }
                     _ => {
-                        if chance.random_ratio(1, 4) {
-                            sequencer.position(dialog(), seq(have), got.taker());
+                        if chance.random_ratio(1, 3) {
+                            sequencer = connect();
+                            on_the_way.clear();
+                            (client.resuming, level) = (true, None);
+                            // Events of before may still arrive, and answers that were lost are given again.
+                            for n in &client.unanswered {
+                                if chance.random_ratio(1, 4) {
+                                    on_the_way.push_back((*n, false, false));
+                                }
+                                on_the_way.push_back((*n, true, true));
+                            }
                         }
                     }
                 }
-                for n in std::mem::take(&mut got.0) {
-                    // Only an answer that a failing shard, or a new position, did not hold back comes early.
-                    assert!(
-                        n <= have + 1 || own.contains(&n),
-                        "seed {seed}: {n} after {have}"
-                    );
-                    if n == have + 1 {
-                        have = n;
-                    }
+                client.take(&what);
+                if level.is_some_and(|level| sequencer.last(dialog()) >= Some(seq(level))) {
+                    (client.resuming, level) = (false, None);
                 }
             }
+            sequencer.position(dialog(), seq(client.have), client.got.taker());
+            client.resuming = true;
             sequencer.on_last_seq(dialog(), seq(stored));
-            read(&mut sequencer, stored, &mut got);
-            for n in got.0 {
-                if n == have + 1 {
-                    have = n;
-                }
-            }
-            assert_eq!(have, stored, "seed {seed}");
-            assert_eq!(sequencer.held_bytes, 0, "seed {seed}");
+            read(&mut sequencer, stored, &mut client.got);
+            client.take(&what);
+            assert_eq!(client.have, stored, "{what}");
+            assert_eq!(sequencer.held_bytes, 0, "{what}");
         }
     }
 }

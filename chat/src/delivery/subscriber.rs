@@ -91,15 +91,19 @@ impl Subscriber {
         }
     }
 
-    /// The answer to a send of this session; `again` if the message had been stored before.
-    pub fn sent(&self, dialog: DialogId, seq: Seq, frame: ByteString, again: bool) {
-        let due = self.with(|sequencer, send| {
-            if again {
-                sequencer.on_duplicate_ack(dialog, seq, frame, send)
-            } else {
-                sequencer.on_message(dialog, seq, frame, true, send)
-            }
-        });
+    /// The answer to a send of this session.
+    pub fn sent(&self, dialog: DialogId, seq: Seq, answer: ByteString) {
+        let due =
+            self.with(|sequencer, send| sequencer.on_message(dialog, seq, answer, true, send));
+        if due {
+            self.due.notify_one();
+        }
+    }
+
+    /// The answer to a send of this session whose message, `frame`, was stored before.
+    pub fn repeated(&self, dialog: DialogId, seq: Seq, frame: ByteString, answer: ByteString) {
+        let due =
+            self.with(|sequencer, send| sequencer.on_repeat(dialog, seq, frame, answer, send));
         if due {
             self.due.notify_one();
         }
