@@ -5,6 +5,7 @@ WORKDIR /src
 COPY Cargo.toml Cargo.lock ./
 COPY chat chat
 COPY chat-client chat-client
+COPY testkit testkit
 COPY bench bench
 COPY migrations migrations
 # rust-toolchain.toml stays outside: the image brings its own toolchain.

@@ -1,6 +1,7 @@
-//! Ordinary accounts that ask for all they can, at the default limits, while others talk: no circuit opens, the others hardly
-//! notice, and the accounts are told what they did too much of.
+//! Ordinary accounts that ask for all they can, at the default limits, while others talk: no circuit breaker opens, the others hardly
+//! notice, and the accounts get typed errors.
 
+use crate::baseline::disk::Probe;
 use crate::service::Service;
 use anyhow::{Context, ensure};
 use clap::Args;
@@ -55,7 +56,7 @@ const ATTACKER: u64 = 900_001;
 /// The other user of the attacker's long dialog.
 pub const COUNTERPART: u64 = 1_000_000;
 
-/// Pairs who talk, and how often each of them says something.
+/// Pairs of users, and how often each of them sends.
 const PAIRS: u64 = 20;
 const EVERY: Duration = Duration::from_millis(200);
 
@@ -93,10 +94,10 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// One attack, beside people who talk.
+/// One attack, beside users who write.
 async fn one(service: &Service, attack: &str, accounts: u64, seconds: f64) -> anyhow::Result<bool> {
     let span = Duration::from_secs_f64(seconds);
-    let before = talk(service, span).await?;
+    let (before, disk_before) = talk(service, span).await?;
     let opened = circuits(service).await?;
     let published = service.metric(0, "chat_bus_published_total").await?;
     let memory = service.resident_mib(0)?.max(service.resident_mib(1)?);
@@ -126,7 +127,7 @@ async fn one(service: &Service, attack: &str, accounts: u64, seconds: f64) -> an
             }));
         }
     }
-    let during = talk(service, span).await?;
+    let (during, disk_during) = talk(service, span).await?;
     let grown = service.resident_mib(0)?.max(service.resident_mib(1)?);
     over.store(true, Ordering::Relaxed);
     for task in attacking {
@@ -136,7 +137,7 @@ async fn one(service: &Service, attack: &str, accounts: u64, seconds: f64) -> an
     let published = service.metric(0, "chat_bus_published_total").await? - published;
     let ratio = during / before;
     println!(
-        "{attack:<7} from {accounts}: others' p99 {before:.1} -> {during:.1} ms ({ratio:.1} x); circuits opened {opened}; memory {memory:.0} -> {grown:.0} MiB; \
+        "{attack:<7} from {accounts}: others' p99 {before:.1} -> {during:.1} ms ({ratio:.1} x); the disk's {disk_before:.1} -> {disk_during:.1}; circuits opened {opened}; memory {memory:.0} -> {grown:.0} MiB; \
          {} asked, refused {:?}; {:.0}/s on the bus",
         asked.load(Ordering::Relaxed),
         refused
@@ -199,7 +200,7 @@ async fn assail(
                     let frame: Value = serde_json::from_str(&text).unwrap_or_default();
                     if frame["type"] == "error" {
                         count(frame["code"].as_str().unwrap_or("?").to_owned());
-                        // One who goes on at once would be closed for frames; this one wants work done.
+                        // A session that goes on at once would be closed for its frames; this one wants work to be done.
                         tokio::time::sleep(Duration::from_millis(20)).await;
                     }
                 }
@@ -256,8 +257,9 @@ async fn circuits(service: &Service) -> anyhow::Result<f64> {
     Ok(opened)
 }
 
-/// Pairs talk, each on two instances; the 99th percentile of the way of a message, in milliseconds.
-async fn talk(service: &Service, span: Duration) -> anyhow::Result<f64> {
+/// Pairs talk, each on two instances; the 99th percentile of the way of a message, and of a durable write meanwhile, in milliseconds.
+async fn talk(service: &Service, span: Duration) -> anyhow::Result<(f64, f64)> {
+    let disk = Probe::start(service.folder())?;
     let mut talking = Vec::new();
     for pair in 0..PAIRS {
         let (me, with) = (10 + 2 * pair, 11 + 2 * pair);
@@ -279,7 +281,7 @@ async fn talk(service: &Service, span: Duration) -> anyhow::Result<f64> {
                 let sent = Instant::now();
                 let frame = json!({"type": "send", "key": key, "to": with, "text": "hello"});
                 mine.send(Message::text(frame.to_string())).await?;
-                let heard = async {
+                let received = async {
                     while let Some(frame) = theirs.next().await {
                         if frame?.to_text().is_ok_and(|text| text.contains(&key)) {
                             return Ok(());
@@ -287,17 +289,17 @@ async fn talk(service: &Service, span: Duration) -> anyhow::Result<f64> {
                     }
                     anyhow::bail!("closed")
                 };
-                if tokio::time::timeout(Duration::from_secs(20), heard)
+                if tokio::time::timeout(Duration::from_secs(20), received)
                     .await
                     .is_err()
                 {
-                    let mut said = Vec::new();
+                    let mut frames = Vec::new();
                     while let Ok(Some(Ok(frame))) =
                         tokio::time::timeout(Duration::ZERO, mine.next()).await
                     {
-                        said.push(frame.to_string());
+                        frames.push(frame.to_string());
                     }
-                    anyhow::bail!("message {n} of {me} did not come; {me} was told {said:?}");
+                    anyhow::bail!("message {n} of {me} did not arrive; {me} received {frames:?}");
                 }
                 took.push(sent.elapsed());
                 // The own answers are read, too.
@@ -312,7 +314,10 @@ async fn talk(service: &Service, span: Duration) -> anyhow::Result<f64> {
         all.extend(pair.await??);
     }
     all.sort_unstable();
-    Ok(all[all.len() * 99 / 100].as_secs_f64() * 1000.0)
+    Ok((
+        all[all.len() * 99 / 100].as_secs_f64() * 1000.0,
+        disk.p99()?,
+    ))
 }
 
 async fn connect(service: &Service, i: u16, user: u64) -> anyhow::Result<Socket> {

@@ -1,4 +1,4 @@
-//! Devices that write down what they are told, and people who talk through them.
+//! Devices that record what they receive, and users who write through them.
 
 use crate::rng::Chance;
 use crate::service::{Service, locked};
@@ -10,9 +10,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-/// A message as a device was told of it.
+/// A message as a device received it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Told {
+pub struct Received {
     pub seq: u64,
     pub key: String,
 }
@@ -21,13 +21,13 @@ pub struct Told {
 pub struct Device {
     pub user: u64,
     pub client: Client,
-    pub heard: Arc<Heard>,
+    pub record: Arc<Record>,
 }
 
-/// What it was told.
+/// What it has received.
 #[derive(Default)]
-pub struct Heard {
-    pub logs: Mutex<BTreeMap<String, Vec<Told>>>,
+pub struct Record {
+    pub logs: Mutex<BTreeMap<String, Vec<Received>>>,
     pub count: AtomicU64,
     pub connected: AtomicBool,
     /// With which code, and when.
@@ -39,23 +39,23 @@ pub struct Heard {
 impl Device {
     pub fn start(access: Access, user: u64) -> Self {
         let (client, mut events) = Client::start(access, user);
-        let heard = Arc::new(Heard::default());
+        let record = Arc::new(Record::default());
         let device = Device {
             user,
             client,
-            heard: heard.clone(),
+            record: record.clone(),
         };
         tokio::spawn(async move {
             while let Some(event) = events.recv().await {
-                heard.take(event);
+                record.take(event);
             }
         });
         device
     }
 }
 
-impl Heard {
-    /// Whether everything was told once and in order.
+impl Record {
+    /// Whether everything arrived once and in order.
     pub fn is_right(&self) -> bool {
         locked(&self.wrong).is_empty()
     }
@@ -65,14 +65,14 @@ impl Heard {
             Event::Message(message) => {
                 let mut logs = locked(&self.logs);
                 let log = logs.entry(message.dialog.clone()).or_default();
-                let before = log.last().map_or(0, |told| told.seq);
+                let before = log.last().map_or(0, |received| received.seq);
                 if message.seq != before + 1 {
                     locked(&self.wrong).push(format!(
                         "{}: {} after {before}",
                         message.dialog, message.seq
                     ));
                 }
-                log.push(Told {
+                log.push(Received {
                     seq: message.seq,
                     key: message.key.unwrap_or_default(),
                 });
@@ -98,7 +98,7 @@ pub async fn all_connected(devices: &[Device]) -> anyhow::Result<()> {
     let patience = Instant::now() + Duration::from_secs(60);
     while !devices
         .iter()
-        .all(|device| device.heard.connected.load(Ordering::Relaxed))
+        .all(|device| device.record.connected.load(Ordering::Relaxed))
     {
         ensure!(Instant::now() < patience, "not all are connected");
         tokio::time::sleep(Duration::from_millis(5)).await;
@@ -115,20 +115,20 @@ pub struct Sent {
     pub took: Duration,
 }
 
-/// What people said.
+/// What users have sent.
 #[derive(Default)]
-pub struct Said {
+pub struct Traffic {
     pub sent: Mutex<Vec<Sent>>,
     pub under_way: AtomicU64,
     pub wrong: Mutex<Vec<String>>,
 }
 
-impl Said {
-    /// Of what was planned in that time, by whom `who` says: the share of the slowest, in milliseconds.
-    pub fn p99(&self, from: Instant, until: Instant, who: impl Fn(u64) -> bool) -> f64 {
+impl Traffic {
+    /// The 99th percentile of the sends that were planned in that time by users that `of` accepts, in milliseconds.
+    pub fn p99(&self, from: Instant, until: Instant, of: impl Fn(u64) -> bool) -> f64 {
         let mut took: Vec<f64> = locked(&self.sent)
             .iter()
-            .filter(|one| one.planned >= from && one.planned < until && who(one.from))
+            .filter(|one| one.planned >= from && one.planned < until && of(one.from))
             .map(|one| one.took.as_secs_f64() * 1000.0)
             .collect();
         took.sort_by(f64::total_cmp);
@@ -139,7 +139,7 @@ impl Said {
     }
 }
 
-/// Pairs of people, each with a number of devices in `devices` from `first` on.
+/// Pairs of users, each with a number of devices in `devices` from `first` on.
 pub struct Talk {
     pub pairs: Vec<(u64, u64)>,
     pub rate: f64,
@@ -149,7 +149,7 @@ pub struct Talk {
 
 impl Talk {
     /// Sends at a steady rate; every message through one of its author's devices, by chance.
-    pub async fn run(&self, devices: &[Device], said: &Arc<Said>) {
+    pub async fn run(&self, devices: &[Device], traffic: &Arc<Traffic>) {
         let mut chance = Chance(self.seed);
         let mut by_user = BTreeMap::<u64, Vec<&Device>>::new();
         for device in devices {
@@ -165,62 +165,62 @@ impl Talk {
                 continue;
             };
             let client = own[chance.below(own.len() as u64) as usize].client.clone();
-            let said = said.clone();
-            said.under_way.fetch_add(1, Ordering::Relaxed);
+            let traffic = traffic.clone();
+            traffic.under_way.fetch_add(1, Ordering::Relaxed);
             let key = format!("{}.{n}", self.seed);
             tokio::spawn(async move {
                 match client.send(to, key.clone(), format!("text {key}")).await {
-                    Ok(_) => locked(&said.sent).push(Sent {
+                    Ok(_) => locked(&traffic.sent).push(Sent {
                         from,
                         to,
                         planned,
                         took: planned.elapsed(),
                     }),
-                    Err(e) => locked(&said.wrong).push(format!("{key} was refused: {e}")),
+                    Err(e) => locked(&traffic.wrong).push(format!("{key} was refused: {e}")),
                 }
-                said.under_way.fetch_sub(1, Ordering::Relaxed);
+                traffic.under_way.fetch_sub(1, Ordering::Relaxed);
             });
         }
     }
 }
 
 /// Waits until everything is acknowledged.
-pub async fn answered(said: &Said) -> anyhow::Result<()> {
+pub async fn answered(traffic: &Traffic) -> anyhow::Result<()> {
     let patience = Instant::now() + Duration::from_secs(60);
-    while said.under_way.load(Ordering::Relaxed) > 0 {
+    while traffic.under_way.load(Ordering::Relaxed) > 0 {
         ensure!(Instant::now() < patience, "sends without an answer");
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
-    let wrong = locked(&said.wrong).clone();
+    let wrong = locked(&traffic.wrong).clone();
     ensure!(wrong.is_empty(), "{wrong:?}");
     Ok(())
 }
 
-/// How many messages each device must be told of: those of its user's dialogs.
-fn owed(devices: &[Device], said: &Said) -> BTreeMap<u64, u64> {
-    let mut owed: BTreeMap<u64, u64> = devices.iter().map(|device| (device.user, 0)).collect();
-    for one in locked(&said.sent).iter() {
+/// How many messages each device must receive: those of its user's dialogs.
+fn expected(devices: &[Device], traffic: &Traffic) -> BTreeMap<u64, u64> {
+    let mut expected: BTreeMap<u64, u64> = devices.iter().map(|device| (device.user, 0)).collect();
+    for one in locked(&traffic.sent).iter() {
         for user in [one.from, one.to] {
-            if let Some(owed) = owed.get_mut(&user) {
-                *owed += 1;
+            if let Some(expected) = expected.get_mut(&user) {
+                *expected += 1;
             }
         }
     }
-    owed
+    expected
 }
 
-/// How long it takes from `since` until every device was told of everything.
+/// How long it takes from `since` until every device has everything.
 pub async fn level(
     devices: &[Device],
-    said: &Said,
+    traffic: &Traffic,
     since: Instant,
     limit: Duration,
 ) -> anyhow::Result<Duration> {
-    let owed = owed(devices, said);
+    let expected = expected(devices, traffic);
     loop {
         let behind: Vec<&Device> = devices
             .iter()
-            .filter(|device| device.heard.count.load(Ordering::Relaxed) < owed[&device.user])
+            .filter(|device| device.record.count.load(Ordering::Relaxed) < expected[&device.user])
             .collect();
         if behind.is_empty() {
             return Ok(since.elapsed());
@@ -231,62 +231,62 @@ pub async fn level(
             "{} devices are behind after {limit:?}; one of user {} has {} of {}",
             behind.len(),
             first.user,
-            first.heard.count.load(Ordering::Relaxed),
-            owed[&first.user]
+            first.record.count.load(Ordering::Relaxed),
+            expected[&first.user]
         );
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
 }
 
-/// Compares what every device was told, message for message, with the logs of the dialogs. How many were compared.
+/// Compares what every device has received, message for message, with the logs of the dialogs. How many were compared.
 pub async fn compare(
     service: &Service,
     i: u16,
     devices: &[Device],
-    said: &Said,
+    traffic: &Traffic,
 ) -> anyhow::Result<u64> {
-    let mut dialogs: Vec<(u64, u64)> = locked(&said.sent)
+    let mut dialogs: Vec<(u64, u64)> = locked(&traffic.sent)
         .iter()
         .map(|one| (one.from.min(one.to), one.from.max(one.to)))
         .collect();
     dialogs.sort_unstable();
     dialogs.dedup();
-    let logs: BTreeMap<String, Vec<Told>> = stream::iter(dialogs)
+    let logs: BTreeMap<String, Vec<Received>> = stream::iter(dialogs)
         .map(|(low, high)| async move {
             let log = Api::new(service.access(i), low)
                 .await?
                 .log_upwards(high)
                 .await?;
-            let told = log.into_iter().map(|message| Told {
+            let received = log.into_iter().map(|message| Received {
                 seq: message.seq,
                 key: message.key.unwrap_or_default(),
             });
-            anyhow::Ok((format!("{low}_{high}"), told.collect()))
+            anyhow::Ok((format!("{low}_{high}"), received.collect()))
         })
         .buffer_unordered(16)
         .try_collect()
         .await?;
     let stored: usize = logs.values().map(Vec::len).sum();
     ensure!(
-        stored == locked(&said.sent).len(),
+        stored == locked(&traffic.sent).len(),
         "{stored} are stored, {} were acknowledged",
-        locked(&said.sent).len()
+        locked(&traffic.sent).len()
     );
     let mut compared = 0;
     for device in devices {
-        let wrong = locked(&device.heard.wrong).clone();
+        let wrong = locked(&device.record.wrong).clone();
         ensure!(
             wrong.is_empty(),
             "a device of user {}: {wrong:?}",
             device.user
         );
-        let heard = locked(&device.heard.logs);
+        let record = locked(&device.record.logs);
         let user = device.user.to_string();
         for (dialog, log) in &logs {
             if dialog.split('_').any(|member| member == user) {
                 ensure!(
-                    heard.get(dialog) == Some(log),
-                    "a device of user {user} was told something else in {dialog}"
+                    record.get(dialog) == Some(log),
+                    "a device of user {user} received something else in {dialog}"
                 );
                 compared += log.len() as u64;
             }

@@ -1,4 +1,4 @@
-//! One dialog of a million messages moves to another shard while two people write in it and others read it to its first
+//! One dialog of a million messages moves to another shard while two users write in it and others read it to its first
 //! message, over and over. Then the same rows are inserted plainly, for comparison, into the same server.
 
 use crate::service::Service;
@@ -56,7 +56,7 @@ async fn show(service: &mut Service, messages: u64, quiet: bool) -> anyhow::Resu
     let from_n: u16 = from.trim_start_matches("shard").parse()?;
     let to_n = 1 + from_n % 4;
     fill(service, from_n, slot, messages).await?;
-    println!("{messages} messages lie in slot {slot} at {from}; it is wanted at shard{to_n} now");
+    println!("{messages} messages are in slot {slot} at {from}; its target is shard{to_n} now");
 
     let done = Arc::new(AtomicBool::new(false));
     let writers: Vec<_> = [(7u64, 42u64), (42, 7)]
@@ -103,7 +103,7 @@ async fn show(service: &mut Service, messages: u64, quiet: bool) -> anyhow::Resu
                             .chain([("limit", 200)])
                             .collect();
                         let page = api.history(42, &query).await?;
-                        ensure!(!page.gap, "a gap is told");
+                        ensure!(!page.gap, "a gap is reported");
                         let dense = page
                             .messages
                             .windows(2)
@@ -186,7 +186,7 @@ async fn show(service: &mut Service, messages: u64, quiet: bool) -> anyhow::Resu
     );
     let plain = insert_plainly(service, to_n, messages).await?;
     let copied = status["work"]["messages_copied"].as_u64().unwrap_or(0);
-    // From the edit on, which is seen within half a second and put in force first.
+    // From the edit on, which is seen within half a second and takes effect first.
     let rate = copied as f64 / took.as_secs_f64();
     let inserted = messages as f64 / plain.as_secs_f64();
     println!(

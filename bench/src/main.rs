@@ -1,25 +1,21 @@
-//! What the service is measured against, each in its plainest form: `bench/saturation` and `bench/idle` run these beside it.
+//! The benchmarks and proofs of `bench/`, and the baselines that they are measured against.
 
-mod attack;
-mod delay;
-mod deliver;
+mod baseline;
+mod rng;
+mod service;
 mod devices;
-mod echo;
+mod attack;
+mod deliver;
 mod huge;
 mod idle;
-#[path = "../../chat/tests/support/lossy.rs"]
-mod lossy;
-mod plain;
 mod prove;
-#[allow(dead_code)] // the tests use more of it
-#[path = "../../chat/tests/support/proxy.rs"]
-mod proxy;
 mod reads;
-mod rng;
 mod saturate;
-mod service;
 
+use baseline::{delay, echo, plain};
 use clap::Parser;
+use std::pin::Pin;
+use tokio::signal::unix::{SignalKind, signal};
 
 #[derive(Parser)]
 #[command(about = "Baselines for the benchmarks of the service")]
@@ -55,18 +51,27 @@ fn main() -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()?;
-    match Cli::parse() {
+    let work: Pin<Box<dyn Future<Output = anyhow::Result<()>>>> = match Cli::parse() {
         // An actix server wants a runtime of its own kind.
-        Cli::Echo { listen } => actix_web::rt::System::new().block_on(echo::serve(&listen)),
-        Cli::Plain(options) => runtime.block_on(plain::run(options)),
-        Cli::Paced(options) => runtime.block_on(plain::paced(options)),
-        Cli::Delay(options) => runtime.block_on(delay::run(options)),
-        Cli::Idle(options) => runtime.block_on(idle::run(options)),
-        Cli::Saturate(options) => runtime.block_on(saturate::run(options)),
-        Cli::Prove(options) => runtime.block_on(prove::run(options)),
-        Cli::Deliver(options) => runtime.block_on(deliver::run(options)),
-        Cli::Attack(options) => runtime.block_on(attack::run(options)),
-        Cli::Reads(options) => runtime.block_on(reads::run(options)),
-        Cli::Huge(options) => runtime.block_on(huge::run(options)),
-    }
+        Cli::Echo { listen } => return actix_web::rt::System::new().block_on(echo::serve(&listen)),
+        Cli::Plain(options) => Box::pin(plain::run(options)),
+        Cli::Paced(options) => Box::pin(plain::paced(options)),
+        Cli::Delay(options) => Box::pin(delay::run(options)),
+        Cli::Idle(options) => Box::pin(idle::run(options)),
+        Cli::Saturate(options) => Box::pin(saturate::run(options)),
+        Cli::Prove(options) => Box::pin(prove::run(options)),
+        Cli::Deliver(options) => Box::pin(deliver::run(options)),
+        Cli::Attack(options) => Box::pin(attack::run(options)),
+        Cli::Reads(options) => Box::pin(reads::run(options)),
+        Cli::Huge(options) => Box::pin(huge::run(options)),
+    };
+    runtime.block_on(async {
+        let mut terminated = signal(SignalKind::terminate())?;
+        // When the work is dropped, the servers that it has started are killed.
+        tokio::select! {
+            done = work => done,
+            _ = terminated.recv() => anyhow::bail!("terminated"),
+            interrupted = tokio::signal::ctrl_c() => Err(interrupted.err().map_or_else(|| anyhow::anyhow!("interrupted"), Into::into)),
+        }
+    })
 }

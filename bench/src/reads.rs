@@ -22,13 +22,13 @@ pub struct Options {
     /// Messages of the long dialog.
     #[arg(long, default_value_t = 1_000_000)]
     messages: u64,
-    /// Dialogs of the user who has many.
+    /// Dialogs of the user with many dialogs.
     #[arg(long, default_value_t = 100_000)]
     dialogs: u64,
     /// Reads of each kind.
     #[arg(long, default_value_t = 500)]
     reads: usize,
-    /// Users who have a hundred dialogs each, and ask for their inboxes as fast as they are answered.
+    /// Users with a hundred dialogs each, who ask for their inboxes as fast as they are answered.
     #[arg(long, default_value_t = 200)]
     users: u64,
     /// Inboxes under way.
@@ -36,7 +36,7 @@ pub struct Options {
     window: u64,
 }
 
-/// The user who has many dialogs, the one who has few, and the first of those who have a hundred each.
+/// The user with many dialogs, the user with few, and the first of those with a hundred each.
 const MANY: u64 = 900_001;
 const FEW: u64 = 900_002;
 const CROWD: u64 = 910_000;

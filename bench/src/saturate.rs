@@ -51,7 +51,7 @@ type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
 struct Run {
     id: u64,
     options: Options,
-    /// For each message, whether it has arrived: one that is told twice counts once.
+    /// For each message, whether it has arrived: one that arrives twice counts once.
     arrived: Vec<AtomicBool>,
     delivered: AtomicU64,
     acknowledged: AtomicU64,
@@ -156,7 +156,7 @@ async fn talk(run: Arc<Run>, user: u64, mut socket: Socket) -> anyhow::Result<()
         let mut fed = false;
         while sent < mine && sent - acknowledged < options.window {
             let number = (user - 1) * mine + sent;
-            // Peers lie behind the user in a circle, so that every dialog has two who write.
+            // The peers follow the user in a circle, so both users of every dialog write.
             let to = (user + sent % options.peers) % options.users + 1;
             let frame = format!(
                 "{{\"type\":\"send\",\"key\":\"{:x}.{number}\",\"to\":{to},\"text\":\"{text}\"}}",

@@ -5,7 +5,7 @@ use chat_client::{Access, TokenSource};
 use mysql_async::prelude::Queryable;
 use serde_json::Value;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -65,6 +65,11 @@ impl Service {
             .context("dev/servers")?;
         ensure!(status.success(), "dev/servers {command:?} failed");
         Ok(())
+    }
+
+    /// The folder of everything.
+    pub fn folder(&self) -> &Path {
+        &self.dir
     }
 
     pub fn dir(&self, name: &str) -> String {
@@ -171,7 +176,7 @@ impl Service {
         Access::new(&self.url(i), TokenSource::Secret(SECRET.to_owned()))
     }
 
-    /// Saves the file as an editor does, by renaming. `shards` are numbers and what else is said of them.
+    /// Saves the file as an editor does, by renaming. `shards` are numbers and further lines of their entries.
     pub fn save(&self, shards: &[(u16, &str)]) -> anyhow::Result<()> {
         self.save_with(shards, "")
     }
@@ -314,7 +319,7 @@ impl Service {
                 && status["work"]["stage"] == "idle"
                 && status["work"]["version"] == version
             {
-                // Seldom: all rows of all slots are read for it, which those who talk would feel.
+                // Seldom: all rows of all slots are read for it, which the users would feel.
                 tokio::time::sleep(Duration::from_secs(1)).await;
                 let slots = self.slots().await?;
                 let (owned, unfinished) = slots
@@ -342,7 +347,7 @@ impl Service {
         Self::servers(&["mysql", &self.dir(&format!("shard{n}")), &port])
     }
 
-    /// Something was dead from `since` until now; those who noticed come back with a pause that grows to eight seconds.
+    /// Something was dead from `since` until now; clients that noticed come back with a pause that grows to eight seconds.
     pub fn outage(&mut self, what: &str, since: Instant) {
         let since = since - Duration::from_millis(300);
         let until = Instant::now() + Duration::from_secs(9);
@@ -377,7 +382,7 @@ impl Service {
         Ok(conn.disconnect().await?)
     }
 
-    /// The way in for somebody who goes to the other instance when one is away.
+    /// Access for a client that goes to the other instance when one is away.
     pub fn access_to_any(&self, first: u16) -> Access {
         let urls = [self.url(0), self.url(1)];
         self.access(first)

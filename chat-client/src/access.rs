@@ -125,7 +125,7 @@ impl Access {
                     .http
                     .post(self.url("/v1/dev/token"))
                     .json(&chat_wire::DevTokenRequest { user });
-                let token: chat_wire::Token = crate::api::answer(request).await?;
+                let token: chat_wire::Token = crate::request::answer(request).await?;
                 Ok(token.token)
             }
         }

@@ -1,12 +1,9 @@
 //! The REST API.
 
+use crate::request::{answer, answer_in_time};
 use crate::{Access, ClientError};
-use chat_wire::{
-    ErrorBody, ErrorCode, HistoryPage, InboxPage, Message, ReadMark, ReadRequest, SendRequest, Sent,
-};
+use chat_wire::{HistoryPage, InboxPage, Message, ReadMark, ReadRequest, SendRequest, Sent};
 use reqwest::RequestBuilder;
-use serde::de::DeserializeOwned;
-use std::time::Duration;
 
 /// One user's requests over REST.
 #[derive(Clone)]
@@ -14,41 +11,6 @@ pub struct Api {
     access: Access,
     user: u64,
     token: String,
-}
-
-/// Sends a request and reads its answer or its refusal.
-pub(crate) async fn answer<T: DeserializeOwned>(request: RequestBuilder) -> Result<T, ClientError> {
-    let connection = |e: reqwest::Error| ClientError::Connection(e.to_string());
-    let response = request.send().await.map_err(connection)?;
-    if response.status().is_success() {
-        return response.json().await.map_err(connection);
-    }
-    let status = response.status();
-    match response.json::<ErrorBody>().await {
-        Ok(body) => Err(ClientError::Refused(Box::new(body))),
-        Err(_) => Err(ClientError::Connection(format!(
-            "the server answered {status}"
-        ))),
-    }
-}
-
-/// As [`answer`], for reads: who reads too fast waits for as long as the server says.
-async fn answer_in_time<T: DeserializeOwned>(
-    mut request: RequestBuilder,
-) -> Result<T, ClientError> {
-    loop {
-        let again = request.try_clone();
-        match (answer(request).await, again) {
-            (Err(ClientError::Refused(body)), Some(again))
-                if body.code == ErrorCode::RateLimited =>
-            {
-                let wait = body.retry_after_ms.unwrap_or(1000);
-                tokio::time::sleep(Duration::from_millis(wait)).await;
-                request = again;
-            }
-            (answer, _) => return answer,
-        }
-    }
 }
 
 impl Api {

@@ -34,7 +34,7 @@ pub enum Incoming {
 
 impl Connection {
     /// Connects as the user of the token, to another instance at each attempt if there are several. Whether the server takes us
-    /// is said by its first frame.
+    /// is in its first frame.
     pub async fn open(access: &Access, token: &str, attempt: usize) -> Result<Self, ClientError> {
         let connection =
             |e: tokio_tungstenite::tungstenite::Error| ClientError::Connection(e.to_string());
@@ -85,7 +85,7 @@ impl Connection {
     pub async fn next(&mut self) -> Incoming {
         loop {
             let Ok(next) = timeout_at(self.heard + SILENCE, self.socket.next()).await else {
-                return Incoming::Closed(None, "nothing was heard for too long".into());
+                return Incoming::Closed(None, "the server sent nothing for too long".into());
             };
             self.heard = Instant::now();
             match next {

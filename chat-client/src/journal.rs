@@ -1,25 +1,10 @@
 //! What was acknowledged, a JSON line each: what `load` writes and `verify` compares with.
 
 use anyhow::Context;
-use serde::{Deserialize, Serialize};
+use chat_client::checker::Acknowledged;
 use std::fs::File;
 use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::path::Path;
-
-/// An acknowledged send.
-#[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
-pub struct Acknowledged {
-    /// The author.
-    pub from: u64,
-    /// The other user.
-    pub to: u64,
-    /// Its key.
-    pub key: String,
-    /// Its text.
-    pub text: String,
-    /// Where the server said it lies.
-    pub seq: u64,
-}
 
 /// Writes a journal.
 pub struct Journal(BufWriter<File>);

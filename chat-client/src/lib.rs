@@ -1,25 +1,30 @@
 //! The client of the dialog messaging service: [`Client`] keeps a WebSocket open through everything, repeats what was not
-//! answered, and tells of every message once and in order; [`Api`] asks over REST. The binary `chat-client` is built from these.
+//! answered, and delivers every message once and in order; [`Api`] asks over REST. The binary `chat-client` is built from these.
 
+mod request;
 mod access;
 mod api;
-mod client;
-mod connection;
+pub mod checker;
 mod streams;
+mod connection;
+mod event;
+mod actor;
+mod client;
 
 pub use access::{Access, TokenSource};
 pub use api::Api;
-pub use client::{Client, Event, Events};
+pub use client::{Client, Events};
+pub use event::Event;
 
 use chat_wire::ErrorBody;
 
 /// Why a request got no answer of its kind.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum ClientError {
-    /// The server said no, for good.
+    /// The server refused, for good.
     #[error("{}: {}", .0.code, .0.message)]
     Refused(Box<ErrorBody>),
-    /// The server cannot be reached, or speaks another language.
+    /// The server cannot be reached, or speaks another protocol.
     #[error("{0}")]
     Connection(String),
     /// The client was closed before the answer came.

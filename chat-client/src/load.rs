@@ -3,10 +3,11 @@
 //! Latencies count from the moment a message was planned to be sent: a service that falls behind cannot hide it by slowing
 //! the generator down (no coordinated omission).
 
-use crate::journal::{Acknowledged, Journal};
+use crate::journal::Journal;
 use crate::report::{Latencies, Percentiles};
 use crate::verify::{self, Findings};
 use anyhow::{Context, bail};
+use chat_client::checker::Acknowledged;
 use chat_client::{Access, Client, Event, Events};
 use clap::Args;
 use indicatif::ProgressBar;
@@ -377,7 +378,7 @@ async fn receive(run: Arc<Run>, user: u64, mut events: Events) {
                     .ok()
                     .and_then(|number: usize| run.planned.get(number));
                 let Some(planned) = planned else { continue };
-                // A message may be told twice; the plan's entry is used up by the first.
+                // A message may arrive twice; the first one takes the plan's entry.
                 let at = planned.swap(u64::MAX, Ordering::Relaxed);
                 if at != u64::MAX {
                     run.delivered.fetch_add(1, Ordering::Relaxed);

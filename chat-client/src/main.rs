@@ -74,14 +74,14 @@ impl Servers {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Talk with somebody: type, and see both sides.
+    /// Talk with a user: type, and see both sides.
     Talk {
         #[arg(long)]
         user: u64,
         #[arg(long)]
         with: u64,
     },
-    /// Send one message and print where it lies.
+    /// Send one message and print its seq.
     Send {
         #[arg(long)]
         user: u64,

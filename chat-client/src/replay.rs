@@ -1,7 +1,8 @@
 //! Real conversations, sent as they were: in order per dialog, many users at once.
 
 use anyhow::{Context, bail};
-use chat_client::{Access, Api, Client, Event};
+use chat_client::checker;
+use chat_client::{Access, Client, Event};
 use chat_wire::Message;
 use clap::Args;
 use futures_util::{StreamExt, TryStreamExt, stream};
@@ -126,26 +127,21 @@ async fn send(
 }
 
 async fn check(servers: &[Access], dialogs: &Dialogs) -> anyhow::Result<u64> {
-    let bar = bar((dialogs.len() * servers.len()) as u64);
-    let wanted = servers
-        .iter()
-        .flat_map(|server| dialogs.iter().map(move |dialog| (server, dialog)));
-    let counts = stream::iter(wanted)
-        .map(|(server, ((low, high), lines))| {
+    let bar = bar(dialogs.len() as u64);
+    let counts = stream::iter(dialogs)
+        .map(|(users, lines)| {
             let bar = &bar;
             async move {
-                let mut read = 0;
-                for (user, with) in [(*low, *high), (*high, *low)] {
-                    let api = Api::new(server.clone(), user).await?;
-                    for log in [api.log_upwards(with).await?, api.log_downwards(with).await?] {
-                        compare(&log, lines).with_context(|| {
-                            format!("dialog {low}_{high} as {user} through {}", server.url(""))
-                        })?;
-                        read += log.len() as u64;
-                    }
+                let reading = checker::read_everywhere(servers, *users).await?;
+                let mut faults = reading.faults;
+                faults.extend(checker::gaps(&reading.log));
+                let (low, high) = users;
+                if let Some(fault) = faults.first() {
+                    bail!("dialog {low}_{high}: {fault}");
                 }
+                compare(&reading.log, lines).with_context(|| format!("dialog {low}_{high}"))?;
                 bar.inc(1);
-                anyhow::Ok(read)
+                anyhow::Ok(reading.read)
             }
         })
         .buffer_unordered(16)
@@ -155,6 +151,7 @@ async fn check(servers: &[Access], dialogs: &Dialogs) -> anyhow::Result<u64> {
     Ok(counts.iter().sum())
 }
 
+/// Whether the messages of a log are the lines, in their order.
 fn compare(log: &[Message], lines: &[Line]) -> anyhow::Result<()> {
     if log.len() != lines.len() {
         bail!(
@@ -163,17 +160,9 @@ fn compare(log: &[Message], lines: &[Line]) -> anyhow::Result<()> {
             lines.len()
         );
     }
-    for (i, (message, line)) in log.iter().zip(lines).enumerate() {
-        if message.seq != i as u64 + 1
-            || message.from != line.from
-            || message.to != line.to
-            || message.text != line.text
-        {
-            bail!(
-                "message {} is not line {} of the dialog",
-                message.seq,
-                i + 1
-            );
+    for (number, (message, line)) in (1..).zip(log.iter().zip(lines)) {
+        if (message.from, message.to, &message.text) != (line.from, line.to, &line.text) {
+            bail!("message {} is not line {number}", message.seq);
         }
     }
     Ok(())

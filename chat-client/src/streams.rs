@@ -16,11 +16,11 @@ struct Stream {
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum State {
-    /// The server keeps it level: what comes, comes in order.
+    /// The server sends every message in order.
     Live,
-    /// The server has been told, or will be, up to where we have everything; until it has heard, only what follows counts.
+    /// The server gets our position; until it has answered, only the next message counts.
     Resuming,
-    /// More was missed than the server replays: it is read in pages, and what is told meanwhile will be in them.
+    /// More was missed than the server replays: it is read in pages. Messages that arrive meanwhile will be in them.
     Reading,
 }
 
@@ -28,7 +28,7 @@ enum State {
 const GENERATION: u64 = 1 << 40;
 
 impl Streams {
-    /// Whether a message that was told is to be shown now.
+    /// Whether a message that arrives is to be shown now.
     pub fn message(&mut self, dialog: &str, seq: u64) -> bool {
         let Some(stream) = self.of.get_mut(dialog) else {
             self.enter(dialog, seq, State::Live);
@@ -46,8 +46,8 @@ impl Streams {
         show
     }
 
-    /// Whether a message of ours that was acknowledged is to be shown now. An answer may come early, when the shard of what is
-    /// before it does not answer: then it comes once more, in its place.
+    /// Whether a message of ours that was acknowledged is to be shown now. An answer may come early: the message then
+    /// arrives in its place.
     pub fn sent(&mut self, dialog: &str, seq: u64) -> bool {
         let early = self
             .of
@@ -79,7 +79,7 @@ impl Streams {
         }
     }
 
-    /// What the server is to be told.
+    /// The positions that a `resume` must name.
     pub fn positions(&self) -> BTreeMap<String, u64> {
         let resuming = self
             .of
@@ -141,7 +141,7 @@ mod tests {
         );
         assert!(
             !streams.message("7_42", 9),
-            "told before the server knew where we are"
+            "sent before the server had our position"
         );
         assert!(streams.message("7_42", 7) && streams.message("7_42", 8));
         streams.resumed([&"7_42".to_owned()]);

@@ -1,4 +1,4 @@
-//! Two people, one terminal each.
+//! Two users, one terminal each.
 
 use anyhow::Context;
 use chat_client::{Access, Client, ClientError, Event};
@@ -45,7 +45,7 @@ pub async fn run(access: Access, user: u64, with: u64) -> anyhow::Result<()> {
         mine: 0,
         seen: 0,
     };
-    let (mut open, mut under_way, mut told) = (true, 0usize, Instant::now());
+    let (mut open, mut under_way, mut shown_until) = (true, 0usize, Instant::now());
     loop {
         if !open && under_way == 0 {
             return Ok(());
@@ -56,8 +56,8 @@ pub async fn run(access: Access, user: u64, with: u64) -> anyhow::Result<()> {
             event = events.recv() => view.event(event.context("the session ended")?).await?,
             () = sleep_until(typing_ends), if view.theirs_typing.is_some() => view.theirs_typing = None,
             input = typed.recv(), if open => match input {
-                Some(Input::Key) => if told <= Instant::now() && with != user {
-                    told = Instant::now() + TYPING / 2;
+                Some(Input::Key) => if shown_until <= Instant::now() && with != user {
+                    shown_until = Instant::now() + TYPING / 2;
                     client.typing(with).await?;
                 },
                 Some(Input::Line(line)) if line.trim().is_empty() => {}
@@ -65,7 +65,7 @@ pub async fn run(access: Access, user: u64, with: u64) -> anyhow::Result<()> {
                     // Sends take the order of their lines: the queue to the client keeps it.
                     let (client, done) = (client.clone(), done_out.clone());
                     under_way += 1;
-                    told = Instant::now();
+                    shown_until = Instant::now();
                     tokio::spawn(async move {
                         let sent = client.send(with, crate::new_key(), line).await;
                         let _ = done.send(sent.map(drop)).await;
@@ -76,7 +76,7 @@ pub async fn run(access: Access, user: u64, with: u64) -> anyhow::Result<()> {
             },
             Some(sent) = done.recv() => {
                 under_way -= 1;
-                // What was sent is shown where it stands among the others; the client tells of it before it answers.
+                // What was sent is shown where it stands among the others; the client reports it before it answers.
                 while let Ok(event) = events.try_recv() {
                     view.event(event).await?;
                 }
@@ -99,7 +99,7 @@ struct View {
     theirs_typing: Option<Instant>,
     /// Our last message.
     mine: u64,
-    /// Our last message that was said to be read.
+    /// Our last message that was reported as read.
     seen: u64,
 }
 

@@ -17,7 +17,7 @@ pub mod cost {
     /// A read mark: many share a transaction.
     pub const MARK: u32 = 3;
 
-    /// A look at everything that was said to a user since a time, at every shard.
+    /// A query for all messages of a user since a time, at every shard.
     pub const RESUME: u32 = 20;
 
     /// Dialogs of an inbox that a unit pays for: what is unread is counted for each.

@@ -144,15 +144,12 @@ fn describe(plan: &Plan) -> String {
         let _ = writeln!(out, "  {name:>12} {before:>11} {after:>11}");
     }
     for name in &plan.silent {
-        let _ = writeln!(
-            out,
-            "{name} does not answer: what lies there is not counted"
-        );
+        let _ = writeln!(out, "{name} does not answer: its rows are not counted");
     }
     out
 }
 
-/// How things stand, as a running instance tells it.
+/// The shards and the progress of resharding, as a running instance reports them.
 pub async fn status(admin: SocketAddr, token: Option<&Secret>, watch: bool) -> anyhow::Result<()> {
     loop {
         let change = ask(admin, token, "GET", "/admin/resharding").await?;
@@ -301,7 +298,7 @@ fn table(change: &Value, topology: &Value, shards: &Value) -> String {
     if report.attempts_failed > 0 {
         let _ = writeln!(
             out,
-            "{} attempts were given up and made again",
+            "{} attempts were cancelled and made again",
             report.attempts_failed
         );
     }

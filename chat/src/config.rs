@@ -26,7 +26,7 @@ pub struct Settings {
     pub demo: bool,
     /// Behind a proxy that appends the client's address to `X-Forwarded-For`: count connections by that.
     pub trust_forwarded_for: bool,
-    /// How long to wait at the start for shards that the founding needs, in milliseconds.
+    /// How long to wait at the start for shards that the initialization needs, in milliseconds.
     pub start_wait_ms: u64,
     /// Threads that serve clients; the first one has the databases and the bus, too.
     pub threads: usize,
@@ -131,7 +131,7 @@ pub struct Resharding {
     pub freeze_ms: u64,
     /// How long the rows of a slot stay after it has moved, in milliseconds: longer than any read may last.
     pub purge_after_ms: u64,
-    /// Whether moves take one slot at a time, with rests, where people write.
+    /// Whether moves take one slot at a time, with rests, where users write.
     pub throttle: bool,
 }
 
@@ -231,13 +231,13 @@ impl Settings {
         let text_chars = settings.limits.text_chars;
         if !(1..=TEXT_CHARS).contains(&text_chars) {
             return Err(config::ConfigError::Message(format!(
-                "limits.text_chars is {text_chars}: it must lie between 1 and {TEXT_CHARS}"
+                "limits.text_chars is {text_chars}: it must be between 1 and {TEXT_CHARS}"
             )));
         }
         let threads = settings.threads;
         if !(1..=THREADS).contains(&threads) {
             return Err(config::ConfigError::Message(format!(
-                "threads is {threads}: it must lie between 1 and {THREADS}"
+                "threads is {threads}: it must be between 1 and {THREADS}"
             )));
         }
         let Store {
@@ -245,7 +245,7 @@ impl Settings {
         } = settings.store;
         if !(1..=lanes).contains(&lanes_min) {
             return Err(config::ConfigError::Message(format!(
-                "store.lanes_min is {lanes_min}: it must lie between 1 and store.lanes, which is {lanes}"
+                "store.lanes_min is {lanes_min}: it must be between 1 and store.lanes, which is {lanes}"
             )));
         }
         Ok(settings)

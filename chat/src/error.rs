@@ -4,7 +4,7 @@ use crate::messages::RequestError;
 use chat_wire::{ErrorBody, ErrorCode};
 use std::time::Duration;
 
-/// A request that was refused, as the client is told.
+/// A request that was refused, as the client sees it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{code}: {message}")]
 pub struct ApiError {

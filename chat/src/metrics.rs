@@ -54,7 +54,7 @@ pub struct Latency {
 
 #[derive(Debug)]
 struct LatencyInner {
-    /// One for each bound of [`Latency::bounds`], and one for what lies above.
+    /// One for each bound of [`Latency::bounds`], and one for all above.
     buckets: [AtomicU64; Latency::BUCKETS + 1],
     sum_micros: AtomicU64,
 }
@@ -197,7 +197,7 @@ pub struct Metrics {
     pub bus_received: Counter,
     /// Messages that sessions were sent from the shards: lost on the bus, or missed while disconnected.
     pub messages_caught_up: Counter,
-    /// Dialogs whose session was told to read the history: it missed too much, or its position was wrong.
+    /// Dialogs that a session must reload: it missed too much, or its position was wrong.
     pub resyncs: Counter,
     /// Dialogs whose last seq was compared with what sessions were sent.
     pub reconciled_dialogs: Counter,
@@ -312,7 +312,7 @@ impl Metrics {
             bus_published: metric(r, "bus_published", "Publications handed to the bus"),
             bus_received: metric(r, "bus_received", "Publications received from the bus"),
             messages_caught_up: metric(r, "messages_caught_up", "Messages sent to sessions from the shards: lost on the bus, or missed while disconnected"),
-            resyncs: metric(r, "resyncs", "Dialogs whose session was told to read the history"),
+            resyncs: metric(r, "resyncs", "Dialogs that a session must reload"),
             reconciled_dialogs: metric(r, "reconciled_dialogs", "Dialogs compared with the shards after messages may have been lost"),
             topology_version: metric(r, "topology_version", "Version of the topology in effect"),
             failover_in_progress: metric(r, "failover_in_progress", "1 while slots of shards that were declared down are being claimed"),

@@ -55,7 +55,7 @@ impl Server {
     /// Builds everything: takes the shards into service, connects the bus, listens. Port 0 is replaced by a real one.
     ///
     /// # Errors
-    /// One line that says what must be mended.
+    /// One line that says what must be corrected.
     pub async fn build(settings: Settings) -> anyhow::Result<Self> {
         let tokens = Arc::new(Tokens::new(&settings.auth, settings.demo)?);
         if !settings.admin_listen.ip().is_loopback() && settings.admin_token.is_none() {
@@ -231,7 +231,7 @@ fn listen(address: SocketAddr) -> anyhow::Result<(SocketAddr, TcpListener)> {
     Ok((listener.local_addr()?, listener))
 }
 
-/// Takes the shards into service; waits a while for those that the founding needs.
+/// Opens the shards; waits a while for those that the initialization needs.
 async fn start_cluster(
     file: &ShardsFile,
     settings: &Settings,
@@ -239,7 +239,7 @@ async fn start_cluster(
     metrics: &Arc<Metrics>,
 ) -> anyhow::Result<Cluster> {
     let patience = Instant::now() + Duration::from_millis(settings.start_wait_ms);
-    let mut said = String::new();
+    let mut logged = String::new();
     loop {
         match Cluster::start(
             file,
@@ -253,9 +253,9 @@ async fn start_cluster(
         {
             Ok(cluster) => return Ok(cluster),
             Err(StartError::Wait(reason)) if Instant::now() < patience => {
-                if reason != said {
+                if reason != logged {
                     tracing::warn!(reason, "waiting for shards");
-                    said = reason;
+                    logged = reason;
                 }
                 tokio::time::sleep(Duration::from_millis(500)).await;
             }

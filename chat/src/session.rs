@@ -17,6 +17,7 @@ use crate::messages::last_seqs::LastSeqReader;
 use crate::messages::{Messages, Outgoing, RequestError};
 use crate::metrics::Metrics;
 use crate::store::Range;
+use bytestring::ByteString;
 use chat_wire::{ClientFrame, Close, ErrorCode, ServerFrame};
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
@@ -116,28 +117,7 @@ impl Session {
         };
         let lossless = context.delivery.bus() == BusState::Standalone;
         let subscriber = Arc::new(Subscriber::new(outbound.clone(), bounds, lossless));
-        let welcome = |session: u64| {
-            encode(&ServerFrame::Welcome {
-                user: identity.user.get(),
-                session: session.to_string(),
-                protocol: chat_wire::PROTOCOL.to_owned(),
-                limits: chat_wire::Limits {
-                    text_chars: limits.text_chars,
-                    frame_bytes: limits.frame_bytes,
-                    history_page: limits.history_page,
-                    inbox_page: limits.inbox_page,
-                    sends_per_second: limits.sends_per_second,
-                    frames_per_second: limits.frames_per_second,
-                    resume_dialogs: limits.resume_dialogs,
-                    resume_messages: limits.resume_messages,
-                    watched_users: limits.watched_users,
-                    resume_hours: limits.resume_hours,
-                    work_per_second: limits.work_per_second,
-                    work_burst: limits.work_burst,
-                },
-                now: clock::now().to_string(),
-            })
-        };
+        let welcome = |session| welcome(identity.user, session, limits);
         let joined =
             context
                 .delivery
@@ -276,8 +256,6 @@ impl Session {
             self.refuse(ApiError::new(ErrorCode::Overloaded, message), key, id);
             return;
         }
-        let me = self.identity.user;
-        let messages = self.context.messages.clone();
         match frame {
             ClientFrame::Send { key, to, text } => {
                 let name = Some(key.clone());
@@ -291,37 +269,11 @@ impl Session {
                 before,
                 after,
                 limit,
-            } => {
-                let range = match range(before, after) {
-                    Ok(range) => range,
-                    Err(e) => return self.refuse(e.into(), None, id),
-                };
-                let subscriber = self.subscriber.clone();
-                self.read(id.clone(), async move {
-                    let page = messages.history(me, with, range, limit).await?;
-                    let to_the_end = match range {
-                        Range::Newest => true,
-                        Range::After(_) => !page.more,
-                        Range::Before(_) => false,
-                    };
-                    if let (true, Ok(with)) = (to_the_end && page.last > 0, UserId::new(with)) {
-                        subscriber.track(DialogId::between(me, with), Seq::new(page.last));
-                    }
-                    Ok(ServerFrame::History { id, page })
-                });
-            }
-            ClientFrame::Inbox { id, limit, cursor } => {
-                let subscriber = self.subscriber.clone();
-                self.read(id.clone(), async move {
-                    let page = messages.inbox(me, limit, cursor.as_deref()).await?;
-                    for entry in &page.dialogs {
-                        if let Ok(with) = UserId::new(entry.with) {
-                            subscriber.track(DialogId::between(me, with), Seq::new(entry.last.seq));
-                        }
-                    }
-                    Ok(ServerFrame::Inbox { id, page })
-                });
-            }
+            } => match range(before, after) {
+                Ok(range) => self.history(id, with, range, limit),
+                Err(e) => self.refuse(e.into(), None, id),
+            },
+            ClientFrame::Inbox { id, limit, cursor } => self.inbox(id, limit, cursor),
             ClientFrame::Resume {
                 id,
                 positions,
@@ -335,16 +287,9 @@ impl Session {
                 }
                 Err(e) => self.refuse(e.into(), None, id),
             },
-            ClientFrame::Read { with, seq } => {
-                self.answer(None, None, (), async move {
-                    let read = messages.mark_read(me, with, seq).await?;
-                    // If the mark has moved, this session gets it as all others do.
-                    let still = !read.moved;
-                    Ok(still.then(|| ServerFrame::Read(read.wire(me))))
-                });
-            }
+            ClientFrame::Read { with, seq } => self.mark_read(with, seq),
             ClientFrame::Typing { with } => match UserId::new(with) {
-                Ok(with) => self.typing(DialogId::between(me, with)),
+                Ok(with) => self.typing(DialogId::between(self.identity.user, with)),
                 Err(e) => self.refuse(RequestError::from(e).into(), None, None),
             },
             ClientFrame::Watch { users } => {
@@ -357,21 +302,69 @@ impl Session {
                     self.watch.remove(user);
                 }
             }
-            ClientFrame::Auth { token } => match self.context.authenticate.authenticate(&token) {
-                Ok(fresh) if fresh.user == me => {
-                    self.identity = fresh;
-                    self.outbound.push(encode(&ServerFrame::Authenticated {
-                        expires: fresh.expires,
-                    }));
-                }
-                Ok(_) => self.refuse(
-                    ApiError::new(ErrorCode::Forbidden, "the token belongs to another user"),
-                    None,
-                    None,
-                ),
-                Err(refusal) => self.refuse(refusal, None, None),
-            },
+            ClientFrame::Auth { token } => self.renew(&token),
             ClientFrame::Ping { id } => self.outbound.push(encode(&ServerFrame::Pong { id })),
+        }
+    }
+
+    /// Answers with a page. If it reaches the end of the dialog, the session follows the dialog from there.
+    fn history(&self, id: Option<String>, with: u64, range: Range, limit: Option<u32>) {
+        let (me, messages) = (self.identity.user, self.context.messages.clone());
+        let subscriber = self.subscriber.clone();
+        self.read(id.clone(), async move {
+            let page = messages.history(me, with, range, limit).await?;
+            let to_the_end = match range {
+                Range::Newest => true,
+                Range::After(_) => !page.more,
+                Range::Before(_) => false,
+            };
+            if let (true, Ok(with)) = (to_the_end && page.last > 0, UserId::new(with)) {
+                subscriber.track(DialogId::between(me, with), Seq::new(page.last));
+            }
+            Ok(ServerFrame::History { id, page })
+        });
+    }
+
+    /// Answers with a page of the inbox. The session follows the dialogs on it from their last messages.
+    fn inbox(&self, id: Option<String>, limit: Option<u32>, cursor: Option<String>) {
+        let (me, messages) = (self.identity.user, self.context.messages.clone());
+        let subscriber = self.subscriber.clone();
+        self.read(id.clone(), async move {
+            let page = messages.inbox(me, limit, cursor.as_deref()).await?;
+            for entry in &page.dialogs {
+                if let Ok(with) = UserId::new(entry.with) {
+                    subscriber.track(DialogId::between(me, with), Seq::new(entry.last.seq));
+                }
+            }
+            Ok(ServerFrame::Inbox { id, page })
+        });
+    }
+
+    /// Marks a dialog as read. If the mark has moved, this session receives it as all others do; if not, it is answered here.
+    fn mark_read(&self, with: u64, seq: u64) {
+        let (me, messages) = (self.identity.user, self.context.messages.clone());
+        self.answer(None, None, (), async move {
+            let read = messages.mark_read(me, with, seq).await?;
+            let still = !read.moved;
+            Ok(still.then(|| ServerFrame::Read(read.wire(me))))
+        });
+    }
+
+    /// Takes a fresh token of the same user.
+    fn renew(&mut self, token: &str) {
+        match self.context.authenticate.authenticate(token) {
+            Ok(fresh) if fresh.user == self.identity.user => {
+                self.identity = fresh;
+                self.outbound.push(encode(&ServerFrame::Authenticated {
+                    expires: fresh.expires,
+                }));
+            }
+            Ok(_) => self.refuse(
+                ApiError::new(ErrorCode::Forbidden, "the token belongs to another user"),
+                None,
+                None,
+            ),
+            Err(refusal) => self.refuse(refusal, None, None),
         }
     }
 
@@ -531,6 +524,30 @@ pub fn error(
 ) -> ServerFrame {
     metrics.error(refusal.code);
     ServerFrame::Error(refusal.body(key, id))
+}
+
+/// The first frame of a session.
+fn welcome(user: UserId, session: u64, limits: &Limits) -> ByteString {
+    encode(&ServerFrame::Welcome {
+        user: user.get(),
+        session: session.to_string(),
+        protocol: chat_wire::PROTOCOL.to_owned(),
+        limits: chat_wire::Limits {
+            text_chars: limits.text_chars,
+            frame_bytes: limits.frame_bytes,
+            history_page: limits.history_page,
+            inbox_page: limits.inbox_page,
+            sends_per_second: limits.sends_per_second,
+            frames_per_second: limits.frames_per_second,
+            resume_dialogs: limits.resume_dialogs,
+            resume_messages: limits.resume_messages,
+            watched_users: limits.watched_users,
+            resume_hours: limits.resume_hours,
+            work_per_second: limits.work_per_second,
+            work_burst: limits.work_burst,
+        },
+        now: clock::now().to_string(),
+    })
 }
 
 /// The part of a dialog that `before` and `after` request.

@@ -2,16 +2,14 @@
 
 #![allow(missing_docs, clippy::wildcard_enum_match_arm)]
 
-mod support;
-
 use chat_wire::{ClientFrame, Close, ErrorCode, ServerFrame};
 use serde_json::json;
 use std::collections::BTreeSet;
-use support::instance::{Instance, refusal};
-use support::socket::Socket;
-use support::{Databases, Kind, SECRET, until};
+use testkit::instance::{Instance, refusal};
+use testkit::socket::Socket;
+use testkit::{Databases, Kind, SECRET, until};
 
-async fn instance(settings: support::instance::Settings<'_>) -> (Databases, Instance) {
+async fn instance(settings: testkit::instance::Settings<'_>) -> (Databases, Instance) {
     let databases = Databases::new(Kind::Sqlite, 4).await;
     let instance = Instance::start(&databases.shards_file(), settings).await;
     (databases, instance)

@@ -2,13 +2,11 @@
 
 #![allow(missing_docs, clippy::wildcard_enum_match_arm)]
 
-mod support;
-
 use chat_wire::{Close, ErrorCode};
 use serde_json::json;
-use support::instance::Instance;
-use support::socket::Socket;
-use support::{Databases, Kind, SECRET, until};
+use testkit::instance::Instance;
+use testkit::socket::Socket;
+use testkit::{Databases, Kind, SECRET, until};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -62,7 +60,7 @@ fn header(first: u8, length: u64) -> Vec<u8> {
 /// Reads what the server says until it closes; returns the text and the close code.
 async fn verdict(stream: &mut (impl AsyncReadExt + Unpin)) -> (String, Option<u16>) {
     let mut bytes = Vec::new();
-    let read = tokio::time::timeout(support::PATIENCE, stream.read_to_end(&mut bytes)).await;
+    let read = tokio::time::timeout(testkit::PATIENCE, stream.read_to_end(&mut bytes)).await;
     assert!(read.is_ok(), "the server does not close");
     let mut rest = &bytes[..];
     let (mut text, mut code) = (String::new(), None);

@@ -2,15 +2,13 @@
 
 #![allow(missing_docs, clippy::wildcard_enum_match_arm)]
 
-mod support;
-
 use bytes::Bytes;
 use chat::bus::{Bus, BusState, LocalBus, Loss, NatsBus, Sink, Topic};
 use chat::domain::dialog::UserId;
 use chat::metrics::Metrics;
 use std::sync::{Arc, Mutex};
-use support::proxy::{Mode, Proxy};
-use support::until;
+use testkit::proxy::{Mode, Proxy};
+use testkit::until;
 
 fn user(id: u64) -> Topic {
     Topic::User(UserId::new(id).unwrap())
@@ -122,7 +120,7 @@ async fn in_process() {
 
 async fn connected(service: &str) -> Arc<dyn Bus> {
     let runtime = tokio::runtime::Handle::current();
-    let bus = NatsBus::connect(&support::nats_url(), service, &runtime, Metrics::new())
+    let bus = NatsBus::connect(&testkit::nats_url(), service, &runtime, Metrics::new())
         .await
         .unwrap();
     until("the bus is connected", async || {
@@ -142,7 +140,7 @@ async fn over_nats() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bus_that_comes_back_says_that_something_may_be_lost() {
-    let target = support::nats_url().replace("nats://", "");
+    let target = testkit::nats_url().replace("nats://", "");
     let proxy = Proxy::to(target).await;
     let (url, runtime) = (
         format!("nats://127.0.0.1:{}", proxy.port),

@@ -2,20 +2,19 @@
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::wildcard_enum_match_arm)]
 
-mod support;
-
+use chat_client::checker::Acknowledged;
 use futures_util::{StreamExt, stream};
-use support::Kind;
-use support::proxy::{Mode, Proxy};
-use support::service::{Acknowledged, Service, Talk, check};
-use support::until;
+use testkit::Kind;
+use testkit::proxy::{Mode, Proxy};
+use testkit::service::{Service, Talk, check};
+use testkit::until;
 
 /// Each of these keeps several processes busy: two at once are enough for a small machine.
 static ROOM: tokio::sync::Semaphore = tokio::sync::Semaphore::const_new(2);
 
 async fn add_drain_remove(kind: Kind) {
     let mut service = Service::new(kind, 4, 1).await;
-    let nats = support::nats_url();
+    let nats = testkit::nats_url();
     let settings = [("NATS_URL", nats.as_str())];
     let (one, two) = (
         service.start(&settings).await,
@@ -119,8 +118,8 @@ const PINNED: [(u64, u64); 4] = [(1, 2), (2, 4), (3, 5), (5, 6)];
 /// the fault is the one at work; people talk through the other, which has a file of its own.
 struct Stage {
     service: Service,
-    faulty: support::instance::Instance,
-    other: support::instance::Instance,
+    faulty: testkit::instance::Instance,
+    other: testkit::instance::Instance,
     others_file: std::path::PathBuf,
     talk: Talk,
     proxy: Proxy,
@@ -137,7 +136,7 @@ impl Stage {
         }
         service.pin(&PINNED, "shard3");
         service.save();
-        let nats = support::nats_url();
+        let nats = testkit::nats_url();
         let fault = match fault {
             Fault::Kill => format!("{place}=kill@{pass}"),
             Fault::Stop => format!("{place}=stop@{pass}"),
@@ -155,9 +154,9 @@ impl Stage {
         .await;
         let others_file = service.file.with_extension("other.toml");
         std::fs::copy(&service.file, &others_file).unwrap();
-        let other = support::instance::Instance::start(
+        let other = testkit::instance::Instance::start(
             &others_file,
-            &[&support::service::QUICK[..], &[("NATS_URL", nats.as_str())]].concat(),
+            &[&testkit::service::QUICK[..], &[("NATS_URL", nats.as_str())]].concat(),
         )
         .await;
         let talk = Talk::begin(&[&other], 6, burst, rand::random::<u32>().into());
@@ -345,7 +344,7 @@ async fn a_dead_shard_that_is_declared_down_is_taken_over_and_merged_when_it_ret
     let proxy = Proxy::to(server.trim_start_matches("mysql://root@").to_owned()).await;
     service.entries[1].url = service.databases.url_through(1, proxy.port);
     service.save();
-    let nats = support::nats_url();
+    let nats = testkit::nats_url();
     let settings = [("NATS_URL", nats.as_str())];
     let (one, two) = (
         service.start(&settings).await,
@@ -427,7 +426,7 @@ async fn a_dead_shard_that_is_declared_down_is_taken_over_and_merged_when_it_ret
 async fn an_edit_that_is_taken_back_at_once_ten_times_leaves_everything_as_it_was() {
     let _room = ROOM.acquire().await.unwrap();
     let mut service = Service::new(Kind::Mysql, 3, 1).await;
-    let nats = support::nats_url();
+    let nats = testkit::nats_url();
     let settings = [("NATS_URL", nats.as_str())];
     let (one, two) = (
         service.start(&settings).await,
@@ -446,7 +445,7 @@ async fn an_edit_that_is_taken_back_at_once_ten_times_leaves_everything_as_it_wa
         service.set("shard4", "state = \"draining\"");
         tokio::time::sleep(std::time::Duration::from_millis(800)).await;
     }
-    let version = async |instance: &support::instance::Instance| {
+    let version = async |instance: &testkit::instance::Instance| {
         instance
             .get(&format!("{}/admin/resharding", instance.admin))
             .await
@@ -488,7 +487,7 @@ async fn behind_a_proxy() -> (Service, Proxy) {
 }
 
 /// Somebody whose dialog with user 1 lies on a shard.
-async fn peer_on(instance: &support::instance::Instance, shard: &str) -> u64 {
+async fn peer_on(instance: &testkit::instance::Instance, shard: &str) -> u64 {
     for peer in 1000.. {
         let url = format!("{}/admin/where/1/{peer}", instance.admin);
         if instance.get(&url).await.1["owner"] == shard {
@@ -502,7 +501,7 @@ async fn peer_on(instance: &support::instance::Instance, shard: &str) -> u64 {
 async fn a_shard_that_is_slow_and_stalls_holds_nobody_else_up() {
     let _room = ROOM.acquire().await.unwrap();
     let (service, proxy) = behind_a_proxy().await;
-    let nats = support::nats_url();
+    let nats = testkit::nats_url();
     let settings = [("NATS_URL", nats.as_str())];
     let (one, two) = (
         service.start(&settings).await,
@@ -644,18 +643,18 @@ async fn a_server_that_is_switched_off_after_its_shard_was_removed_is_not_missed
 async fn different_edits_at_once_on_two_instances_end_in_one_document() {
     let _room = ROOM.acquire().await.unwrap();
     let service = Service::new(Kind::Mysql, 3, 0).await;
-    let nats = support::nats_url();
-    let settings = [&support::service::QUICK[..], &[("NATS_URL", nats.as_str())]].concat();
+    let nats = testkit::nats_url();
+    let settings = [&testkit::service::QUICK[..], &[("NATS_URL", nats.as_str())]].concat();
     let files = ["one", "two"].map(|name| service.file.with_extension(name));
     let whole = service.text();
     files
         .iter()
         .for_each(|file| std::fs::write(file, &whole).unwrap());
-    let one = support::instance::Instance::start(&files[0], &settings).await;
-    let two = support::instance::Instance::start(&files[1], &settings).await;
+    let one = testkit::instance::Instance::start(&files[0], &settings).await;
+    let two = testkit::instance::Instance::start(&files[1], &settings).await;
     let talk = Talk::begin(&[&one, &two], 8, 4, rand::random::<u32>().into());
     talk.goes_on(50).await;
-    let change = async |instance: &support::instance::Instance| {
+    let change = async |instance: &testkit::instance::Instance| {
         let url = format!("{}/admin/resharding", instance.admin);
         instance.get(&url).await.1
     };

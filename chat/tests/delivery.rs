@@ -2,8 +2,6 @@
 
 #![allow(missing_docs, clippy::wildcard_enum_match_arm)]
 
-mod support;
-
 use chat_client::{Client, Event};
 use chat_wire::{ErrorCode, Message, Presence, ReadMark, ServerFrame};
 use serde_json::json;
@@ -12,10 +10,10 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-use support::instance::{Instance, access};
-use support::lossy::{Loses, Lossy};
-use support::socket::Socket;
-use support::{Databases, Kind, nats_url, until};
+use testkit::instance::{Instance, access};
+use testkit::lossy::{Loses, Lossy};
+use testkit::socket::Socket;
+use testkit::{Databases, Kind, nats_url, until};
 
 async fn instance_on(shards: &Path, nats: &str) -> Instance {
     let settings = [("NATS_URL", nats), ("LIMITS__SENDS_BURST", "1000")];
@@ -84,7 +82,7 @@ impl Device {
         let begun = Instant::now();
         while self.seqs(dialog) != expected {
             assert!(
-                begun.elapsed() < support::PATIENCE,
+                begun.elapsed() < testkit::PATIENCE,
                 "{dialog}: {:?} instead of {expected:?}",
                 self.seqs(dialog)
             );

@@ -2,8 +2,6 @@
 
 #![allow(missing_docs, clippy::wildcard_enum_match_arm)]
 
-mod support;
-
 use chat_client::{Api, ClientError};
 use chat_wire::{ErrorCode, ServerFrame};
 use futures_util::future::join_all;
@@ -11,10 +9,10 @@ use std::path::PathBuf;
 use std::pin::pin;
 use std::process::Command;
 use std::time::Instant;
-use support::instance::{Instance, access};
-use support::proxy::{Mode, Proxy};
-use support::socket::Socket;
-use support::{Databases, Kind, nats_url, until};
+use testkit::instance::{Instance, access};
+use testkit::proxy::{Mode, Proxy};
+use testkit::socket::Socket;
+use testkit::{Databases, Kind, nats_url, until};
 
 async fn two(databases: &Databases) -> (Instance, Instance) {
     let file = databases.shards_file();
@@ -160,6 +158,24 @@ async fn two_people_on_two_instances_talk_and_read_the_same_history_on_mysql() {
 #[tokio::test(flavor = "multi_thread")]
 async fn two_people_on_two_instances_talk_and_read_the_same_history_on_mariadb() {
     talk_across(Kind::Mariadb).await;
+}
+
+/// The test servers do not flush at commit, which a real one must.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_does_not_flush_at_commit_is_warned_of() {
+    for kind in [Kind::Mysql, Kind::Mariadb] {
+        let databases = Databases::new(kind, 1).await;
+        let instance = Instance::start(&databases.shards_file(), &[]).await;
+        let log = instance.log();
+        let warning = log
+            .lines()
+            .find(|line| line.contains("innodb_flush_log_at_trx_commit is 0"));
+        let warning = warning.unwrap_or_else(|| panic!("{kind:?}: {log}"));
+        assert!(
+            warning.contains("WARN") && warning.contains("shard1"),
+            "{warning}"
+        );
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -2,14 +2,12 @@
 
 #![allow(missing_docs, clippy::wildcard_enum_match_arm)]
 
-mod support;
-
 use fantoccini::{Client, ClientBuilder, Locator};
 use serde_json::{Value, json};
 use std::process::{Child, Command, Stdio};
-use support::instance::Instance;
-use support::proxy::{Mode, Proxy};
-use support::{Databases, Kind, until};
+use testkit::instance::Instance;
+use testkit::proxy::{Mode, Proxy};
+use testkit::{Databases, Kind, until};
 
 /// A headless Chromium with its driver; both end with it.
 struct Browser {

@@ -1,7 +1,8 @@
 //! The service itself (cluster, dispatch, writers, changes, reads), on shards in memory, under a clock that jumps from event to
 //! event, with everything that can go wrong going wrong by a seed: lines that stall and break before or after a commit, shards
 //! that die and return, instances that die in the middle of anything or hang and go on, files that reach instances late or
-//! never, edits that contradict each other. Afterwards everything is mended, and K of `docs/SHARDING.md` must hold.
+//! never, edits that contradict each other. At the end all faults are repaired, and every acknowledged message must exist exactly once,
+//! in acknowledgement order.
 //!
 //! ```text
 //! cargo test --release -p chat --test simulation                    a few seeds
@@ -10,8 +11,6 @@
 //! ```
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::wildcard_enum_match_arm)]
-
-mod support;
 
 use async_trait::async_trait;
 use chat::bus::LocalBus;
@@ -40,7 +39,7 @@ use std::hash::Hasher;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use support::memory::{Guard, MemoryStore, Server, TcpHandle};
+use testkit::memory::{Guard, Link, MemoryStore, Server};
 use tokio::runtime::Handle;
 use tokio::task::LocalSet;
 use tokio::time::{Instant, sleep, timeout};
@@ -117,7 +116,7 @@ impl Process {
 }
 
 #[async_trait]
-impl TcpHandle for Process {
+impl Link for Process {
     async fn there(&self) -> Result<(), StoreError> {
         self.point().await;
         let (delay, roll) = self.roll();
@@ -923,7 +922,7 @@ impl World {
         None
     }
 
-    /// K.
+    /// Every acknowledged message exists exactly once, in acknowledgement order, on the owner of its slot.
     async fn check(self: &Rc<Self>) {
         let topology = self.topology().unwrap();
         let servers = self.servers();

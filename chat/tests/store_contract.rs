@@ -2,8 +2,6 @@
 
 #![allow(missing_docs, clippy::wildcard_enum_match_arm)]
 
-mod support;
-
 use chat::config::Settings;
 use chat::domain::dialog::{DialogId, Key, Seq, Text, Timestamp, UserId};
 use chat::domain::ownership::{SlotState, Step, Term};
@@ -25,9 +23,9 @@ use mysql_async::prelude::Queryable;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
-use support::memory::{Calm, MemoryStore};
-use support::proxy::Proxy;
-use support::{Databases, Kind};
+use testkit::memory::{Calm, MemoryStore};
+use testkit::proxy::Proxy;
+use testkit::{Databases, Kind};
 
 fn user(id: u64) -> UserId {
     UserId::new(id).unwrap()
@@ -1359,7 +1357,7 @@ async fn one_at_a_time_has_the_turn(kind: Kind) {
         assert!((1..=12).contains(&opened), "{opened} connections");
     }
     drop((turn, taken));
-    support::until("the turn is free", async || {
+    testkit::until("the turn is free", async || {
         other.try_lock_coordinator().await.unwrap()
     })
     .await;

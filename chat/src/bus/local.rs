@@ -1,4 +1,4 @@
-//! The bus within a process. With one instance, which is its use, nobody hears anything; tests join several.
+//! The bus within a process. A single instance uses it, and nobody receives anything; tests join several.
 
 use super::{Bus, BusState, Listening, Loss, Sink, Topic};
 use bytes::Bytes;

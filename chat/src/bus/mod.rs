@@ -1,4 +1,4 @@
-//! What instances tell each other: one contract, two buses. `tests/bus_contract.rs` runs the same cases on both.
+//! What instances publish to each other: one contract, two buses. `tests/bus_contract.rs` runs the same cases on both.
 //!
 //! A bus is a hint and may lose anything: the shard is the truth. Nothing here waits, and nothing rests on an answer.
 
@@ -26,7 +26,7 @@ pub enum Topic {
     Presence(UserId),
     /// Heartbeats of instances.
     Heartbeats,
-    /// How far dialogs have come that somebody here was told of a while ago.
+    /// The last seqs of dialogs whose messages were published a while ago.
     Hints,
 }
 
@@ -67,7 +67,7 @@ impl Listening {
         }
     }
 
-    /// ReadQueue true once what others publish is heard, or that has been waited for long enough.
+    /// Becomes true once publications of others are received, or after a limit.
     #[must_use]
     pub fn effective(&self) -> watch::Receiver<bool> {
         self.effective.clone()
@@ -85,7 +85,7 @@ pub trait Bus: Send + Sync + 'static {
     /// Waits until everything that was published is on its way; only as long as that is worth it.
     fn flush(&self) -> BoxFuture<'static, ()>;
 
-    /// Whether another instance listens for `topic`; `None` while that cannot be told.
+    /// Whether another instance listens for `topic`; `None` while that is unknown.
     fn ask(&self, topic: Topic) -> BoxFuture<'static, Option<bool>>;
 
     /// Hears from now on when something may have been lost.

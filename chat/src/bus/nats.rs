@@ -1,4 +1,4 @@
-//! The bus between instances: NATS core, one subject a user. An instance hears only what concerns its own people.
+//! The bus between instances: NATS core, one subject a user. An instance receives only the events of its own users.
 
 use super::{Bus, BusState, Listening, Loss, Sink, Topic};
 use crate::metrics::Metrics;
@@ -39,7 +39,7 @@ const RECONNECT_MAX: Duration = Duration::from_secs(2);
 /// How long an answer of the server, or of another instance, is waited for.
 const ANSWER: Duration = Duration::from_secs(1);
 
-/// Losses that may wait to be heard of; who missed some has heard of others.
+/// Losses that may wait for a receiver; a receiver that misses some has got others.
 const LOSSES: usize = 16;
 
 impl NatsBus {
@@ -154,7 +154,7 @@ impl Bus for NatsBus {
                 Ok(deliveries) => deliveries,
                 Err(e) => return tracing::warn!(reason = %e, "bus: cannot listen"),
             };
-            // The server takes what we say in order: once it has told us that nobody is there, it has our subscription.
+            // The server handles our commands in order: once it has answered that nobody is there, it has our subscription.
             let asking = client.clone();
             let mut round_trip = async move {
                 let _ = timeout(ANSWER, asking.request(nobody, Bytes::new())).await;

@@ -141,7 +141,7 @@ impl Peers {
         self.inner.events.subscribe()
     }
 
-    /// The last heartbeat of each instance that was heard within [`HEARTBEAT_TIMEOUT`].
+    /// The last heartbeat of each instance that arrived within [`HEARTBEAT_TIMEOUT`].
     #[must_use]
     pub fn present(&self) -> Vec<Heartbeat> {
         let others = self.inner.others();

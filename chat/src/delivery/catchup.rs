@@ -13,7 +13,7 @@ use crate::metrics::Metrics;
 use crate::rng;
 use crate::store::{DialogLastSeq, Range};
 use chat_wire::{Message, ReadMark, ServerFrame};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Semaphore;
@@ -187,13 +187,42 @@ impl CatchUp {
         if let Some(since) = since {
             self.subscriber.away_since(since);
         }
+        let mut found = self.positions(&positions).await;
+        if let Some(since) = since {
+            self.recent(&positions, since, &mut found).await;
+        }
+        let level = &found.level;
+        let _ = timeout(RESUME_LIMIT, self.subscriber.caught_up(level)).await;
+        let stands = |dialog: &DialogId| {
+            let last = self.subscriber.last(*dialog)?;
+            Some((dialog.to_string(), last.get()))
+        };
+        found.resync.sort_unstable();
+        ServerFrame::Resumed {
+            id,
+            positions: level
+                .iter()
+                .filter_map(|(dialog, _)| stands(dialog))
+                .collect(),
+            resync: found.resync.iter().map(ToString::to_string).collect(),
+            reads: found.reads,
+            incomplete: found.incomplete.into_iter().collect(),
+            now: now().to_string(),
+        }
+    }
+
+    /// Sets the positions of the client, and has the messages above them read.
+    async fn positions(&self, positions: &[(DialogId, Seq)]) -> Resumption {
         let epochs: Vec<u32> = positions
             .iter()
             .map(|(dialog, seq)| self.subscriber.position(*dialog, *seq))
             .collect();
         let dialogs: Vec<DialogId> = positions.iter().map(|(dialog, _)| *dialog).collect();
-        let mut heads = self.last_seqs.of_dialogs(&dialogs).await;
-        let (mut level, mut resync, mut reads) = (Vec::new(), Vec::new(), Vec::new());
+        let heads = self.last_seqs.of_dialogs(&dialogs).await;
+        let mut found = Resumption {
+            incomplete: heads.incomplete,
+            ..Resumption::default()
+        };
         for ((dialog, seq), epoch) in positions.iter().zip(epochs) {
             let Some(head) = heads.of.get(dialog) else {
                 // Its shard does not answer: the read is repeated until it does.
@@ -204,62 +233,68 @@ impl CatchUp {
                 continue;
             };
             for (user, seq) in head.reads.iter().filter(|(_, seq)| *seq > Seq::ZERO) {
-                reads.push(ReadMark {
+                found.reads.push(ReadMark {
                     dialog: dialog.to_string(),
                     user: user.get(),
                     seq: seq.get(),
                 });
-                // A mark that is told late is not told again.
+                // A mark that is sent late is not sent again.
                 self.subscriber.knows_read(*dialog, *user, *seq);
             }
             if head.last_seq < *seq || (head.last_seq > *seq && self.too_far(*seq, head.last_seq)) {
                 self.metrics.resyncs.inc();
                 self.subscriber.skip_to(*dialog, epoch, head.last_seq);
-                resync.push(*dialog);
+                found.resync.push(*dialog);
             } else {
                 self.subscriber.take(&BusEvent::LastSeq {
                     dialog: *dialog,
                     seq: head.last_seq,
                 });
-                level.push((*dialog, head.last_seq));
+                found.level.push((*dialog, head.last_seq));
             }
         }
-        if let Some(since) = since {
-            let micros = now().micros().saturating_sub(since.micros());
-            let micros = micros.saturating_add(2 * CLOCKS_APART);
-            let within = Duration::from_micros(u64::try_from(micros).unwrap_or(0));
-            let recent = self.last_seqs.of_users(&[self.me], within).await;
-            self.messages.charge(self.me, cost::inbox(recent.of.len()));
-            heads.incomplete.extend(recent.incomplete);
-            let unknown = |head: &&DialogLastSeq| dialogs.binary_search(&head.dialog).is_err();
-            for (n, head) in recent.of.values().filter(unknown).enumerate() {
-                if positions.len() + n < self.replay_dialogs {
-                    self.subscriber.take(&BusEvent::LastSeq {
-                        dialog: head.dialog,
-                        seq: head.last_seq,
-                    });
-                    level.push((head.dialog, head.last_seq));
-                } else {
-                    resync.push(head.dialog);
-                }
+        found
+    }
+
+    /// Has the messages since a time read, in dialogs without a position.
+    async fn recent(
+        &self,
+        positions: &[(DialogId, Seq)],
+        since: Timestamp,
+        found: &mut Resumption,
+    ) {
+        let micros = now().micros().saturating_sub(since.micros());
+        let micros = micros.saturating_add(2 * CLOCKS_APART);
+        let within = Duration::from_micros(u64::try_from(micros).unwrap_or(0));
+        let recent = self.last_seqs.of_users(&[self.me], within).await;
+        self.messages.charge(self.me, cost::inbox(recent.of.len()));
+        found.incomplete.extend(recent.incomplete);
+        // The positions are ordered by dialog.
+        let known =
+            |dialog: DialogId| positions.binary_search_by_key(&dialog, |(dialog, _)| *dialog);
+        let unknown = |head: &&DialogLastSeq| known(head.dialog).is_err();
+        for (n, head) in recent.of.values().filter(unknown).enumerate() {
+            if positions.len() + n < self.replay_dialogs {
+                self.subscriber.take(&BusEvent::LastSeq {
+                    dialog: head.dialog,
+                    seq: head.last_seq,
+                });
+                found.level.push((head.dialog, head.last_seq));
+            } else {
+                found.resync.push(head.dialog);
             }
-        }
-        let _ = timeout(RESUME_LIMIT, self.subscriber.caught_up(&level)).await;
-        let stands = |dialog: &DialogId| {
-            let last = self.subscriber.last(*dialog)?;
-            Some((dialog.to_string(), last.get()))
-        };
-        resync.sort_unstable();
-        ServerFrame::Resumed {
-            id,
-            positions: level
-                .iter()
-                .filter_map(|(dialog, _)| stands(dialog))
-                .collect(),
-            resync: resync.iter().map(ToString::to_string).collect(),
-            reads,
-            incomplete: heads.incomplete.into_iter().collect(),
-            now: now().to_string(),
         }
     }
+}
+
+/// What a `resume` has found so far.
+#[derive(Default)]
+struct Resumption {
+    /// Dialogs that are read up to these seqs before the answer.
+    level: Vec<(DialogId, Seq)>,
+    /// Dialogs that the client must read.
+    resync: Vec<DialogId>,
+    reads: Vec<ReadMark>,
+    /// Shards that do not answer.
+    incomplete: BTreeSet<String>,
 }

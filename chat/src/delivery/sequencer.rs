@@ -143,7 +143,7 @@ impl Sequencer {
     }
 
     /// The answer to a send whose message was stored before, and that message as `frame`. The answer is sent at once and never takes
-    /// the place of the message: a client that was told of the message, or got an answer already, has forgotten its text.
+    /// the place of the message: a client that received the message, or an answer, has forgotten its text.
     pub fn on_repeat(
         &mut self,
         dialog: DialogId,
@@ -285,7 +285,7 @@ impl Sequencer {
         stream.last = Some(stream.last.map_or(end, |last| last.max(end)));
         let mut freed = stream.send_held(&mut send);
         if end < gap.head {
-            // The shard does not have the messages that were announced: they were given up with another shard. Held messages are sent.
+            // The shard does not have the messages that were announced: they were forgotten with another shard. Held messages are sent.
             freed += stream.send_all_held(&mut send);
             stream.head = stream.last.unwrap_or(end);
         }

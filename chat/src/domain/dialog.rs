@@ -115,9 +115,6 @@ impl FromStr for DialogId {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct Seq(u64);
 
-/// How many bits of a seq count within a generation.
-const GENERATION_SHIFT: u32 = 40;
-
 impl Seq {
     /// Below every message.
     pub const ZERO: Seq = Seq(0);
@@ -137,7 +134,7 @@ impl Seq {
     /// Below every message of a generation.
     #[must_use]
     pub fn beginning(generation: u32) -> Self {
-        Self(u64::from(generation) << GENERATION_SHIFT)
+        Self(u64::from(generation) * chat_wire::GENERATION)
     }
 
     /// The seq of the next message of a slot that is in `generation`.
@@ -149,14 +146,13 @@ impl Seq {
     /// The generation it was given in: 0 until a shard is declared down.
     #[must_use]
     pub fn generation(self) -> u32 {
-        u32::try_from(self.0 >> GENERATION_SHIFT).unwrap_or(u32::MAX)
+        u32::try_from(self.0 / chat_wire::GENERATION).unwrap_or(u32::MAX)
     }
 
     /// Whether `self` is what [`Seq::next`] may give after `before`: one more, or the first of a later generation.
     #[must_use]
     pub fn follows(self, before: Seq) -> bool {
-        let first_of_a_generation = self.0 & ((1 << GENERATION_SHIFT) - 1) == 1;
-        self.0 == before.0 + 1 || (first_of_a_generation && self.0 > before.0)
+        chat_wire::follows(before.0, self.0)
     }
 }
 

@@ -150,7 +150,7 @@ pub struct SlotRow {
 pub struct History {
     /// Shards that were declared down and may have some of them. A shard that returns is merged.
     pub missing: BTreeSet<String>,
-    /// Shards that were given up: messages that only they had are lost.
+    /// Shards that were forgotten: messages that only they had are lost.
     pub forgotten: BTreeSet<String>,
 }
 
@@ -469,9 +469,9 @@ pub enum Step {
         /// The shard that has returned.
         shard: String,
     },
-    /// At the owner: the messages that only `shard` had are given up.
+    /// At the owner: the messages that only `shard` had are forgotten.
     Forget {
-        /// The shard that an operator has given up.
+        /// The shard that an operator has forgotten.
         shard: String,
     },
 }

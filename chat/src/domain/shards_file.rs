@@ -32,7 +32,7 @@ pub struct ShardConfig {
     pub weight: u32,
     /// The state that the operator declares.
     pub state: DeclaredState,
-    /// With `down`: the messages that only this shard has are given up.
+    /// With `down`: the messages that only this shard has are forgotten.
     pub forget: bool,
 }
 

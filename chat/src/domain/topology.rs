@@ -49,7 +49,7 @@ pub struct ShardEntry {
     pub weight: u32,
     /// The generation in which it was last declared down; 0 if it never was.
     pub down_generation: u32,
-    /// The messages that only this shard has are given up.
+    /// The messages that only this shard has are forgotten.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub forget: bool,
 }
@@ -212,7 +212,7 @@ impl Topology {
         }
     }
 
-    /// The shards that are no longer in the file. A shard may be removed when it is drained, or given up.
+    /// The shards that are no longer in the file. A shard may be removed when it is drained or forgotten.
     fn removable(
         &self,
         file: &ShardsFile,
@@ -380,7 +380,7 @@ impl Topology {
                     parts.push(format!("{name} has weight {}", entry.weight))
                 }
                 Some(known) if known.forget != entry.forget => {
-                    parts.push(format!("{name} is given up"))
+                    parts.push(format!("{name} is forgotten"))
                 }
                 Some(_) => {}
             }

@@ -187,7 +187,7 @@ impl Authenticate for Tokens {
         let claims = jsonwebtoken::decode::<Claims>(token, &key, &self.validation)
             .map_err(|e| {
                 use jsonwebtoken::errors::ErrorKind;
-                #[allow(clippy::wildcard_enum_match_arm)] // what is said of the rest is the same
+                #[allow(clippy::wildcard_enum_match_arm)] // the rest has one message
                 refuse(match e.kind() {
                     ErrorKind::ExpiredSignature => "the token has expired",
                     ErrorKind::InvalidAlgorithm | ErrorKind::InvalidAlgorithmName => {

@@ -25,7 +25,7 @@ pub async fn ready(app: web::Data<App>) -> HttpResponse {
     reasons.extend(down.iter().map(|name| format!("{name} does not answer")));
     if app.context.delivery.bus() == BusState::Disconnected {
         reasons.push(
-            "the bus is away: what is sent on one instance is not heard at once on the others"
+            "NATS is disconnected: messages sent on one instance do not appear at once on the others"
                 .to_owned(),
         );
     }

@@ -121,7 +121,7 @@ async fn accept(
     places: Arc<Semaphore>,
     queues: Vec<mpsc::UnboundedSender<Accepted>>,
 ) {
-    let mut said = false;
+    let mut logged = false;
     for queue in queues.iter().cycle() {
         // unwrap: it is never closed
         let place = places.clone().acquire_owned().await.unwrap();
@@ -135,14 +135,14 @@ async fn accept(
                 // It was closed before it was accepted.
                 Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => {}
                 Err(e) => {
-                    if !std::mem::replace(&mut said, true) {
+                    if !std::mem::replace(&mut logged, true) {
                         tracing::error!(error = %e, "connections cannot be accepted");
                     }
                     tokio::time::sleep(REST).await;
                 }
             }
         };
-        said = false;
+        logged = false;
         if queue.send((stream, place)).is_err() {
             return;
         }
@@ -184,7 +184,7 @@ async fn serve_connections(
             let peer = stream.peer_addr().ok();
             let connection = Connection::new(stream, user_timeout);
             let request = (connection, Protocol::Http1, peer);
-            // An error here is that of one client, who is told or gone.
+            // An error here concerns one client, which has its answer or is gone.
             let _ = serve_one(&*http, request).await;
             drop(place);
         });

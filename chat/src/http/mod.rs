@@ -66,7 +66,7 @@ pub struct App {
 }
 
 impl App {
-    /// Where a request comes from, as far as can be told.
+    /// The address that a request comes from, if it is known.
     fn address_of(&self, request: &HttpRequest) -> Option<IpAddr> {
         let forwarded = || {
             let header = request
@@ -131,7 +131,7 @@ pub fn admin_routes(config: &mut web::ServiceConfig) {
 /// The largest body: a message of 4,000 characters, each escaped as JSON allows.
 const BODY_BYTES: usize = 64 * 1024;
 
-/// What the extractors refuse is told like every other refusal.
+/// Errors of the extractors have the same form as all others.
 fn limits(config: &mut web::ServiceConfig) {
     config
         .app_data(

@@ -19,7 +19,7 @@ use utoipa::{IntoParams, Modify, OpenApi};
 /// The description of the API, served at `/v1/openapi.json`.
 #[derive(OpenApi)]
 #[openapi(
-    info(title = "chat", description = "Dialogs between two people, stored in order and delivered at once."),
+    info(title = "chat", description = "Dialogs between two users, stored in order and delivered at once."),
     paths(send, history, inbox, mark_read, presence, dev_token),
     components(schemas(
         SendRequest, Sent, Message, HistoryPage, InboxPage, InboxEntry, ReadRequest, ReadMark, Presence, DevTokenRequest, Token, ErrorBody, ErrorCode

@@ -26,7 +26,7 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(3);
 /// How long a session that is asked to leave may still wait for answers to what it asked before.
 const DRAIN_LIMIT: Duration = Duration::from_secs(6);
 
-/// `GET /v1/ws`. Who may not come in is told so over the WebSocket, because a page cannot see the status of a handshake.
+/// `GET /v1/ws`. A rejected client gets an error frame and a close code, because a page cannot see the status of a failed handshake.
 pub async fn connect(
     request: HttpRequest,
     payload: web::Payload,

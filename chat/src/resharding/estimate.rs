@@ -42,7 +42,7 @@ pub struct Plan {
     pub shares: BTreeMap<String, (u64, u64)>,
     /// Slots of shards that are declared down by it, which others would claim without their history.
     pub claimed: u64,
-    /// Shards that do not answer: what lies there is not counted.
+    /// Shards that do not answer: its rows are not counted.
     pub silent: Vec<String>,
     /// Seconds it may take, at [`RATE`] messages and [`SLOT_RATE`] slots a second.
     pub seconds: f64,

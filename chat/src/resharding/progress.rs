@@ -26,7 +26,7 @@ pub struct Report {
     pub slots_merged: u64,
     /// See `slots_merged`.
     pub slots_to_merge: u64,
-    /// Attempts that were given up, to be made again.
+    /// Attempts that were cancelled, to be made again.
     pub attempts_failed: u64,
     /// Seconds since the change began.
     pub seconds: f64,
@@ -148,7 +148,7 @@ impl Progress {
         });
     }
 
-    /// An attempt was given up.
+    /// An attempt was cancelled.
     pub fn failed(&self) {
         self.metrics.moves_failed.inc();
         self.update(|inner| inner.report.attempts_failed += 1);

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, HashMap};
 /// A key that was found in the shard, with the message it stands for.
 #[derive(Clone, Copy, Debug)]
 pub struct StoredKey {
-    /// Where that message lies.
+    /// The place of that message.
     pub place: Receipt,
     /// What its text was.
     pub hash: TextHash,
@@ -116,7 +116,7 @@ impl BatchPlan {
         plan
     }
 
-    /// Keys that lie side by side are inserted one after the other, and every transaction takes them in the same order.
+    /// Neighbouring keys are inserted one after the other, and every transaction takes them in the same order.
     fn sort_rows(&mut self, batch: &[NewMessage]) {
         self.rows
             .sort_by_key(|row| (batch[row.index].slot, batch[row.index].dialog, row.seq));

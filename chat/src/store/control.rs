@@ -81,7 +81,7 @@ pub enum PurgeOutcome {
     InUse,
 }
 
-/// How much lies in one slot of a shard.
+/// The size of one slot of a shard.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SlotSize {
     /// Dialogs.
@@ -105,7 +105,7 @@ pub trait CoordinatorLock: Send + Sync {
 /// What changes of the shard set ask of a shard's database.
 #[async_trait]
 pub trait Control: Send + Sync + 'static {
-    /// Offers a topology; see [`Meta::offered`]. With [`Acceptance::Accept`] it is in force here, and this shard fenced if
+    /// Offers a topology; see [`Meta::offered`]. With [`Acceptance::Accept`] it is in effect here, and this shard fenced if
     /// that was asked for, in one transaction.
     async fn accept(&self, identity: &ShardIdentity, new: &Meta) -> Result<Acceptance, StoreError>;
 
@@ -182,7 +182,7 @@ pub trait Control: Send + Sync + 'static {
         limit: u32,
     ) -> Result<PurgeOutcome, StoreError>;
 
-    /// How much lies in each slot. Reads it all: for operators, not for every request.
+    /// The size of each slot. Reads it all: for operators, not for every request.
     async fn sizes(&self, identity: &ShardIdentity)
     -> Result<BTreeMap<Slot, SlotSize>, StoreError>;
 

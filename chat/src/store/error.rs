@@ -23,7 +23,7 @@ pub enum StoreError {
     /// The database is not the one it should be.
     #[error("{0}")]
     WrongIdentity(String),
-    /// The database said no, and why.
+    /// The database refused it, for this reason.
     #[error("refused: {0}")]
     Refused(String),
     /// The shard has another topology than the step was decided by: nothing was done; look again.

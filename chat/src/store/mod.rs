@@ -62,7 +62,7 @@ pub trait Store: Send + Sync + 'static {
     /// What the operator should know about the server's settings, one line each.
     async fn warnings(&self) -> Result<Vec<String>, StoreError>;
 
-    /// Who this is; `None` for a database that was never founded.
+    /// The identity of this database; `None` if it was never initialized.
     async fn meta(&self) -> Result<Option<Meta>, StoreError>;
 
     /// Makes an empty database a shard: `meta`, and all 4096 slots, of which it owns `owned`, in one transaction. Returns
@@ -126,7 +126,7 @@ pub trait Store: Send + Sync + 'static {
         marks: &[NewMark],
     ) -> Result<Vec<MarkOutcome>, StoreError>;
 
-    /// How much lies in the slots that this shard owns. Reads it all: for operators, not for every request.
+    /// The size of the slots that this shard owns. Reads it all: for operators, not for every request.
     async fn counts(&self) -> Result<Counts, StoreError>;
 }
 

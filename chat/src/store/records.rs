@@ -259,7 +259,7 @@ pub struct ShardInbox {
 pub enum LastSeqsOf {
     /// These.
     Dialogs(Vec<DialogId>),
-    /// Those of these users that something was said in lately, newest first and at most [`LAST_SEQS_CAP`].
+    /// The dialogs of these users with recent messages, newest first and at most [`LAST_SEQS_CAP`].
     Users {
         /// Whose.
         users: Vec<UserId>,
@@ -285,7 +285,7 @@ pub struct DialogLastSeq {
 }
 
 impl DialogLastSeq {
-    /// Of a dialog that nothing was said in yet.
+    /// Of a dialog without a message.
     #[must_use]
     pub fn nothing(dialog: DialogId) -> Self {
         Self {
@@ -354,7 +354,7 @@ pub enum MarkOutcome {
     NotOwner(Option<SlotState>),
 }
 
-/// How much lies in a shard, for operators.
+/// The size of a shard, for operators.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Counts {
     /// Slots it owns.

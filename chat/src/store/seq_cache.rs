@@ -112,7 +112,7 @@ impl SeqCache {
     pub fn remote_message(&self, dialog: DialogId, seq: Seq) {
         let mut stripe = self.stripe(Slot::of(dialog));
         if let Some(head) = stripe.head(dialog).filter(|head| head.last_seq < seq) {
-            // It is known to be young: messages are told as soon as they are stored.
+            // It is known to be recent: messages are published as soon as they are stored.
             let shard_now = now().micros() + self.ahead.load(Ordering::Relaxed);
             let hour = Timestamp::from_micros(shard_now).hour();
             let last_seq = seq;

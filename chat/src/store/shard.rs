@@ -1,7 +1,7 @@
 //! A shard: a store with a name, an identity, time limits and a circuit breaker.
 //!
 //! The circuit breaker limits the effect of a dead shard to its own dialogs. Once the database does not answer, every call is refused
-//! at once, until a probe in the background gets an answer. A slow database is not dead: a slow call is given up only when a fresh
+//! at once, until a probe in the background gets an answer. A slow database is not dead: a slow call is cancelled only when a fresh
 //! connection gets no answer either, or at the time limit. A connection that does not open in time counts
 //! against a shard only if no other call was answered meanwhile.
 
@@ -318,7 +318,7 @@ impl Shard {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether a call was answered while a connection that was given up was being opened.
+    /// Whether a call was answered while a connection that was cancelled was being opened.
     fn answers_others(&self) -> bool {
         self.answered()
             .is_some_and(|at| at.elapsed() < self.inner.timing.connect)

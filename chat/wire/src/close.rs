@@ -23,7 +23,7 @@ pub enum Close {
     TooManyConnections,
     /// 4029: more frames a second than allowed.
     TooManyFrames,
-    /// 4000: nothing was heard from the client for too long, not even an answer to a ping.
+    /// 4000: the client sent nothing for too long, not even an answer to a ping.
     Silent,
 }
 

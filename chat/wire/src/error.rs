@@ -97,7 +97,7 @@ impl fmt::Display for ErrorCode {
     }
 }
 
-/// An error as it is told to a client, over WebSocket (as the frame `error`) and REST (as the body).
+/// An error as a client receives it, over WebSocket (as the frame `error`) and REST (as the body).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ErrorBody {

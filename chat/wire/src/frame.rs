@@ -62,7 +62,7 @@ pub enum ClientFrame {
         id: Option<String>,
         /// By dialog, the seq up to which the client has everything; at most as many as `welcome` says.
         positions: BTreeMap<String, u64>,
-        /// The `now` of the last `welcome` or `resumed` before: what was said since in dialogs without a position comes too.
+        /// The `now` of the last `welcome` or `resumed` before: messages since then in dialogs without a position are sent too.
         #[serde(default)]
         since: Option<String>,
     },
@@ -127,11 +127,11 @@ pub struct InboxEntry {
     pub last: Message,
     /// Up to which seq this user has read.
     pub read: u64,
-    /// How many messages of the other lie above `read`; counted up to 100, which means "99+".
+    /// The number of messages of the other user above `read`; counted up to 100, which means "99+".
     pub unread: u32,
 }
 
-/// The limits a client should know, told in `welcome`.
+/// The limits that a client should know, in `welcome`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Limits {
@@ -150,7 +150,7 @@ pub struct Limits {
     /// Dialogs of a `resume`.
     #[serde(default)]
     pub resume_dialogs: u32,
-    /// Messages of a dialog that a `resume` replays; who is further behind is told to read the history.
+    /// Messages of a dialog that a `resume` replays; a client that is further behind must read the history.
     #[serde(default)]
     pub resume_messages: u32,
     /// The number of users that a session may watch.
@@ -236,7 +236,7 @@ pub enum ServerFrame {
     },
     /// A participant has read up to `seq`.
     Read(crate::ReadMark),
-    /// Somebody is writing; for six seconds, unless it is said again.
+    /// A user is typing; for six seconds, unless it is repeated.
     Typing {
         /// Where.
         dialog: String,

@@ -24,5 +24,14 @@ pub const PROTOCOL: &str = "chat.v1";
 /// A browser cannot set headers on a WebSocket: it offers `bearer.<jwt>` as a second subprotocol instead.
 pub const BEARER_PROTOCOL_PREFIX: &str = "bearer.";
 
+/// Seqs of a later generation begin above the next multiple of this; a generation begins when a shard is declared down.
+pub const GENERATION: u64 = 1 << 40;
+
+/// Whether a message with `seq` may be the next one of a dialog after `before`: one more, or the first of a later generation.
+#[must_use]
+pub fn follows(before: u64, seq: u64) -> bool {
+    seq == before + 1 || (seq % GENERATION == 1 && seq > before)
+}
+
 /// The largest user id: 2^53 - 1, the largest integer that JavaScript holds exactly.
 pub const MAX_USER_ID: u64 = (1 << 53) - 1;

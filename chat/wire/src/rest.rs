@@ -13,7 +13,7 @@ pub struct SendRequest {
     pub text: String,
 }
 
-/// The answer to a send: where the message lies.
+/// The answer to a send: the place of the message.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Sent {

@@ -231,7 +231,7 @@ impl Control for MysqlStore {
                 .iter()
                 .map(|head| (slot, head.dialog))
                 .collect();
-            let founded: Vec<DialogRow> = chunk
+            let created: Vec<DialogRow> = chunk
                 .dialogs
                 .iter()
                 .map(|head| DialogRow {
@@ -242,7 +242,7 @@ impl Control for MysqlStore {
             let sql = format!(
                 "{}{}{}",
                 taken.update,
-                raise_last_seqs(slot, &founded),
+                raise_last_seqs(slot, &created),
                 lock_heads(&dialogs)
             );
             let locked = result_sets(conn, sql).await?;

@@ -334,7 +334,7 @@ impl Store for MysqlStore {
         identity: &ShardIdentity,
         of: &LastSeqsOf,
     ) -> Result<LastSeqs, StoreError> {
-        let wanted = match of {
+        let selected = match of {
             LastSeqsOf::Dialogs(dialogs) if dialogs.is_empty() => {
                 return Err(StoreError::Refused("heads of no dialog".into()));
             }
@@ -363,10 +363,10 @@ impl Store for MysqlStore {
                 )
             }
         };
-        // In this order, whatever the optimizer believes: what is wanted is little, and the others are found by their keys.
+        // In this order, whatever the optimizer believes: few rows are selected, and the others are found by their keys.
         let sql = format!(
             "{SNAPSHOT}{};
-             SELECT k.dialog, k.last_seq, k.last_at, m.user_id, m.read_seq FROM ({wanted}) k
+             SELECT k.dialog, k.last_seq, k.last_at, m.user_id, m.read_seq FROM ({selected}) k
                STRAIGHT_JOIN slots s ON s.slot = k.slot AND s.state IN ('owner', 'sealed')
                STRAIGHT_JOIN members m FORCE INDEX (PRIMARY) ON m.slot = k.slot AND m.dialog = k.dialog
               WHERE k.last_seq > 0 ORDER BY k.dialog, m.user_id",

@@ -257,7 +257,7 @@ fn push_heads(sql: &mut String, draft: &Draft) {
             }
         }
     }
-    // How far each goes on: VALUES(last_seq) tells where it must arrive.
+    // By how much each is raised: VALUES(last_seq) is the value that it must reach.
     let step = match steps.len() {
         0 | 1 => steps.keys().next().copied().unwrap_or(1).to_string(),
         _ => {

@@ -1,6 +1,7 @@
 //! [`Control`] on SQLite: the same steps; `BEGIN IMMEDIATE` stands for all of their locks.
 
-use super::{SqliteStore, check_identity, clamp, classify, immediate, select_meta};
+use super::connection::{SqliteStore, classify, immediate};
+use super::rows::{check_identity, clamp, select_meta};
 use crate::clock::now;
 use crate::domain::dialog::{DialogId, Seq, Timestamp, UserId};
 use crate::domain::ownership::{ReleaseStamp, SlotRow, SlotState, Step, StepRejected};

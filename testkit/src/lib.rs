@@ -1,11 +1,12 @@
-//! What the tests from outside stand on: fresh databases on real servers, instances as processes, a proxy that breaks.
+//! The tests and benches of the service stand on this: fresh databases on real servers, instances as processes, proxies that break
+//! connections, a shard in memory.
 //!
 //! `./test` starts the servers and says where they are; nothing is skipped when one is missing.
 
 #![allow(
-    dead_code,
     missing_docs,
     clippy::unwrap_used,
+    clippy::expect_used,
     clippy::wildcard_enum_match_arm
 )]
 

@@ -1,9 +1,9 @@
 //! `chat serve` as a process of its own, as an operator runs it.
 
-use super::{SECRET, until};
+use crate::{SECRET, until};
 use chat_client::{Access, Api, TokenSource};
 use std::io::{BufRead, BufReader};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 
@@ -18,14 +18,22 @@ pub struct Instance {
 /// Settings of an instance, as CHAT__ variables without the prefix.
 pub type Settings<'a> = &'a [(&'a str, &'a str)];
 
+/// A program of the workspace, which cargo builds into the folder above that of the test programs.
+pub fn program(name: &str) -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let program = test.parent().and_then(Path::parent).unwrap().join(name);
+    assert!(program.exists(), "{program:?} is not built");
+    program
+}
+
 fn command(shards: &Path, settings: Settings<'_>) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_chat"));
+    let mut command = Command::new(program("chat"));
     command
         .arg("serve")
         .env("CHAT__LISTEN", "127.0.0.1:0")
         .env("CHAT__ADMIN_LISTEN", "127.0.0.1:0")
         .env("CHAT__AUTH__SECRET", SECRET)
-        // Tests are in a greater hurry than people.
+        // Tests are faster than users.
         .env("CHAT__LIMITS__REQUESTS_BURST", "1000000")
         .env("CHAT__LIMITS__WORK_PER_SECOND", "1000000")
         .env("CHAT__LIMITS__WORK_BURST", "1000000")
@@ -36,7 +44,7 @@ fn command(shards: &Path, settings: Settings<'_>) -> Command {
         .stdout(Stdio::null())
         .stderr(Stdio::piped());
     for (name, value) in settings {
-        // Faults are no setting: see chat/src/change/fault.rs.
+        // Faults are no setting: see chat/src/resharding/failpoint.rs.
         match *name {
             "FAULT" => command.env("CHAT_FAILPOINTS", value),
             name => command.env(format!("CHAT__{name}"), value),
@@ -45,7 +53,7 @@ fn command(shards: &Path, settings: Settings<'_>) -> Command {
     command
 }
 
-/// Starts an instance that must refuse to start, and returns what it said.
+/// Starts an instance that must refuse to start, and returns its output.
 pub fn refusal(shards: &Path, settings: Settings<'_>) -> String {
     let output = command(shards, settings).output().unwrap();
     assert!(!output.status.success(), "it started");

@@ -1,4 +1,4 @@
-//! A proxy in front of a NATS server that loses what it is told to lose: the bus promises nothing.
+//! A proxy in front of a NATS server that loses chosen messages: the bus promises nothing.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -29,7 +29,7 @@ impl Lossy {
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
                 let (counts, target, loses) = (counts.clone(), target.clone(), loses.clone());
-                // A connection that breaks ends its carrier, which is all that is wanted of it.
+                // A connection that breaks ends its carrier, and nothing else is needed.
                 tokio::spawn(async move { counts.carry(client, &target, loses).await.err() });
             }
         });

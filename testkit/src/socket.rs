@@ -1,7 +1,7 @@
 //! A WebSocket, a frame at a time.
 
-use super::PATIENCE;
-use super::instance::Instance;
+use crate::PATIENCE;
+use crate::instance::Instance;
 use chat_wire::{ErrorBody, ServerFrame};
 use futures_util::{SinkExt, StreamExt};
 use tokio::net::TcpStream;

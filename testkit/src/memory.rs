@@ -1,5 +1,5 @@
 //! A shard in memory, for simulations: whole transactions, one after the other, at the end of a line that may be slow, break,
-//! or be dead. The contract of the stores is tested on it too, so that it cannot lie.
+//! or be dead. The contract of the stores is tested on it too, so it behaves like the real ones.
 
 use async_trait::async_trait;
 use chat::domain::dialog::{DialogId, Key, Seq, Timestamp, UserId};
@@ -20,9 +20,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// What lies between somebody and a shard. Whatever happens to a transaction happens to all of it.
+/// The network between an instance and a shard. A fault concerns a transaction as a whole.
 #[async_trait]
-pub trait TcpHandle: Send + Sync + 'static {
+pub trait Link: Send + Sync + 'static {
     /// On the way there; after an error nothing was done.
     async fn there(&self) -> Result<(), StoreError>;
 
@@ -34,7 +34,7 @@ pub trait TcpHandle: Send + Sync + 'static {
 pub struct Calm;
 
 #[async_trait]
-impl TcpHandle for Calm {
+impl Link for Calm {
     async fn there(&self) -> Result<(), StoreError> {
         Ok(())
     }
@@ -49,9 +49,9 @@ impl TcpHandle for Calm {
 pub enum Guard {
     /// A write is stored by the owner of its slot only.
     OwnerOfWrites,
-    /// A page tells whether it comes from the owner.
+    /// A page says whether it comes from the owner.
     OwnerOfPages,
-    /// An inbox tells which slots it speaks for.
+    /// An inbox says which slots it covers.
     OwnerOfInboxes,
     /// A key is looked up before it is stored.
     KeysOfWrites,
@@ -73,7 +73,6 @@ pub enum Guard {
 
 /// A database server.
 pub struct Server {
-    off: Option<Guard>,
     data: Mutex<Data>,
     up: AtomicBool,
     begun: Instant,
@@ -93,7 +92,7 @@ struct Data {
     turn: Option<(u64, Instant)>,
 }
 
-/// How long the server keeps the turn of somebody who says nothing.
+/// How long the server keeps the coordinator lock of an instance that sends nothing.
 const TURN: Duration = Duration::from_secs(5);
 
 impl Server {
@@ -101,10 +100,9 @@ impl Server {
         Self::without(None)
     }
 
-    /// One that has not a certain guard.
+    /// A server that lacks a guard.
     pub fn without(off: Option<Guard>) -> Arc<Self> {
         Arc::new(Self {
-            off,
             data: Mutex::new(Data {
                 off,
                 ..Data::default()
@@ -178,11 +176,11 @@ impl Server {
 /// One end of a line to a server.
 pub struct MemoryStore {
     server: Arc<Server>,
-    line: Arc<dyn TcpHandle>,
+    line: Arc<dyn Link>,
 }
 
 impl MemoryStore {
-    pub fn new(server: Arc<Server>, line: Arc<dyn TcpHandle>) -> Self {
+    pub fn new(server: Arc<Server>, line: Arc<dyn Link>) -> Self {
         Self { server, line }
     }
 

@@ -1,11 +1,12 @@
-//! A service whose shards are changed while people talk, and the proof afterwards that nothing went wrong.
+//! A service whose shards are changed while users write, and the check that nothing went wrong.
 
-use super::instance::{Instance, Settings};
-use super::{Databases, Kind, until};
+use crate::instance::{Instance, Settings};
+use crate::{Databases, Kind, until};
+use chat_client::checker::{self, Acknowledged};
 use chat_client::{Client, ClientError};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -118,7 +119,7 @@ impl Service {
         Instance::start(&self.file, &settings).await
     }
 
-    /// Waits until `version` is in force at an instance, every slot is where it is wanted, and nothing is left behind.
+    /// Waits until `version` is in effect at an instance, every slot is on its target, and no rows are left behind.
     pub async fn settled(&self, instance: &Instance, version: u64) {
         self.settled_within(instance, version, Duration::from_secs(180))
             .await;
@@ -160,7 +161,7 @@ impl Service {
 
     /// Waits until an instance goes by a version.
     pub async fn in_force(&self, instance: &Instance, version: u64) {
-        until("the topology is in force", async || {
+        until("the topology is in effect", async || {
             let (_, change) = instance
                 .get(&format!("{}/admin/resharding", instance.admin))
                 .await;
@@ -169,7 +170,7 @@ impl Service {
         .await;
     }
 
-    /// What an instance says of its file, once it says something else than that it is in force.
+    /// The state and reason of an instance's file, once it is not in effect.
     pub async fn complaint(&self, instance: &Instance) -> String {
         until("the file is complained of", async || {
             let (_, change) = instance
@@ -188,17 +189,7 @@ impl Service {
     }
 }
 
-/// An acknowledged send.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Acknowledged {
-    pub from: u64,
-    pub to: u64,
-    pub key: String,
-    pub text: String,
-    pub seq: u64,
-}
-
-/// People who write all the time, through several instances.
+/// Users who write all the time, through several instances.
 pub struct Talk {
     stop: Arc<AtomicBool>,
     writers: Vec<JoinHandle<()>>,
@@ -206,7 +197,7 @@ pub struct Talk {
 }
 
 impl Talk {
-    /// `pairs` people, each writing to others in turn, up to `burst` messages at once.
+    /// `pairs` users, each writing to others in turn, up to `burst` messages at once.
     pub fn begin(instances: &[&Instance], pairs: u64, burst: u32, seed: u64) -> Self {
         println!("seed {seed}");
         let talk = Self {
@@ -265,7 +256,7 @@ impl Talk {
     /// Waits until `more` were acknowledged.
     pub async fn goes_on(&self, more: usize) {
         let before = self.count();
-        until("people go on talking", async || {
+        until("users go on writing", async || {
             (self.count() >= before + more).then_some(())
         })
         .await;
@@ -281,8 +272,8 @@ impl Talk {
     }
 }
 
-/// K of `docs/SHARDING.md`: every acknowledged key is stored once, where it was said to be; logs are whole and in order, the
-/// same through every instance for both users; every slot is owned once; nothing lies where it does not belong; each key that
+/// Checks all invariants: every acknowledged key is stored once, at its seq; logs are complete and in order, the
+/// same through every instance for both users; every slot is owned once; no row is where it does not belong; each key that
 /// is repeated, through any instance, gets the same answer.
 pub async fn check(
     service: &Service,
@@ -290,62 +281,22 @@ pub async fn check(
     acknowledged: &[Acknowledged],
     live: &[usize],
 ) {
-    let mut dialogs = BTreeMap::<(u64, u64), Vec<&Acknowledged>>::new();
-    for one in acknowledged {
-        dialogs
-            .entry((one.from.min(one.to), one.from.max(one.to)))
-            .or_default()
-            .push(one);
-    }
-    for ((low, high), expected) in &dialogs {
+    let accesses: Vec<_> = instances.iter().map(|instance| instance.access()).collect();
+    for ((low, high), expected) in checker::by_dialog(acknowledged) {
         let mut owner = None;
         for instance in instances {
             let url = format!("{}/admin/where/{low}/{high}", instance.admin);
             let found = instance.get(&url).await.1["owner"].clone();
             assert_eq!(*owner.get_or_insert(found.clone()), found, "{low}_{high}");
         }
-        let mut first = None;
-        for instance in instances {
-            for (user, with) in [(*low, *high), (*high, *low)] {
-                let api = instance.api(user).await;
-                let (up, down) = (
-                    api.log_upwards(with).await.unwrap(),
-                    api.log_downwards(with).await.unwrap(),
-                );
-                assert_eq!(up, down, "{low}_{high}");
-                assert_eq!(*first.get_or_insert(up.clone()), up, "{low}_{high}");
-            }
-        }
-        let log = first.unwrap();
-        let mut before = 0;
-        for message in &log {
-            let first_of_a_generation = message.seq & ((1 << 40) - 1) == 1;
-            assert!(
-                message.seq == before + 1 || (first_of_a_generation && message.seq > before),
-                "{low}_{high}: {before} then {}",
-                message.seq
-            );
-            before = message.seq;
-        }
-        let mut by_key = HashMap::<(u64, &str), Vec<u64>>::new();
-        for message in &log {
-            if let Some(key) = &message.key {
-                by_key
-                    .entry((message.from, key))
-                    .or_default()
-                    .push(message.seq);
-            }
-        }
+        let reading = checker::read_everywhere(&accesses, (low, high))
+            .await
+            .unwrap();
+        assert_eq!(reading.faults, [], "{low}_{high}");
+        assert_eq!(checker::faults(&reading.log, &expected), [], "{low}_{high}");
+        // The messages of an author stand in the order in which they were written, pipelined as they were.
         let mut order = HashMap::<u64, u64>::new();
         for one in expected {
-            assert_eq!(
-                by_key.get(&(one.from, one.key.as_str())).map(Vec::as_slice),
-                Some([one.seq].as_slice()),
-                "{low}_{high}: {one:?}"
-            );
-            let there = log.iter().find(|message| message.seq == one.seq).unwrap();
-            assert_eq!(there.text, one.text);
-            // Everyone's own messages stand in the order in which they were written, pipelined as they were.
             let last = order.insert(one.from, one.seq).unwrap_or(0);
             assert!(
                 one.seq > last,

@@ -1,4 +1,4 @@
-//! A TCP proxy that breaks when it is told to: stands between an instance and a database.
+//! A TCP proxy between an instance and a database, which breaks on command.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -20,9 +20,9 @@ pub enum Mode {
     Slow,
     /// Connections are closed, and none is accepted.
     Cut,
-    /// What the client says passes; once it has said COMMIT, the connection is cut before the answer.
+    /// The client's bytes pass; after a COMMIT the connection is cut before the answer.
     CutReplyToCommit,
-    /// What the client says passes; once it has said COMMIT, nothing comes back any more.
+    /// The client's bytes pass; after a COMMIT no answer comes back.
     SwallowReplyToCommit,
 }
 

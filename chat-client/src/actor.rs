@@ -1,0 +1,657 @@
+//! The task behind a [`Client`](crate::Client): it connects, repeats what is not answered, and delivers messages in order.
+
+use crate::access::expiry;
+use crate::connection::{Connection, Incoming};
+use crate::event::Event;
+use crate::streams::Streams;
+use crate::{Access, ClientError};
+use chat_wire::{
+    ClientFrame, Close, ErrorBody, ErrorCode, HistoryPage, Message, Sent, ServerFrame,
+};
+use rand::RngExt;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio_tungstenite::tungstenite::Utf8Bytes;
+
+/// What a handle asks of the task.
+pub(crate) enum Command {
+    Send {
+        key: String,
+        to: u64,
+        text: String,
+        answer: oneshot::Sender<Result<Sent, ClientError>>,
+    },
+    Ask {
+        frame: Box<dyn FnOnce(String) -> ClientFrame + Send>,
+        answer: oneshot::Sender<Result<ServerFrame, ClientError>>,
+    },
+    /// Sent if there is a connection.
+    Typing {
+        with: u64,
+    },
+    Mark {
+        with: u64,
+        seq: u64,
+    },
+    Watch {
+        users: Vec<u64>,
+        watch: bool,
+    },
+    Follow {
+        dialog: String,
+        after: u64,
+    },
+    Repeat {
+        order: u64,
+    },
+}
+
+/// See the module.
+pub(crate) struct Actor {
+    access: Access,
+    user: u64,
+    events: mpsc::Sender<Event>,
+    repeats: mpsc::WeakSender<Command>,
+    /// Sends without an answer, in the order they were made.
+    sends: BTreeMap<u64, Unanswered>,
+    /// By key, where in `sends`.
+    orders: HashMap<(u64, String), u64>,
+    /// Requests without an answer, by the number that is their id.
+    asked: BTreeMap<u64, Asked>,
+    next: u64,
+    /// Numbers of what is to be sent, in order, as fast as the server takes it.
+    queue: BTreeSet<u64>,
+    pace: Pace,
+    /// What is sent before all that; gone with the connection.
+    first: Vec<Utf8Bytes>,
+    /// Read marks to be sent, the farthest of each dialog, and when: who reads a hundred messages at once says so once.
+    marks: BTreeMap<u64, u64>,
+    marks_due: Instant,
+    streams: Streams,
+    /// The server's clock when it last said that we have everything.
+    since: Option<String>,
+    /// Dialogs that one `resume` may name.
+    resume_dialogs: usize,
+    watched: BTreeSet<u64>,
+    /// Counts attempts that failed, so that each goes to another instance.
+    attempt: usize,
+    /// The server asked for so long a pause.
+    wait: Duration,
+}
+
+/// A send.
+struct Unanswered {
+    to: u64,
+    key: String,
+    text: String,
+    frame: Utf8Bytes,
+    answer: oneshot::Sender<Result<Sent, ClientError>>,
+}
+
+/// A request that is not a send.
+struct Asked {
+    frame: Utf8Bytes,
+    by: By,
+}
+
+/// Who asked.
+enum By {
+    Caller(oneshot::Sender<Result<ServerFrame, ClientError>>),
+    /// A `resume` of these.
+    Resume(Vec<String>),
+    /// A page of what was missed in this dialog; `false` once we have seen that there is nothing above what we have.
+    Reading(String, bool),
+}
+
+/// The longest first pause before a new attempt, and the longest of all.
+const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(8));
+
+/// A connection that lasted so long was a good one.
+const HELD: Duration = Duration::from_secs(5);
+
+/// How long an attempt may take.
+const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+
+/// Between two rounds of read marks.
+const MARKS_EVERY: Duration = Duration::from_millis(200);
+
+/// Commands that are sent together.
+const TOGETHER: usize = 64;
+
+impl Actor {
+    pub(crate) fn new(
+        access: Access,
+        user: u64,
+        events: mpsc::Sender<Event>,
+        repeats: mpsc::WeakSender<Command>,
+    ) -> Self {
+        Self {
+            access,
+            user,
+            events,
+            repeats,
+            sends: BTreeMap::new(),
+            orders: HashMap::new(),
+            asked: BTreeMap::new(),
+            next: 0,
+            queue: BTreeSet::new(),
+            pace: Pace::new(1),
+            first: Vec::new(),
+            marks: BTreeMap::new(),
+            marks_due: Instant::now(),
+            streams: Streams::default(),
+            since: None,
+            resume_dialogs: 1,
+            watched: BTreeSet::new(),
+            attempt: 0,
+            wait: Duration::ZERO,
+        }
+    }
+
+    pub(crate) async fn run(mut self, mut commands: mpsc::Receiver<Command>) {
+        let mut pause = BACKOFF.0;
+        loop {
+            let (lasted, ended) = match timeout(CONNECT_LIMIT, self.connect()).await {
+                Ok(Ok((connection, renew))) => {
+                    let begun = Instant::now();
+                    let ended = self.serve(connection, renew, &mut commands).await;
+                    (begun.elapsed(), ended)
+                }
+                Ok(Err(ClientError::Refused(body))) if !body.retryable => {
+                    self.emit(Event::Closed(ClientError::Refused(body))).await;
+                    return;
+                }
+                Ok(Err(e)) => (Duration::ZERO, Ended::Lost(None, e.to_string())),
+                Err(_) => (
+                    Duration::ZERO,
+                    Ended::Lost(None, "no connection in time".into()),
+                ),
+            };
+            let (code, reason) = match ended {
+                Ended::Dropped => return,
+                // A token that expired while we were here is replaced; one that is not taken at all stays so.
+                Ended::ForGood(_) if self.access.renews() && lasted > HELD => {
+                    (None, "the token has expired".into())
+                }
+                Ended::ForGood(e) => {
+                    self.emit(Event::Closed(e)).await;
+                    return;
+                }
+                Ended::Lost(code, reason) => (code, reason),
+            };
+            self.attempt += 1;
+            self.emit(Event::Disconnected { code, reason }).await;
+            // A connection that held for a while starts the pauses anew. Any time within the pause: a crowd that lost the same
+            // instance comes back spread over it.
+            if lasted > HELD {
+                pause = BACKOFF.0;
+            }
+            let jittered = std::mem::take(&mut self.wait) + pause.mul_f64(rand::rng().random());
+            sleep(jittered).await;
+            pause = (pause * 2).min(BACKOFF.1);
+        }
+    }
+
+    /// A connection, and when to bring another token.
+    async fn connect(&self) -> Result<(Connection, Option<Instant>), ClientError> {
+        let token = self.access.token(self.user).await?;
+        let connection = Connection::open(&self.access, &token, self.attempt).await?;
+        Ok((connection, self.renewal(&token)))
+    }
+
+    /// When to bring another token: after three quarters of its life.
+    fn renewal(&self, token: &str) -> Option<Instant> {
+        let expires = expiry(token).filter(|_| self.access.renews())?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?;
+        let left = Duration::from_secs(expires).saturating_sub(now);
+        Some(Instant::now() + left.mul_f64(0.75))
+    }
+
+    async fn serve(
+        &mut self,
+        mut connection: Connection,
+        mut renew: Option<Instant>,
+        commands: &mut mpsc::Receiver<Command>,
+    ) -> Ended {
+        match timeout(CONNECT_LIMIT, connection.next()).await {
+            Ok(Incoming::Frame(frame)) => {
+                if let ServerFrame::Error(body) = *frame {
+                    return if body.retryable {
+                        self.wait = Duration::from_millis(body.retry_after_ms.unwrap_or(0));
+                        Ended::Lost(None, body.message)
+                    } else {
+                        Ended::ForGood(ClientError::Refused(Box::new(body)))
+                    };
+                }
+                let ServerFrame::Welcome { limits, now, .. } = *frame else {
+                    return Ended::Lost(None, "the server does not say welcome".into());
+                };
+                self.pace = Pace::new(limits.sends_per_second);
+                self.resume_dialogs = (limits.resume_dialogs as usize).max(1);
+                self.begin(now);
+            }
+            Ok(Incoming::Closed(code, reason)) => return Ended::of(code, reason),
+            Err(_) => return Ended::Lost(None, "no welcome in time".into()),
+        }
+        self.emit(Event::Connected).await;
+        let mut batch = Vec::with_capacity(TOGETHER);
+        loop {
+            let due = self.due(Instant::now());
+            if !due.is_empty()
+                && let Err(e) = connection.send(due).await
+            {
+                return Ended::Lost(None, e.to_string());
+            }
+            let next = self.pace.next;
+            tokio::select! {
+                count = commands.recv_many(&mut batch, TOGETHER) => {
+                    if count == 0 {
+                        connection.close().await;
+                        return Ended::Dropped;
+                    }
+                    batch.drain(..).for_each(|command| self.accept(command));
+                }
+                incoming = connection.next() => match incoming {
+                    Incoming::Frame(frame) => self.take(*frame).await,
+                    Incoming::Closed(code, reason) => return Ended::of(code, reason),
+                },
+                () = sleep_until(next), if !self.queue.is_empty() => {}
+                () = sleep_until(self.marks_due), if !self.marks.is_empty() => {}
+                () = sleep_until(renew.unwrap_or(next)), if renew.is_some() => {
+                    // If there is none now, the connection will be closed in time, and begun anew with what there is then.
+                    let token = self.access.token(self.user).await.ok();
+                    renew = token.as_deref().and_then(|token| self.renewal(token));
+                    self.first.extend(token.map(|token| encode(&ClientFrame::Auth { token })));
+                }
+            }
+        }
+    }
+
+    /// Says where we are, and asks again what was not answered.
+    fn begin(&mut self, now: String) {
+        self.first.clear();
+        self.asked
+            .retain(|_, asked| matches!(asked.by, By::Caller(_)));
+        self.streams.interrupt();
+        let since = self.since.replace(now);
+        self.resume(since);
+        if !self.watched.is_empty() {
+            let users = self.watched.iter().copied().collect();
+            self.first.push(encode(&ClientFrame::Watch { users }));
+        }
+        self.queue = self
+            .sends
+            .keys()
+            .chain(self.asked.keys())
+            .copied()
+            .collect();
+    }
+
+    /// Tells the server where we are, in as many frames as it takes.
+    fn resume(&mut self, mut since: Option<String>) {
+        let positions: Vec<(String, u64)> = self.streams.positions().into_iter().collect();
+        let mut parts: Vec<&[(String, u64)]> = positions.chunks(self.resume_dialogs).collect();
+        // A client that follows more dialogs than one frame takes would receive those in the other frames, too.
+        if parts.len() > 1 {
+            since = None;
+        }
+        if parts.is_empty() && since.is_some() {
+            parts.push(&[]);
+        }
+        for part in parts {
+            let positions: BTreeMap<String, u64> = part.iter().cloned().collect();
+            let dialogs = positions.keys().cloned().collect();
+            let since = since.take();
+            self.ask(By::Resume(dialogs), |id| ClientFrame::Resume {
+                id: Some(id),
+                positions,
+                since,
+            });
+        }
+    }
+
+    /// A request of our own, which is not repeated on another connection. Positions are sent before anything else.
+    fn ask(&mut self, by: By, frame: impl FnOnce(String) -> ClientFrame) {
+        self.next += 1;
+        let frame = encode(&frame(self.next.to_string()));
+        if let By::Resume(_) = by {
+            self.first.push(frame.clone());
+        } else {
+            self.queue.insert(self.next);
+        }
+        self.asked.insert(self.next, Asked { frame, by });
+    }
+
+    /// What may be sent now, in order; what was answered meanwhile is passed over.
+    fn due(&mut self, now: Instant) -> Vec<Utf8Bytes> {
+        let mut due = std::mem::take(&mut self.first);
+        if !self.marks.is_empty() && self.marks_due <= now {
+            let marks = std::mem::take(&mut self.marks).into_iter();
+            due.extend(marks.map(|(with, seq)| encode(&ClientFrame::Read { with, seq })));
+            self.marks_due = now + MARKS_EVERY;
+        }
+        while due.len() < TOGETHER && !self.queue.is_empty() && self.pace.allows(now) {
+            let Some(number) = self.queue.pop_first() else {
+                break;
+            };
+            let sent = self.sends.get(&number).map(|send| &send.frame);
+            if let Some(frame) = sent.or_else(|| self.asked.get(&number).map(|ask| &ask.frame)) {
+                due.push(frame.clone());
+                self.pace.take(now);
+            }
+        }
+        due
+    }
+
+    /// Remembers what a command waits for, and puts it into the queue.
+    fn accept(&mut self, command: Command) {
+        match command {
+            Command::Send {
+                key,
+                to,
+                text,
+                answer,
+            } => {
+                self.next += 1;
+                let frame = encode(&ClientFrame::Send {
+                    key: key.clone(),
+                    to,
+                    text: text.clone(),
+                });
+                self.orders.insert((to, key.clone()), self.next);
+                let send = Unanswered {
+                    to,
+                    key,
+                    text,
+                    frame,
+                    answer,
+                };
+                self.sends.insert(self.next, send);
+                self.queue.insert(self.next);
+            }
+            Command::Ask { frame, answer } => {
+                self.next += 1;
+                let frame = encode(&frame(self.next.to_string()));
+                let by = By::Caller(answer);
+                self.asked.insert(self.next, Asked { frame, by });
+                self.queue.insert(self.next);
+            }
+            Command::Typing { with } => self.first.push(encode(&ClientFrame::Typing { with })),
+            Command::Mark { with, seq } => {
+                let farthest = self.marks.entry(with).or_default();
+                *farthest = seq.max(*farthest);
+            }
+            Command::Watch { users, watch } => {
+                if watch {
+                    self.watched.extend(&users);
+                    self.first.push(encode(&ClientFrame::Watch { users }));
+                } else {
+                    self.watched.retain(|user| !users.contains(user));
+                    self.first.push(encode(&ClientFrame::Unwatch { users }));
+                }
+            }
+            Command::Follow { dialog, after } => {
+                self.streams.follow(&dialog, after);
+                self.resume_one(dialog, after);
+            }
+            Command::Repeat { order } => drop(self.queue.insert(order)),
+        }
+    }
+
+    fn resume_one(&mut self, dialog: String, after: u64) {
+        self.ask(By::Resume(vec![dialog.clone()]), |id| ClientFrame::Resume {
+            id: Some(id),
+            positions: BTreeMap::from([(dialog, after)]),
+            since: None,
+        });
+    }
+
+    async fn take(&mut self, frame: ServerFrame) {
+        match frame {
+            ServerFrame::Sent {
+                key,
+                dialog,
+                seq,
+                at,
+            } => self.sent(key, dialog, seq, at).await,
+            ServerFrame::Message(message) => {
+                // One of ours that we do not know to be stored, because the answer was lost with a connection.
+                if let (true, Some(key)) = (message.from == self.user, &message.key) {
+                    self.settle(message.to, key.clone(), &message);
+                }
+                if self.streams.message(&message.dialog, message.seq) {
+                    self.emit(Event::Message(message)).await;
+                }
+            }
+            ServerFrame::Resumed {
+                ref id,
+                ref resync,
+                ref reads,
+                ..
+            } => {
+                let number = id.as_deref().and_then(|id| id.parse().ok());
+                let asked = number.and_then(|number: u64| self.asked.remove(&number));
+                if let Some(By::Resume(dialogs)) = asked.map(|asked| asked.by) {
+                    self.streams.resumed(&dialogs);
+                }
+                for mark in reads.clone() {
+                    self.emit(Event::Read(mark)).await;
+                }
+                for dialog in resync.clone() {
+                    if self.streams.resync(&dialog) {
+                        self.read_on(dialog, true);
+                    } else {
+                        self.emit(Event::Resync(dialog)).await;
+                    }
+                }
+                if let ServerFrame::Resumed { now, .. } = frame {
+                    self.since = Some(now);
+                }
+            }
+            ServerFrame::Read(mark) => self.emit(Event::Read(mark)).await,
+            ServerFrame::Typing { dialog, user } => self.emit(Event::Typing { dialog, user }).await,
+            ServerFrame::Presence(presence) => self.emit(Event::Presence(presence)).await,
+            ServerFrame::Error(body) => self.refused(body),
+            ServerFrame::History { ref id, .. } | ServerFrame::Inbox { ref id, .. } => {
+                let number = id.as_deref().and_then(|id| id.parse().ok());
+                let asked = number.and_then(|number: u64| self.asked.remove(&number));
+                match (asked.map(|asked| asked.by), frame) {
+                    // The caller may have been dropped.
+                    (Some(By::Caller(answer)), frame) => drop(answer.send(Ok(frame))),
+                    (Some(By::Reading(dialog, above)), ServerFrame::History { page, .. }) => {
+                        self.found(dialog, above, page).await;
+                    }
+                    _ => {}
+                }
+            }
+            ServerFrame::Welcome { .. }
+            | ServerFrame::Authenticated { .. }
+            | ServerFrame::Pong { .. } => {}
+        }
+    }
+
+    async fn sent(&mut self, key: String, dialog: String, seq: u64, at: String) {
+        let to = self.counterpart(&dialog);
+        let Some(send) = self
+            .orders
+            .remove(&(to, key))
+            .and_then(|order| self.sends.remove(&order))
+        else {
+            return;
+        };
+        if self.streams.sent(&dialog, seq) {
+            self.emit(Event::Message(Message {
+                dialog: dialog.clone(),
+                seq,
+                from: self.user,
+                to,
+                text: send.text,
+                at: at.clone(),
+                key: Some(send.key),
+            }))
+            .await;
+        }
+        // The caller may have been dropped.
+        let _ = send.answer.send(Ok(Sent { dialog, seq, at }));
+    }
+
+    fn settle(&mut self, to: u64, key: String, message: &Message) {
+        let order = self.orders.remove(&(to, key));
+        if let Some(send) = order.and_then(|order| self.sends.remove(&order)) {
+            let _ = send.answer.send(Ok(Sent {
+                dialog: message.dialog.clone(),
+                seq: message.seq,
+                at: message.at.clone(),
+            }));
+        }
+    }
+
+    /// Asks for the next page of what was missed in a dialog; or, if there is nothing above what we have, for its end.
+    fn read_on(&mut self, dialog: String, above: bool) {
+        let with = self.counterpart(&dialog);
+        let after = self.streams.last(&dialog).filter(|_| above);
+        self.ask(By::Reading(dialog, above), |id| ClientFrame::History {
+            id: Some(id),
+            with,
+            before: None,
+            after,
+            limit: after.is_none().then_some(1),
+        });
+    }
+
+    async fn found(&mut self, dialog: String, above: bool, page: HistoryPage) {
+        if !above {
+            // The log is shorter than what we had of it: it goes on from its end.
+            self.streams.follow(&dialog, page.last);
+            self.resume_one(dialog.clone(), page.last);
+            self.emit(Event::Resync(dialog)).await;
+            return;
+        }
+        let nothing = page.messages.is_empty();
+        for message in page.messages {
+            if self.streams.found(&dialog, message.seq) {
+                self.emit(Event::Message(message)).await;
+            }
+        }
+        if page.more {
+            self.read_on(dialog, true);
+        } else if nothing {
+            self.read_on(dialog, false);
+        } else {
+            let last = self.streams.last(&dialog).unwrap_or(page.last);
+            self.streams.follow(&dialog, last);
+            self.resume_one(dialog, last);
+        }
+    }
+
+    /// Repeats what may succeed later; returns every other error to the caller.
+    fn refused(&mut self, body: ErrorBody) {
+        let order = match (&body.key, &body.id) {
+            // The error does not say which dialog: among several sends with one key it is the oldest that is answered.
+            (Some(key), _) => self
+                .sends
+                .iter()
+                .find(|(_, send)| send.key == *key)
+                .map(|(order, _)| *order),
+            (None, Some(id)) => id.parse().ok(),
+            (None, None) => None,
+        };
+        let Some(order) = order else { return };
+        if body.code == ErrorCode::RateLimited {
+            // Not this one alone is too early, but whatever comes from us: the queue waits, and keeps its order.
+            let after = Duration::from_millis(body.retry_after_ms.unwrap_or(1000));
+            self.pace.next = self.pace.next.max(Instant::now() + after);
+            self.queue.insert(order);
+            return;
+        }
+        if body.retryable {
+            let Some(commands) = self.repeats.upgrade() else {
+                return;
+            };
+            let after = Duration::from_millis(body.retry_after_ms.unwrap_or(200))
+                .mul_f64(rand::rng().random_range(1.0..1.5));
+            tokio::spawn(async move {
+                sleep(after).await;
+                // A full queue would block us here; waiting is what this task is for.
+                let _ = commands.send(Command::Repeat { order }).await;
+            });
+            return;
+        }
+        if let Some(send) = self.sends.remove(&order) {
+            self.orders.remove(&(send.to, send.key));
+            let _ = send.answer.send(Err(ClientError::Refused(Box::new(body))));
+        } else if let Some(By::Caller(answer)) = self.asked.remove(&order).map(|asked| asked.by) {
+            let _ = answer.send(Err(ClientError::Refused(Box::new(body))));
+        }
+    }
+
+    /// The other user of a dialog of ours.
+    fn counterpart(&self, dialog: &str) -> u64 {
+        let mut users = dialog
+            .split('_')
+            .filter_map(|user| user.parse::<u64>().ok());
+        let (low, high) = (users.next().unwrap_or(0), users.next().unwrap_or(0));
+        if low == self.user { high } else { low }
+    }
+
+    async fn emit(&self, event: Event) {
+        // Nobody may want them.
+        let _ = self.events.send(event).await;
+    }
+}
+
+/// When the next frame may be sent: as many a second as the server takes, and up to a second's worth at once.
+struct Pace {
+    step: Duration,
+    next: Instant,
+}
+
+impl Pace {
+    fn new(per_second: u32) -> Self {
+        Self {
+            step: Duration::from_secs(1) / per_second.max(1),
+            next: Instant::now(),
+        }
+    }
+
+    fn allows(&self, now: Instant) -> bool {
+        self.next <= now
+    }
+
+    fn take(&mut self, now: Instant) {
+        // What was not used for a second is lost.
+        let earliest = now.checked_sub(Duration::from_secs(1)).unwrap_or(now);
+        self.next = self.next.max(earliest) + self.step;
+    }
+}
+
+/// How a connection ended.
+enum Ended {
+    /// The last handle was dropped.
+    Dropped,
+    /// To be tried again.
+    Lost(Option<u16>, String),
+    /// Not to be tried again.
+    ForGood(ClientError),
+}
+
+impl Ended {
+    fn of(code: Option<u16>, reason: String) -> Self {
+        let for_good = [Close::Unauthenticated, Close::ForbiddenOrigin].map(Close::code);
+        match code {
+            Some(code) if for_good.contains(&code) => Ended::ForGood(ClientError::Connection(
+                format!("closed with {code} {reason}"),
+            )),
+            code => Ended::Lost(code, reason),
+        }
+    }
+}
+
+fn encode(frame: &ClientFrame) -> Utf8Bytes {
+    // A frame has only strings for keys, and no value that JSON cannot write.
+    serde_json::to_string(frame)
+        .expect("a frame is JSON")
+        .into()
+}
