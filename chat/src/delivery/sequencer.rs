@@ -44,6 +44,9 @@ struct Stream {
     /// Messages ahead of `last`.
     held: BTreeMap<Seq, Held>,
     reading: Reading,
+    /// The highest seq that was sent before the client set its position. An answer up to here cannot take the place of its message:
+    /// the client has seen the message, and has forgotten its text.
+    sent: Seq,
     /// Counts the positions that the client has set. A message that was read for an earlier position is dropped.
     epoch: u32,
     /// The read marks that the session has.
@@ -112,6 +115,7 @@ impl Sequencer {
         let begins = self.lossless || seq == Seq::ZERO.next(0);
         let before = begins.then(|| Seq::new(seq.get() - 1));
         let stream = stream(&mut self.streams, &mut self.clock, dialog, before);
+        let answered = own && seq <= stream.sent;
         match stream.last {
             Some(last) if seq <= last => {
                 // An answer is sent even if the message was sent before.
@@ -120,7 +124,7 @@ impl Sequencer {
                 }
                 return false;
             }
-            Some(last) if seq.get() == last.get() + 1 => {
+            Some(last) if seq.get() == last.get() + 1 && !answered => {
                 stream.last = Some(seq);
                 stream.head = stream.head.max(seq);
                 send(frame);
@@ -130,7 +134,8 @@ impl Sequencer {
             Some(_) | None => {}
         }
         stream.head = stream.head.max(seq);
-        let room = stream.held.len() < HELD
+        let room = !answered
+            && stream.held.len() < HELD
             && self.held_bytes + frame.len() <= self.bounds.held_bytes
             && !stream.held.contains_key(&seq);
         if room {
@@ -178,6 +183,9 @@ impl Sequencer {
     /// The client has every message up to `seq` and requests the later ones. Returns the epoch that begins with it.
     pub fn position(&mut self, dialog: DialogId, seq: Seq, send: impl FnMut(ByteString)) -> u32 {
         let stream = stream(&mut self.streams, &mut self.clock, dialog, None);
+        stream.sent = stream
+            .last
+            .map_or(stream.sent, |last| last.max(stream.sent));
         stream.last = Some(seq);
         stream.head = seq;
         stream.epoch += 1;
@@ -386,6 +394,7 @@ fn stream<'a>(
         head: last.unwrap_or(Seq::ZERO),
         held: BTreeMap::new(),
         reading: Reading::CaughtUp,
+        sent: Seq::ZERO,
         epoch: 0,
         reads: Vec::new(),
         used: 0,
@@ -565,6 +574,18 @@ mod tests {
     }
 
     #[test]
+    fn an_answer_that_comes_after_its_message_was_sent_does_not_take_its_place() {
+        let (mut sequencer, mut got) = (sequencer(), Got::default());
+        sequencer.track(dialog(), seq(5));
+        sequencer.on_last_seq(dialog(), seq(6));
+        read(&mut sequencer, 6, &mut got);
+        sequencer.position(dialog(), seq(5), got.taker());
+        assert!(sequencer.on_message(dialog(), seq(6), frame(1006), true, got.taker()));
+        read(&mut sequencer, 6, &mut got);
+        assert_eq!(got.0, [6, 1006, 6]);
+    }
+
+    #[test]
     fn a_position_begins_anew_and_voids_what_is_being_read() {
         let (mut sequencer, mut got) = (sequencer(), Got::default());
         sequencer.position(dialog(), seq(100), got.taker());
@@ -651,12 +672,24 @@ mod tests {
         }
     }
 
+    /// `CHAT_SEQUENCE=SEED` or `FROM..TO`, or else so many seeds from a random one on.
+    fn seeds(number: u64) -> std::ops::Range<u64> {
+        let Ok(text) = std::env::var("CHAT_SEQUENCE") else {
+            let first = u64::from(rand::random::<u32>());
+            return first..first + number;
+        };
+        let seed = |text: &str| text.parse().expect("CHAT_SEQUENCE is a seed or FROM..TO");
+        match text.split_once("..") {
+            Some((from, to)) => seed(from)..seed(to),
+            None => seed(&text)..seed(&text) + 1,
+        }
+    }
+
     /// A growing log whose events are lost, repeated and reordered, with sends of the session, reads that fail, and connections
     /// that are lost: what was not answered is sent again, before or after the position.
     #[test]
     fn whatever_is_lost_doubled_or_overtaken_the_client_has_the_log() {
-        let first = rand::random::<u32>();
-        for seed in (first..first.wrapping_add(1000)).map(u64::from) {
+        for seed in seeds(1000) {
             let mut chance = StdRng::seed_from_u64(seed);
             let what = format!("seed {seed}");
             let lossless = chance.random();
