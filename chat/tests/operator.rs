@@ -401,6 +401,7 @@ async fn a_full_queue_refuses_with_a_time_to_come_again_and_takes_sends_when_it_
         ("STORE__QUEUE_ROWS", "10"),
         ("STORE__BATCH_ROWS", "1"),
         ("LIMITS__SENDS_BURST", "1000"),
+        ("LIMITS__FRAMES_PER_SECOND", "1000"),
     ];
     let instance = Instance::start(&databases.shards_file(), &settings).await;
     let mut socket = Socket::of(&instance, 7).await;

@@ -3,43 +3,43 @@
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-/// What went wrong, as a program should see it. Codes are stable; the text beside them is not.
+/// The kind of an error. Codes are stable; the text beside them is not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum ErrorCode {
-    /// The frame or body is not understood: bad JSON, an unknown type, a missing or ill-typed field.
+    /// The frame or body is malformed: bad JSON, an unknown type, a missing field or one of the wrong type.
     BadRequest,
-    /// No token, a bad one, or an expired one.
+    /// The token is missing, invalid or expired.
     Unauthenticated,
-    /// The token is good, but not for this.
+    /// The token is valid, but does not allow this request.
     Forbidden,
-    /// No such route or thing.
+    /// The route or the resource does not exist.
     NotFound,
-    /// A message needs at least one character.
+    /// The message has no character.
     TextEmpty,
-    /// A message over the limit of characters.
+    /// The message has more characters than the limit.
     TextTooLong,
     /// A user id outside 1 … 2^53-1.
     BadUser,
     /// The same key was already used in this dialog for another text.
     KeyReused,
-    /// Too many sends in too short a time.
+    /// The user has exceeded a rate limit.
     RateLimited,
-    /// A queue of the server is full. Nothing was stored; repeat with the same key.
+    /// A queue of the server is full. Nothing was stored: repeat with the same key.
     Overloaded,
     /// The shard of this dialog does not answer. Repeat with the same key.
     ShardDown,
-    /// Not through in time. It may or may not be stored: repeat with the same key.
+    /// The request timed out. A message may or may not be stored: repeat with the same key.
     Unavailable,
-    /// A WebSocket frame or request body over the limit.
+    /// A WebSocket frame or request body is larger than the limit.
     FrameTooLarge,
-    /// A fault of the server's own.
+    /// A defect of the server.
     Internal,
 }
 
 impl ErrorCode {
-    /// Every code, for documentation and metrics.
+    /// All codes.
     pub const ALL: [ErrorCode; 14] = [
         ErrorCode::BadRequest,
         ErrorCode::Unauthenticated,
@@ -57,7 +57,7 @@ impl ErrorCode {
         ErrorCode::Internal,
     ];
 
-    /// The code as it stands on the wire.
+    /// The code on the wire.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -101,13 +101,13 @@ impl fmt::Display for ErrorCode {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ErrorBody {
-    /// What a program acts on.
+    /// The code, for programs.
     pub code: ErrorCode,
-    /// What a person reads.
+    /// The explanation, for people.
     pub message: String,
     /// Whether the same request may succeed later.
     pub retryable: bool,
-    /// How long to wait before trying again, in milliseconds, where the server knows.
+    /// The time to wait before a repetition, in milliseconds, if the server knows it.
     pub retry_after_ms: Option<u64>,
     /// The key of the send that failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -9,21 +9,21 @@ use std::collections::BTreeMap;
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum ClientFrame {
-    /// Store a message in the dialog with `to`, and deliver it.
+    /// Stores a message in the dialog with `to`, and delivers it.
     Send {
         /// 1 to 64 bytes, chosen by the client, unique per author and dialog. A repeat is stored once.
         key: String,
-        /// The other user; one's own id for notes to self.
+        /// The user id of the recipient; the user's own id for notes to self.
         to: u64,
         /// 1 to 4,000 characters, stored exactly as sent.
         text: String,
     },
-    /// A page of the dialog with `with`: below `before`, above `after`, or the newest.
+    /// Requests a page of the dialog with `with`: below `before`, above `after`, or the newest messages.
     History {
-        /// Comes back in the answer.
+        /// Repeated in the answer.
         #[serde(default)]
         id: Option<String>,
-        /// The other user.
+        /// The user id of the other participant.
         with: u64,
         /// Messages with a smaller seq, the newest of them.
         #[serde(default)]
@@ -31,64 +31,64 @@ pub enum ClientFrame {
         /// Messages with a larger seq, the oldest of them.
         #[serde(default)]
         after: Option<u64>,
-        /// At most so many.
+        /// The largest number of messages; the server's limit is in `welcome`.
         #[serde(default)]
         limit: Option<u32>,
     },
-    /// A page of the user's dialogs, newest first.
+    /// Requests a page of the user's dialogs, newest first.
     Inbox {
-        /// Comes back in the answer.
+        /// Repeated in the answer.
         #[serde(default)]
         id: Option<String>,
-        /// At most so many.
+        /// The largest number of dialogs; the server's limit is in `welcome`.
         #[serde(default)]
         limit: Option<u32>,
         /// The `cursor` of the page before.
         #[serde(default)]
         cursor: Option<String>,
     },
-    /// Everything up to `seq` in the dialog with `with` was read.
+    /// Marks the dialog with `with` as read up to `seq`.
     Read {
-        /// The other user.
+        /// The user id of the other participant.
         with: u64,
-        /// The last seq that was read. A smaller one than before changes nothing.
+        /// The seq of the last message that was read. A smaller one than before has no effect.
         seq: u64,
     },
-    /// Everything after these positions, and from then on whatever comes, in order and without a hole. On a new connection,
-    /// and on entering a dialog.
+    /// Requests all messages after these positions, and from then on live messages without a gap. Sent on a new connection and when a
+    /// dialog is opened.
     Resume {
-        /// Comes back in the answer.
+        /// Repeated in the answer.
         #[serde(default)]
         id: Option<String>,
-        /// By dialog, the seq up to which the client has everything; at most as many as `welcome` says.
+        /// For each dialog, the seq up to which the client has every message. Their number is limited by `resume_dialogs` of `welcome`.
         positions: BTreeMap<String, u64>,
-        /// The `now` of the last `welcome` or `resumed` before: messages since then in dialogs without a position are sent too.
+        /// The `now` of the last `welcome` or `resumed`. In dialogs without a position, messages stored since then are sent.
         #[serde(default)]
         since: Option<String>,
     },
-    /// The user is writing to `with`. Passed on, never stored.
+    /// The user is writing to `with`. Delivered, never stored.
     Typing {
-        /// The other user.
+        /// The user id of the other participant.
         with: u64,
     },
-    /// Send the presence of these users, now and after every change.
+    /// Subscribes to the presence of these users: their state now, and each change.
     Watch {
-        /// The users.
+        /// User ids.
         users: Vec<u64>,
     },
-    /// Stop sending the presence of these users.
+    /// Ends the subscription to the presence of these users.
     Unwatch {
-        /// The users.
+        /// User ids.
         users: Vec<u64>,
     },
-    /// A fresh token for the same user, before the old one expires.
+    /// Replaces the token of the session by a new one for the same user, before the old one expires.
     Auth {
         /// The new token.
         token: String,
     },
-    /// Answered by `pong`.
+    /// Requests a `pong`.
     Ping {
-        /// Comes back in the answer.
+        /// Repeated in the answer.
         #[serde(default)]
         id: Option<String>,
     },
@@ -102,15 +102,15 @@ pub struct Message {
     pub dialog: String,
     /// 1, 2, 3 … within the dialog.
     pub seq: u64,
-    /// The author.
+    /// The user id of the author.
     pub from: u64,
-    /// The other user.
+    /// The user id of the recipient.
     pub to: u64,
     /// The text, exactly as it was sent.
     pub text: String,
-    /// When it was stored, by the shard's clock: RFC 3339 in UTC with microseconds. For showing; order is by `seq`.
+    /// The time of storing by the shard's clock, RFC 3339 in UTC with microseconds. It is for display; the order is by `seq`.
     pub at: String,
-    /// The author's key.
+    /// The idempotency key that the author chose.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key: Option<String>,
 }
@@ -121,17 +121,17 @@ pub struct Message {
 pub struct InboxEntry {
     /// The dialog, e.g. `7_42`.
     pub dialog: String,
-    /// The other user.
+    /// The user id of the other participant.
     pub with: u64,
     /// The newest message.
     pub last: Message,
-    /// Up to which seq this user has read.
+    /// The seq up to which this user has read.
     pub read: u64,
     /// The number of messages of the other user above `read`; counted up to 100, which means "99+".
     pub unread: u32,
 }
 
-/// The limits that a client should know, in `welcome`.
+/// The limits of the server that concern clients.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Limits {
@@ -139,13 +139,13 @@ pub struct Limits {
     pub text_chars: u32,
     /// Bytes of a WebSocket message from the client.
     pub frame_bytes: u32,
-    /// Messages a history page has at most.
+    /// Messages of a history page.
     pub history_page: u32,
-    /// Dialogs an inbox page has at most.
+    /// Dialogs of an inbox page.
     pub inbox_page: u32,
-    /// Sends a second and user, in the long run.
+    /// Sends of a user per second, in the long run.
     pub sends_per_second: u32,
-    /// Frames a second and session.
+    /// Frames of a session per second.
     pub frames_per_second: u32,
     /// Dialogs of a `resume`.
     #[serde(default)]
@@ -153,16 +153,16 @@ pub struct Limits {
     /// Messages of a dialog that a `resume` replays; a client that is further behind must read the history.
     #[serde(default)]
     pub resume_messages: u32,
-    /// The number of users that a session may watch.
+    /// Users whose presence a session may watch.
     #[serde(default)]
     pub watched_users: u32,
-    /// How far back the `since` of a `resume` reaches, in hours.
+    /// The greatest age of `since` in a `resume`, in hours.
     #[serde(default)]
     pub resume_hours: u32,
-    /// Units of work a second and user, over all sessions and REST: see the limits in PROTOCOL.
+    /// Units of work of a user per second, over all sessions and REST; docs/PROTOCOL.md defines the unit.
     #[serde(default)]
     pub work_per_second: u32,
-    /// Units of work at once.
+    /// Units of work of a user at once.
     #[serde(default)]
     pub work_burst: u32,
 }
@@ -174,27 +174,27 @@ pub struct Limits {
 pub enum ServerFrame {
     /// The first frame of a session.
     Welcome {
-        /// Who the token says the client is.
+        /// The user id in the token.
         user: u64,
-        /// The name of this session, for logs.
+        /// The id of this session in the server's logs.
         session: String,
         /// `chat.v1`.
         protocol: String,
-        /// What the server will not accept more of.
+        /// The limits that the server enforces.
         limits: Limits,
-        /// The server's clock: for `since` of a later `resume`.
+        /// The time by the server's clock, for `since` of a later `resume`.
         #[serde(default)]
         now: String,
     },
     /// The answer to `send`, after the shard's COMMIT.
     Sent {
-        /// The client's key.
+        /// The idempotency key of the send.
         key: String,
-        /// The dialog.
+        /// The dialog, e.g. `7_42`.
         dialog: String,
-        /// The place of the message in the dialog.
+        /// The seq of the message.
         seq: u64,
-        /// When it was stored.
+        /// The time of storing.
         at: String,
     },
     /// A message for this user, or one that this user sent from another session.
@@ -217,37 +217,36 @@ pub enum ServerFrame {
         #[serde(flatten)]
         page: crate::InboxPage,
     },
-    /// The answer to `resume`; what was missed comes before it. Without an `id` when nobody asked: the session could not be
-    /// kept level in a dialog.
+    /// The answer to `resume`, after the missed messages. Without a request, and without `id`, if the session lost its position in a dialog.
     Resumed {
         /// The request's id.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         id: Option<String>,
-        /// By dialog, up to where the client has everything now.
+        /// For each dialog, the seq up to which the client has every message now.
         positions: BTreeMap<String, u64>,
-        /// Dialogs that are too far behind, or whose position is beyond the log: read their history.
+        /// Dialogs whose position is too far behind or beyond the last message: the client must read their history.
         resync: Vec<String>,
-        /// How far both sides of the dialogs in `positions` have read, where they have.
+        /// The read marks of both participants in the dialogs of `positions`.
         reads: Vec<crate::ReadMark>,
-        /// Shards that do not answer: what is missed in their dialogs comes when they do.
+        /// Shards that do not answer. The missed messages of their dialogs follow when they do.
         incomplete: Vec<String>,
-        /// The server's clock: for `since` of a later `resume`.
+        /// The time by the server's clock, for `since` of a later `resume`.
         now: String,
     },
     /// A participant has read up to `seq`.
     Read(crate::ReadMark),
-    /// A user is typing; for six seconds, unless it is repeated.
+    /// A user is typing. Valid for six seconds.
     Typing {
-        /// Where.
+        /// The dialog, e.g. `7_42`.
         dialog: String,
-        /// Who.
+        /// The user who is typing.
         user: u64,
     },
-    /// Whether a watched user has a session anywhere.
+    /// The presence of a watched user.
     Presence(crate::Presence),
-    /// The answer to `auth`: the session now lasts as long as the new token.
+    /// The answer to `auth`: the session lasts until the new token expires.
     Authenticated {
-        /// When the new token expires, in seconds since 1970.
+        /// The expiry of the new token, in seconds since 1970.
         expires: u64,
     },
     /// The answer to `ping`.

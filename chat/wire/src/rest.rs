@@ -7,9 +7,9 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct SendRequest {
-    /// 1 to 64 bytes, unique per author and dialog.
+    /// The idempotency key: 1 to 64 bytes, unique per author and dialog.
     pub key: String,
-    /// 1 to 4,000 characters.
+    /// 1 to 4,000 characters, stored exactly as sent.
     pub text: String,
 }
 
@@ -19,9 +19,9 @@ pub struct SendRequest {
 pub struct Sent {
     /// The dialog, e.g. `7_42`.
     pub dialog: String,
-    /// The place of the message in it.
+    /// The seq of the message.
     pub seq: u64,
-    /// When it was stored.
+    /// The time of storing, RFC 3339 in UTC with microseconds.
     pub at: String,
 }
 
@@ -29,7 +29,7 @@ pub struct Sent {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct HistoryPage {
-    /// The dialog.
+    /// The dialog, e.g. `7_42`.
     pub dialog: String,
     /// The messages, ascending.
     pub messages: Vec<Message>,
@@ -37,9 +37,9 @@ pub struct HistoryPage {
     pub first: u64,
     /// The seq of the last message of the page; 0 for an empty one.
     pub last: u64,
-    /// Whether there is more in the direction that was asked for.
+    /// Whether the dialog has more messages in the requested direction.
     pub more: bool,
-    /// Whether messages are known to be missing, because a shard that holds some was declared down.
+    /// Whether messages are missing because the shard that holds them is declared down.
     pub gap: bool,
 }
 
@@ -49,9 +49,9 @@ pub struct HistoryPage {
 pub struct InboxPage {
     /// The dialogs, by the time of their last message, newest first.
     pub dialogs: Vec<InboxEntry>,
-    /// Ask again with this for the next page; null at the end.
+    /// The cursor of the next page; null on the last page.
     pub cursor: Option<String>,
-    /// Names of shards that did not answer, whose dialogs are missing here.
+    /// Names of shards that did not answer. Their dialogs are missing from this page.
     pub incomplete: Vec<String>,
 }
 
@@ -59,19 +59,19 @@ pub struct InboxPage {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ReadRequest {
-    /// The last seq that was read.
+    /// The seq of the last message that was read.
     pub seq: u64,
 }
 
-/// How far a user has read in a dialog.
+/// The seq up to which a user has read a dialog.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ReadMark {
-    /// The dialog.
+    /// The dialog, e.g. `7_42`.
     pub dialog: String,
-    /// Who read.
+    /// The user who has read.
     pub user: u64,
-    /// Up to which seq.
+    /// The seq of the last message that the user has read.
     pub seq: u64,
 }
 
@@ -79,11 +79,11 @@ pub struct ReadMark {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct DevTokenRequest {
-    /// The user.
+    /// The user id that the token is for.
     pub user: u64,
 }
 
-/// A token.
+/// A bearer token.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Token {
@@ -91,12 +91,12 @@ pub struct Token {
     pub token: String,
 }
 
-/// Whether a user has a session anywhere.
+/// Whether a user is online: has a session on any instance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Presence {
-    /// Who.
+    /// The user id.
     pub user: u64,
-    /// Whether.
+    /// Whether the user has a session.
     pub online: bool,
 }
