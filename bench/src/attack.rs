@@ -200,7 +200,7 @@ async fn assail(
                     let frame: Value = serde_json::from_str(&text).unwrap_or_default();
                     if frame["type"] == "error" {
                         count(frame["code"].as_str().unwrap_or("?").to_owned());
-                        // A session that goes on at once would be closed for its frames; this one wants work to be done.
+                        // A session that continues at once would be closed for its frames; this attack is about the work at the shards.
                         tokio::time::sleep(Duration::from_millis(20)).await;
                     }
                 }

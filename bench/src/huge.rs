@@ -23,7 +23,7 @@ pub struct Options {
     /// Messages in the dialog.
     #[arg(long, default_value_t = 1_000_000)]
     messages: u64,
-    /// Nobody writes and nobody reads meanwhile.
+    /// Without writers and readers.
     #[arg(long)]
     quiet: bool,
     /// The first port; some dozens above it are used.
@@ -51,7 +51,7 @@ async fn show(service: &mut Service, messages: u64, quiet: bool) -> anyhow::Resu
         .await?
         .json()
         .await?;
-    let owner = place["owner"].as_str().context("nobody owns it")?;
+    let owner = place["owner"].as_str().context("the slot has no owner")?;
     let (slot, from) = (place["slot"].as_u64().context("no slot")?, owner.to_owned());
     let from_n: u16 = from.trim_start_matches("shard").parse()?;
     let to_n = 1 + from_n % 4;
@@ -220,7 +220,7 @@ async fn fill(service: &Service, shard: u16, slot: u64, messages: u64) -> anyhow
          INSERT INTO messages (slot, dialog, seq, author, client_key, text_hash, kind, text, created_at)
            WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {messages})
            SELECT {slot}, '7_42', i, IF(i % 2, 7, 42), CONCAT('f', i), UNHEX(LPAD(HEX(i), 32, '0')), 'text',
-                  CONCAT('This is message ', i, ' of a very long talk between two people.'), i FROM n"
+                  CONCAT('This is message ', i, ' of a very long dialog.'), i FROM n"
     ))
     .await?;
     conn.disconnect().await?;
@@ -242,7 +242,7 @@ async fn insert_plainly(service: &Service, shard: u16, messages: u64) -> anyhow:
             let author = if i % 2 == 1 { 7 } else { 42 };
             write!(
                 sql,
-                "{comma}(1,'7_42',{i},{author},'f{i}',x'{i:032x}','text','This is message {i} of a very long talk between two people.',{i})"
+                "{comma}(1,'7_42',{i},{author},'f{i}',x'{i:032x}','text','This is message {i} of a very long dialog.',{i})"
             )?;
         }
         conn.query_drop(sql).await?;

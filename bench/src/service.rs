@@ -234,7 +234,7 @@ impl Service {
         bail!("instance {i} does not get ready; see its log")
     }
 
-    /// Everybody comes from one address here; and what few users do stands for many.
+    /// All clients have one address here; and few users do the work of many.
     fn limits(&self) -> Vec<(String, &'static str)> {
         let names = [
             "CONNECTIONS_PER_IP",
@@ -398,7 +398,7 @@ impl Service {
         let place: Value = reqwest::get(url).await?.json().await?;
         let owner = place["owner"]
             .as_str()
-            .context("nobody owns it")?
+            .context("the slot has no owner")?
             .to_owned();
         self.owners.insert(dialog, owner.clone());
         Ok(owner)

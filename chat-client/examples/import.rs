@@ -1,4 +1,4 @@
-//! Sends the lines of a file (`from<TAB>to<TAB>text`), each once: run again after an interruption, it goes on.
+//! Sends the lines of a file (`from<TAB>to<TAB>text`), each once: run again after an interruption, it continues.
 //!
 //! ```text
 //! printf '7\t42\thello\n42\t7\thi\n' > lines.tsv

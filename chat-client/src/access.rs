@@ -15,7 +15,7 @@ pub enum TokenSource {
     Dev,
 }
 
-/// A server, and a way to be somebody there. A clone is cheap.
+/// A server's address and the credentials of a user. A clone is cheap.
 #[derive(Clone)]
 pub struct Access {
     base: String,

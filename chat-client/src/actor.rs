@@ -70,7 +70,7 @@ pub(crate) struct Actor {
     marks: BTreeMap<u64, u64>,
     marks_due: Instant,
     streams: Streams,
-    /// The server's clock when it last said that we have everything.
+    /// The server's time at which it last confirmed that we have every message.
     since: Option<String>,
     /// Dialogs that one `resume` may name.
     resume_dialogs: usize,
@@ -523,7 +523,7 @@ impl Actor {
 
     async fn found(&mut self, dialog: String, above: bool, page: HistoryPage) {
         if !above {
-            // The log is shorter than what we had of it: it goes on from its end.
+            // The log is shorter than our position: we continue at its end.
             self.streams.follow(&dialog, page.last);
             self.resume_one(dialog.clone(), page.last);
             self.emit(Event::Resync(dialog)).await;

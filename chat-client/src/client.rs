@@ -6,7 +6,7 @@ use crate::{Access, ClientError};
 use chat_wire::{ClientFrame, HistoryPage, InboxPage, Sent, ServerFrame};
 use tokio::sync::{mpsc, oneshot};
 
-/// The events of a client. While nobody takes them, nothing else is read from the connection either; dropped, they are
+/// The events of a client. While they are not taken, nothing else is read from the connection either; dropped, they are
 /// no longer collected.
 pub type Events = mpsc::Receiver<Event>;
 
@@ -100,7 +100,7 @@ impl Client {
     /// # Errors
     /// [`ClientError::Closed`].
     pub async fn mark_read(&self, with: u64, seq: u64) -> Result<(), ClientError> {
-        // The server answers a mark with the mark, which comes as an event; nobody waits for it here.
+        // The server answers a mark with the mark, which comes as an event. This call does not wait for it.
         self.command(Command::Mark { with, seq }).await
     }
 

@@ -15,7 +15,7 @@ use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
 /// An open connection.
 pub struct Connection {
     socket: WebSocketStream<MaybeTlsStream<TcpStream>>,
-    heard: Instant,
+    last_received: Instant,
 }
 
 /// The server pings every 25 seconds unless it is set otherwise: after so long the connection is dead.
@@ -58,7 +58,7 @@ impl Connection {
             .map_err(connection)?;
         Ok(Self {
             socket,
-            heard: Instant::now(),
+            last_received: Instant::now(),
         })
     }
 
@@ -84,10 +84,11 @@ impl Connection {
     /// Safe.
     pub async fn next(&mut self) -> Incoming {
         loop {
-            let Ok(next) = timeout_at(self.heard + SILENCE, self.socket.next()).await else {
+            let Ok(next) = timeout_at(self.last_received + SILENCE, self.socket.next()).await
+            else {
                 return Incoming::Closed(None, "the server sent nothing for too long".into());
             };
-            self.heard = Instant::now();
+            self.last_received = Instant::now();
             match next {
                 Some(Ok(Message::Text(text))) => {
                     if let Ok(frame) = serde_json::from_str(&text) {

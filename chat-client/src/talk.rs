@@ -76,7 +76,7 @@ pub async fn run(access: Access, user: u64, with: u64) -> anyhow::Result<()> {
             },
             Some(sent) = done.recv() => {
                 under_way -= 1;
-                // What was sent is shown where it stands among the others; the client reports it before it answers.
+                // A sent message is shown at its place in the order; the client reports it before it answers.
                 while let Ok(event) = events.try_recv() {
                     view.event(event).await?;
                 }
@@ -260,7 +260,7 @@ fn read_input(out: mpsc::Sender<Input>) -> anyhow::Result<Screen> {
     Ok(Screen::Terminal(Box::new(printer)))
 }
 
-/// Notices that somebody is typing: the editor asks it for a hint at every key.
+/// Notices typing: the editor asks it for a hint at every key.
 struct Keys(mpsc::Sender<Input>);
 
 impl Hinter for Keys {

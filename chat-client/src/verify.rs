@@ -23,7 +23,7 @@ pub struct Findings {
     /// Acknowledged messages that are not at their seq.
     pub lost: u64,
     /// Keys that are stored more than once, or elsewhere.
-    pub doubled: u64,
+    pub duplicates: u64,
     /// Gaps, and readings of a dialog that differ.
     pub disordered: u64,
     /// The first faults.
@@ -36,7 +36,7 @@ impl Findings {
         for fault in faults {
             match fault {
                 Fault::Lost { .. } => self.lost += 1,
-                Fault::Duplicate { .. } => self.doubled += 1,
+                Fault::Duplicate { .. } => self.duplicates += 1,
                 Fault::Gap { .. } | Fault::Differs { .. } => self.disordered += 1,
             }
             if self.faults.len() < NAMED {

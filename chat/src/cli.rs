@@ -184,85 +184,82 @@ pub async fn pause(admin: SocketAddr, token: Option<&Secret>, pause: bool) -> an
     Ok(())
 }
 
+/// What `chat status` prints.
 fn table(change: &Value, topology: &Value, shards: &Value) -> String {
-    let mut out = String::new();
-    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    let _ = writeln!(
-        out,
-        "topology  version {} {}",
-        change["version"],
-        text(&change["phase"])
-    );
-    let file = &change["file"];
-    let _ = writeln!(
-        out,
-        "file      {} {}",
-        text(&file["state"]).replace('_', " "),
-        text(&file["reason"])
-    );
-    let others = change["others"].as_object().cloned().unwrap_or_default();
-    let others: Vec<String> = others
-        .iter()
-        .map(|(name, version)| format!("{name} has {version}"))
-        .collect();
-    let _ = writeln!(
-        out,
-        "instance  {}; others: {}",
-        text(&change["instance"]),
-        if others.is_empty() {
-            "none".into()
-        } else {
-            others.join(", ")
-        }
-    );
+    let mut out = summary(change);
     let _ = writeln!(
         out,
         "\n{:>12} {:>9} {:>6} {:>6} {:>7} {:>7} {:>8} {:>7}  share",
         "shard", "state", "weight", "owner", "sealed", "coming", "fenced", "to purge"
     );
     for shard in shards["shards"].as_array().unwrap_or(&Vec::new()) {
-        let name = text(&shard["name"]);
-        let member = &topology["topology"]["shards"][&name];
-        if let Some(reason) = shard["reason"].as_str() {
-            let _ = writeln!(
-                out,
-                "{name:>12} {:>9} {:>6} does not answer: {reason}",
-                text(&member["state"]),
-                member["weight"]
-            );
-            continue;
-        }
-        let number = |field: &str| shard[field].as_u64().unwrap_or(0);
-        let share = number("owner") as f64 / SLOTS as f64;
-        let _ = writeln!(
-            out,
-            "{name:>12} {:>9} {:>6} {:>6} {:>7} {:>7} {:>8} {:>7}  {:<25} {:.1} %",
-            text(&member["state"]),
-            member["weight"],
-            number("owner"),
-            number("sealed"),
-            number("incoming"),
-            number("fenced"),
-            number("to_purge"),
-            "█".repeat((share * 25.0).round() as usize),
-            share * 100.0
-        );
+        let entry = &topology["topology"]["shards"][text(&shard["name"])];
+        let _ = writeln!(out, "{}", shard_line(shard, entry));
     }
     let report: Option<Report> = serde_json::from_value(change["work"].clone()).ok();
-    let Some(report) = report else {
-        let _ = writeln!(out, "\nno instance coordinates");
-        return out;
-    };
-    let blocked_by = report
-        .blocked_by
-        .as_ref()
-        .map_or(String::new(), |why| format!(": {why}"));
-    let _ = writeln!(
-        out,
-        "\n{}{blocked_by} (by {})",
-        report.stage,
-        text(&change["coordinator"])
+    match report {
+        Some(report) => out + &work(&report, text(&change["coordinator"])),
+        None => out + "\nno instance coordinates\n",
+    }
+}
+
+fn text(value: &Value) -> &str {
+    value.as_str().unwrap_or_default()
+}
+
+/// The topology in effect, the state of the file, and the instances.
+fn summary(change: &Value) -> String {
+    let file = &change["file"];
+    let others: Vec<String> = change["others"]
+        .as_object()
+        .into_iter()
+        .flatten()
+        .map(|(name, version)| format!("{name} has {version}"))
+        .collect();
+    format!(
+        "topology  version {} {}\nfile      {} {}\ninstance  {}; others: {}\n",
+        change["version"],
+        text(&change["phase"]),
+        text(&file["state"]).replace('_', " "),
+        text(&file["reason"]),
+        text(&change["instance"]),
+        if others.is_empty() {
+            "none".into()
+        } else {
+            others.join(", ")
+        }
+    )
+}
+
+/// The slots of a shard by state, and its share of all slots.
+fn shard_line(shard: &Value, entry: &Value) -> String {
+    let (name, state, weight) = (
+        text(&shard["name"]),
+        text(&entry["state"]),
+        &entry["weight"],
     );
+    if let Some(reason) = shard["reason"].as_str() {
+        return format!("{name:>12} {state:>9} {weight:>6} does not answer: {reason}");
+    }
+    let number = |field: &str| shard[field].as_u64().unwrap_or(0);
+    let share = number("owner") as f64 / SLOTS as f64;
+    format!(
+        "{name:>12} {state:>9} {weight:>6} {:>6} {:>7} {:>7} {:>8} {:>7}  {:<25} {:.1} %",
+        number("owner"),
+        number("sealed"),
+        number("incoming"),
+        number("fenced"),
+        number("to_purge"),
+        "█".repeat((share * 25.0).round() as usize),
+        share * 100.0
+    )
+}
+
+/// The work of the coordinator: its stage, and the progress of moves and merges.
+fn work(report: &Report, coordinator: &str) -> String {
+    let reason = report.blocked_by.as_ref();
+    let reason = reason.map_or(String::new(), |reason| format!(": {reason}"));
+    let mut out = format!("\n{}{reason} (by {coordinator})\n", report.stage);
     let all = report.slots_moved + report.slots_left;
     if all > 0 {
         let done = report.slots_moved as f64 / all as f64;

@@ -1,7 +1,7 @@
 //! A dialog messaging server: a message is durable before it is acknowledged, stored once, and numbered without gaps, on sharded
 //! MySQL.
 //!
-//! The modules stand in import order: each uses only those above it, inside the folders too, and a test holds that.
+//! The modules are declared in import order: each uses only those above it, inside the folders too. A test enforces this.
 //! `docs/ARCHITECTURE.md` walks one message and one edit of `shards.toml` through them.
 
 // The ground floor.

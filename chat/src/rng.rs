@@ -22,7 +22,7 @@ pub fn fraction() -> f64 {
     })
 }
 
-/// A number for a name that nobody else has.
+/// A number for a unique name.
 #[must_use]
 pub fn number() -> u128 {
     SEEDED.with_borrow_mut(|seeded| match seeded {

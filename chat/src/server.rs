@@ -85,7 +85,8 @@ impl Server {
         };
         let registry = Registry::new(settings.limits.sessions_per_user, bus.clone());
         let delivery = Delivery::start(registry.clone(), bus.clone(), &runtime);
-        let presence = Presence::start(registry.clone(), bus.clone(), &runtime);
+        let grace = Duration::from_millis(settings.limits.presence_grace_ms);
+        let presence = Presence::start(registry.clone(), bus.clone(), &runtime, grace);
         let on_commit: OnCommit = {
             let delivery = delivery.clone();
             Arc::new(move |committed: Committed<'_>| delivery.committed(&committed))
@@ -186,11 +187,11 @@ impl Server {
             ..
         } = self;
         let limits = &settings.limits;
-        let serve = |listener, routes: fn(&mut web::ServiceConfig)| {
-            let app = app.clone();
+        let serve = |listener, routes: fn(&mut web::ServiceConfig, usize)| {
+            let (app, body_bytes) = (app.clone(), limits.frame_bytes as usize);
             Listener::serve(listener, &threads, limits, move |config| {
                 config.app_data(app.clone());
-                routes(config);
+                routes(config, body_bytes);
             })
         };
         let mut public = serve(listener, http::routes)?;

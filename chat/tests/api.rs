@@ -28,7 +28,7 @@ async fn two_people_talk_and_both_read_the_same_history() {
     forty_two.send_text("a", 7, "hi").await;
     assert_eq!(forty_two.message().await.text, "hello");
     assert_eq!(forty_two.sent().await, ("a".into(), 2));
-    // The tab that did not send hears both, the one that sent hears only the answer.
+    // The tab that did not send receives both; the one that sent receives only the answer.
     assert_eq!(
         (
             other_tab.message().await.text.as_str(),
@@ -48,12 +48,12 @@ async fn two_people_talk_and_both_read_the_same_history() {
         (id.as_deref(), page.first, page.last, page.more, page.gap),
         (Some("h"), 1, 2, false, false)
     );
-    let told: Vec<_> = page
+    let messages: Vec<_> = page
         .messages
         .iter()
         .map(|m| (m.seq, m.from, m.to, m.text.as_str()))
         .collect();
-    assert_eq!(told, [(1, 7, 42, "hello"), (2, 42, 7, "hi")]);
+    assert_eq!(messages, [(1, 7, 42, "hello"), (2, 42, 7, "hi")]);
     assert_eq!(
         instance.api(42).await.log_downwards(7).await.unwrap(),
         page.messages
@@ -466,7 +466,7 @@ async fn a_user_over_rest_and_an_address_that_connects_are_limited_and_told_when
     let body: chat_wire::ErrorBody = refused.json().await.unwrap();
     assert_eq!(body.code, ErrorCode::RateLimited);
     assert!((1..=200).contains(&body.retry_after_ms.unwrap()));
-    // Our own client waits for as long as it is told, and another user has a measure of their own.
+    // Our own client waits for the time in the answer, and another user has a budget of their own.
     assert!(instance.api(7).await.inbox(10, None).await.is_ok());
     assert!(instance.api(8).await.inbox(10, None).await.is_ok());
     let (_one, _two) = (
@@ -735,7 +735,7 @@ async fn what_must_be_mended_before_a_start_is_said_in_one_line() {
         "[[shard]]\nname = \"a\"\nurl = \"sqlite:x\"\ncolour = 1\n",
     )
     .unwrap();
-    let doubled = databases.shards_file_with(&[
+    let duplicate_url = databases.shards_file_with(&[
         databases.url(0),
         databases
             .url(0)
@@ -774,11 +774,11 @@ async fn what_must_be_mended_before_a_start_is_said_in_one_line() {
         (&good, &[("ADMIN_LISTEN", "0.0.0.0:0")], "set admin_token"),
         (&missing, &[], "nowhere.toml"),
         (&bad, &[], "bad.toml: line 4: unknown field `colour`"),
-        (&doubled, &[], "every shard needs its own"),
+        (&duplicate_url, &[], "every shard needs its own"),
     ] {
-        let said = refusal(shards, settings);
-        assert!(said.contains(expected), "{expected}: {said}");
-        assert!(!said.contains("panicked"), "{said}");
+        let error = refusal(shards, settings);
+        assert!(error.contains(expected), "{expected}: {error}");
+        assert!(!error.contains("panicked"), "{error}");
     }
     drop(Instance::start(&good, &[("AUTH__SECRET", sample), ("DEMO", "true")]).await);
 }

@@ -5,7 +5,7 @@
 use chat_wire::{Close, ErrorCode};
 use serde_json::json;
 use testkit::instance::Instance;
-use testkit::socket::Socket;
+use testkit::socket::{Socket, raw};
 use testkit::{Databases, Kind, SECRET, until};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -24,29 +24,6 @@ async fn instance() -> (Databases, Instance) {
     )
     .await;
     (databases, instance)
-}
-
-/// A WebSocket as bare bytes, after the handshake.
-async fn raw(instance: &Instance, user: u64) -> TcpStream {
-    let token = instance.access().token(user).await.unwrap();
-    let mut stream = TcpStream::connect(instance.url.trim_start_matches("http://"))
-        .await
-        .unwrap();
-    let request = format!(
-        "GET /v1/ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n\
-         Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nAuthorization: Bearer {token}\r\n\r\n"
-    );
-    stream.write_all(request.as_bytes()).await.unwrap();
-    let mut head = Vec::new();
-    while !head.ends_with(b"\r\n\r\n") {
-        head.push(stream.read_u8().await.unwrap());
-    }
-    assert!(
-        head.starts_with(b"HTTP/1.1 101"),
-        "{}",
-        String::from_utf8_lossy(&head)
-    );
-    stream
 }
 
 /// The header of a client's frame, masked with zeros.
@@ -333,8 +310,8 @@ async fn who_has_no_good_token_or_forges_a_sender_gets_nowhere() {
     );
     seven.send(json!({"type": "send", "key": "k", "to": 42, "text": "x", "from": 1, "user": 1, "dialog": "1_2", "seq": 99})).await;
     assert_eq!(seven.sent().await.1, 1);
-    let told = forty_two.message().await;
-    assert_eq!((told.from, told.dialog.as_str()), (7, "7_42"));
+    let message = forty_two.message().await;
+    assert_eq!((message.from, message.dialog.as_str()), (7, "7_42"));
     seven
         .send(json!({"type": "history", "with": 42, "dialog": "42_99", "user": 42}))
         .await;
@@ -401,7 +378,7 @@ async fn reads_that_nobody_waits_for_any_more_hold_up_nobody() {
     assert_eq!(page.last, 20);
 }
 
-/// One budget over all sessions and REST: who has spent it is told so, with the time to come again, and nobody else is.
+/// One budget over all sessions and REST: a user who has spent it is refused, with the time to wait; other users are not.
 #[tokio::test(flavor = "multi_thread")]
 async fn who_asks_for_too_much_work_is_told_when_to_come_again_and_others_notice_nothing() {
     let databases = Databases::new(Kind::Sqlite, 2).await;
@@ -461,7 +438,7 @@ async fn pings_pongs_and_fragments_without_end_close_the_session() {
             [header(0x01, 0), header(0x80, 0)].concat(),
         ),
     ] {
-        // A ping's length stands in one byte.
+        // The length of a ping is one byte.
         let frame: Vec<u8> = if frame[0] & 0x08 == 0 {
             frame
         } else {
@@ -469,14 +446,14 @@ async fn pings_pongs_and_fragments_without_end_close_the_session() {
         };
         let mut stream = raw(&instance, 7).await;
         stream.write_all(&frame.repeat(60)).await.unwrap();
-        let mut told = Vec::new();
+        let mut received = Vec::new();
         // The server closes; what comes last is its close frame.
-        let _ = stream.read_to_end(&mut told).await;
+        let _ = stream.read_to_end(&mut received).await;
         let code = Close::TooManyFrames.code().to_be_bytes();
         assert!(
-            told.windows(2).any(|window| window == code),
+            received.windows(2).any(|window| window == code),
             "{what}: {}",
-            String::from_utf8_lossy(&told)
+            String::from_utf8_lossy(&received)
         );
     }
 }

@@ -14,54 +14,54 @@ fn user(id: u64) -> Topic {
     Topic::User(UserId::new(id).unwrap())
 }
 
-type Heard = Arc<Mutex<Vec<Bytes>>>;
+type Received = Arc<Mutex<Vec<Bytes>>>;
 
-fn sink() -> (Sink, Heard) {
-    let heard = Heard::default();
-    let writes = heard.clone();
+fn sink() -> (Sink, Received) {
+    let received = Received::default();
+    let writes = received.clone();
     (
         Arc::new(move |payload| writes.lock().unwrap().push(payload)),
-        heard,
+        received,
     )
 }
 
-/// Two instances on one bus: each hears the other, in order, and never itself.
+/// Two instances on one bus: each receives the other, in order, and never itself.
 async fn others_hear_it_in_order_and_the_publisher_does_not(a: Arc<dyn Bus>, b: Arc<dyn Bus>) {
     let ((sink_a, heard_a), (sink_b, heard_b)) = (sink(), sink());
     let listening_a = a.listen(user(7), sink_a);
     let listening_b = b.listen(user(7), sink_b);
-    // Listening takes a moment on a real bus: publish until it is heard, then count anew.
-    until("b hears a", async || {
+    // Listening takes a moment on a real bus: publish until it is received, then count anew.
+    until("b receives a", async || {
         a.publish(user(7), Bytes::from_static(b"warm-up"));
         (!heard_b.lock().unwrap().is_empty()).then_some(())
     })
     .await;
-    until("a hears b", async || {
+    until("a receives b", async || {
         b.publish(user(7), Bytes::from_static(b"warm-up"));
         (!heard_a.lock().unwrap().is_empty()).then_some(())
     })
     .await;
     for n in 0..100u32 {
         a.publish(user(7), Bytes::from(n.to_string()));
-        a.publish(user(8), Bytes::from_static(b"for somebody else"));
+        a.publish(user(8), Bytes::from_static(b"for another user"));
     }
-    let numbers = |heard: &Heard| -> Vec<String> {
-        let heard = heard.lock().unwrap();
-        heard
+    let numbers = |received: &Received| -> Vec<String> {
+        let received = received.lock().unwrap();
+        received
             .iter()
             .map(|payload| String::from_utf8(payload.to_vec()).unwrap())
             .filter(|text| text != "warm-up")
             .collect()
     };
     let expected: Vec<String> = (0..100).map(|n| n.to_string()).collect();
-    until("b hears all", async || {
+    until("b receives all", async || {
         (numbers(&heard_b).len() >= 100).then_some(())
     })
     .await;
     assert_eq!(numbers(&heard_b), expected);
     assert_eq!(numbers(&heard_a), Vec::<String>::new(), "no echo");
 
-    // Who has left hears nothing more. Another listener says when the bus has carried what came after.
+    // Who has left receives nothing more. Another listener says when the bus has carried what came after.
     drop(listening_b);
     let (sink_c, heard_c) = sink();
     let _listening_c = b.listen(user(9), sink_c);
@@ -83,7 +83,7 @@ async fn others_hear_it_in_order_and_the_publisher_does_not(a: Arc<dyn Bus>, b: 
     drop(listening_a);
 }
 
-/// Whether anybody else listens can be asked, and once a listener says that it is heard, it is.
+/// An instance can ask whether another one subscribes; once a subscription is confirmed, it receives.
 async fn who_listens_is_found_and_who_has_left_is_not(a: Arc<dyn Bus>, b: Arc<dyn Bus>) {
     assert_eq!(a.ask(user(7)).await, Some(false));
     let (sink_b, heard_b) = sink();
@@ -94,9 +94,9 @@ async fn who_listens_is_found_and_who_has_left_is_not(a: Arc<dyn Bus>, b: Arc<dy
         .await
         .unwrap();
     assert_eq!(a.ask(user(7)).await, Some(true));
-    assert_eq!(b.ask(user(7)).await, Some(false), "nobody but oneself");
+    assert_eq!(b.ask(user(7)).await, Some(false), "no other instance");
     a.publish(user(7), Bytes::from_static(b"x"));
-    until("b hears what is published from then on", async || {
+    until("b receives what is published from then on", async || {
         (heard_b.lock().unwrap().len() == 1).then_some(())
     })
     .await;
@@ -159,7 +159,7 @@ async fn a_bus_that_comes_back_says_that_something_may_be_lost() {
     state(BusState::Connected).await;
     proxy.set(Mode::Cut);
     state(BusState::Disconnected).await;
-    assert_eq!(bus.ask(user(7)).await, None, "that cannot be told now");
+    assert_eq!(bus.ask(user(7)).await, None, "unknown while disconnected");
     proxy.set(Mode::Pass);
     state(BusState::Connected).await;
     assert!(matches!(losses.recv().await, Ok(Loss::Disconnected(_))));
@@ -171,27 +171,27 @@ async fn services_that_share_a_nats_do_not_hear_each_other() {
         format!("{:x}", rand::random::<u64>()),
         format!("{:x}", rand::random::<u64>()),
     );
-    let (a, b, stranger) = (
+    let (a, b, other_service) = (
         connected(&one).await,
         connected(&one).await,
         connected(&two).await,
     );
-    let (sink, heard) = sink();
+    let (sink, received) = sink();
     let _listening = b.listen(user(7), sink);
-    until("b hears a", async || {
-        stranger.publish(user(7), Bytes::from_static(b"of another service"));
+    until("b receives a", async || {
+        other_service.publish(user(7), Bytes::from_static(b"of another service"));
         a.publish(user(7), Bytes::from_static(b"ours"));
-        (!heard.lock().unwrap().is_empty()).then_some(())
+        (!received.lock().unwrap().is_empty()).then_some(())
     })
     .await;
-    stranger.publish(user(7), Bytes::from_static(b"of another service"));
-    until("what came later is heard", async || {
+    other_service.publish(user(7), Bytes::from_static(b"of another service"));
+    until("what came later is received", async || {
         a.publish(user(7), Bytes::from_static(b"ours"));
-        (heard.lock().unwrap().len() > 3).then_some(())
+        (received.lock().unwrap().len() > 3).then_some(())
     })
     .await;
     assert!(
-        heard
+        received
             .lock()
             .unwrap()
             .iter()
@@ -210,6 +210,6 @@ async fn a_nats_that_is_away_hinders_nobody() {
     let (sink, _) = sink();
     let listening = bus.listen(user(7), sink);
     (0..100_000).for_each(|_| bus.publish(user(7), Bytes::from_static(b"x")));
-    assert_eq!(metrics.bus_dropped.get(), 100_000, "said, not kept");
+    assert_eq!(metrics.bus_dropped.get(), 100_000, "counted, not kept");
     drop(listening);
 }

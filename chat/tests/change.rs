@@ -1,4 +1,4 @@
-//! The set of shards is changed while people talk: by edits of the file, with processes dying, on real servers.
+//! Edits of the shard set under traffic, with processes that are killed, on real servers.
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::wildcard_enum_match_arm)]
 
@@ -104,7 +104,7 @@ async fn a_shard_is_added_another_drained_and_removed_while_people_talk_on_maria
 enum Fault {
     /// It is killed.
     Kill,
-    /// It stops, with all it holds, and goes on when another has finished its work.
+    /// It is stopped with its locks, and continues when another instance has finished its work.
     Stop,
 }
 
@@ -115,7 +115,7 @@ const AT_ONCE: usize = 3;
 const PINNED: [(u64, u64); 4] = [(1, 2), (2, 4), (3, 5), (5, 6)];
 
 /// A service on which little has to move: two heavy shards, and a light one that four dialogs are pinned to. The instance with
-/// the fault is the one at work; people talk through the other, which has a file of its own.
+/// the fault is the coordinator; the traffic goes through the other, which has a file of its own.
 struct Stage {
     service: Service,
     faulty: testkit::instance::Instance,
@@ -176,7 +176,7 @@ impl Stage {
         std::fs::copy(&self.service.file, &self.others_file).unwrap();
     }
 
-    /// Waits for the fault; then the other finishes, up to `version`. One that was stopped goes on behind it.
+    /// Waits for the fault; then the other finishes, up to `version`. A stopped one continues after it.
     async fn strikes(&mut self, place: &str, fault: Fault, version: u64) {
         match fault {
             Fault::Kill => drop(self.faulty.ended().await),
@@ -209,7 +209,10 @@ impl Stage {
         let pinned = acknowledged
             .iter()
             .filter(|one| PINNED.contains(&(one.from.min(one.to), one.from.max(one.to))));
-        assert!(pinned.count() > 20, "people wrote where the change was");
+        assert!(
+            pinned.count() > 20,
+            "there was traffic in the changed slots"
+        );
         match fault {
             Fault::Kill => check(&self.service, &[&self.other], &acknowledged, live).await,
             Fault::Stop => {
@@ -230,7 +233,7 @@ async fn while_a_shard_is_added(place: &str, pass: u32, fault: Fault) {
     let mut stage = Stage::set(place, pass, fault, burst).await;
     stage.service.pin(&PINNED, "shard4");
     stage.service.add(3);
-    // The instance that is to die while it puts the edit in force must be the one that does.
+    // The instance that dies must be the one that installs the edit.
     if !place.starts_with("install") {
         stage.tell_the_other();
     }
@@ -284,7 +287,7 @@ const ADDING: [(&str, u32); 9] = [
 ];
 
 /// The places of losing one and having it back.
-const LOSING: [(&str, u32); 3] = [("claimed", 3), ("judged", 1), ("merging", 3)];
+const LOSING: [(&str, u32); 3] = [("claimed", 3), ("failover_decided", 1), ("merging", 3)];
 
 #[test]
 fn every_place_is_gone_through() {
@@ -386,7 +389,7 @@ async fn a_dead_shard_that_is_declared_down_is_taken_over_and_merged_when_it_ret
         (owned == 4096).then_some(())
     })
     .await;
-    // Everyone goes on, also those whose dialogs lay there; their pages say that something is missing.
+    // All users can send, also in the dialogs of the lost shard. Their pages report a gap.
     talk.goes_on(300).await;
     let in_gap = {
         let log = talk.log.lock().unwrap().clone();
@@ -486,7 +489,7 @@ async fn behind_a_proxy() -> (Service, Proxy) {
     (service, proxy)
 }
 
-/// Somebody whose dialog with user 1 lies on a shard.
+/// A user whose dialog with user 1 is on a shard.
 async fn peer_on(instance: &testkit::instance::Instance, shard: &str) -> u64 {
     for peer in 1000.. {
         let url = format!("{}/admin/where/1/{peer}", instance.admin);
@@ -557,7 +560,7 @@ async fn a_shard_that_is_slow_and_stalls_holds_nobody_else_up() {
     check(&service, &[&one, &two], &acknowledged, &[0, 1, 2]).await;
 }
 
-/// Where the slots of a dead shard stand is not known: the coordinator must not call its work done.
+/// The slots of a dead shard are unknown: the coordinator must not report that its work is done.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dead_shard_is_waited_for_by_name() {
     let _room = ROOM.acquire().await.unwrap();
@@ -580,7 +583,7 @@ async fn a_dead_shard_is_waited_for_by_name() {
     service.settled(&one, 1).await;
 }
 
-/// What only a lost shard had is given up: that stays known, wherever its slots go, and nobody waits for it any more.
+/// The messages of a lost shard are forgotten: the gap stays known, wherever its slots move, and no read waits for the shard.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_given_up_is_told_wherever_its_slot_moves() {
     let _room = ROOM.acquire().await.unwrap();
@@ -600,12 +603,15 @@ async fn what_was_given_up_is_told_wherever_its_slot_moves() {
     assert_eq!(inbox.incomplete, ["shard2"]);
     service.set("shard2", "state = \"down\"\nforget = true");
     service.settled(&one, 3).await;
-    until("nobody waits for it any more", async || {
+    until("no read waits for the shard", async || {
         let inbox = api.inbox(50, None).await.unwrap();
         inbox.incomplete.is_empty().then_some(())
     })
     .await;
-    let sent = api.send(lost, "after", "it goes on").await.unwrap();
+    let sent = api
+        .send(lost, "after", "the dialog continues")
+        .await
+        .unwrap();
     assert_eq!(sent.seq, (1 << 40) + 1);
     service.remove("shard2");
     service.settled(&one, 4).await;
@@ -632,7 +638,7 @@ async fn a_server_that_is_switched_off_after_its_shard_was_removed_is_not_missed
     service.remove("shard2");
     service.settled(&one, 3).await;
     proxy.set(Mode::Cut);
-    // An edit is put in force after a look at every shard there is.
+    // An edit is installed after a look at every shard.
     service.set("shard1", "weight = 2");
     service.settled(&one, 4).await;
     assert!(!one.log().contains("shard down"), "{}", one.log());
@@ -665,7 +671,7 @@ async fn different_edits_at_once_on_two_instances_end_in_one_document() {
         let names = ["shard1", "shard2", "shard3"];
         std::fs::write(&files[0], pinned(names[round % 3])).unwrap();
         std::fs::write(&files[1], pinned(names[(round + 1) % 3])).unwrap();
-        until("both edits were seen, and one of them stands", async || {
+        until("both edits were seen, and one is in effect", async || {
             let (of_one, of_two) = (change(&one).await, change(&two).await);
             let states =
                 [&of_one, &of_two].map(|of| of["file"]["state"].as_str().unwrap().to_owned());
@@ -680,7 +686,7 @@ async fn different_edits_at_once_on_two_instances_end_in_one_document() {
     for file in &files {
         std::fs::write(file, &whole).unwrap();
     }
-    let version = until("the first file is in force again", async || {
+    let version = until("the first file is in effect again", async || {
         let (of_one, of_two) = (change(&one).await, change(&two).await);
         let there = [&of_one, &of_two]
             .iter()
@@ -799,9 +805,9 @@ async fn a_bad_edit_is_answered_in_one_line_and_changes_nothing() {
         })
         .await;
         assert!(!complaint.contains('\n'), "{complaint}");
-        // What was good is good again, and was in force all the time.
+        // The good file is accepted again; its topology was in effect all the time.
         service.save();
-        until("the good file is in force", async || {
+        until("the good file is in effect", async || {
             let (_, change) = one.get(&format!("{}/admin/resharding", one.admin)).await;
             assert_eq!(change["version"], 1, "{text}");
             (change["file"]["state"] == "in_effect").then_some(())

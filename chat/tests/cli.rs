@@ -1,4 +1,4 @@
-//! The command `chat` as somebody meets it who has nothing yet: no database, no settings, no secret.
+//! The command `chat` for a new user: no database, no settings, no secret.
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::wildcard_enum_match_arm)]
 
@@ -106,8 +106,8 @@ async fn one_command_serves_from_nothing_and_keeps_what_it_had_over_kill_9() {
 async fn where_names_slot_owner_and_wanted_shard() {
     let folder = tempfile::tempdir().unwrap();
     let asked = |data: &Path| text(&chat(data, &["where", "178", "25"]).output().unwrap());
-    let (ok, _, said) = asked(folder.path());
-    assert!(!ok && said.contains("start the server once"), "{said}");
+    let (ok, _, error) = asked(folder.path());
+    assert!(!ok && error.contains("start the server once"), "{error}");
 
     drop(Embedded::start(folder.path()));
     let found = until("the file is free again", async || {

@@ -1,4 +1,4 @@
-//! What a session is told: everything, once, in order, whatever is lost on the way; and who is there.
+//! Delivery to sessions: every message, once, in order, with any loss on the bus; and presence.
 
 #![allow(missing_docs, clippy::wildcard_enum_match_arm)]
 
@@ -30,7 +30,7 @@ async fn two(databases: &Databases) -> (Instance, Instance) {
     tokio::join!(instance_on(&file, &nats), instance_on(&file, &nats))
 }
 
-/// Everything that a client tells, as it comes.
+/// The events of a client, as they arrive.
 #[derive(Clone, Default)]
 struct Device {
     logs: Arc<Mutex<BTreeMap<String, Vec<Message>>>>,
@@ -143,7 +143,7 @@ async fn every_device_of_both_hears_every_message_once_and_in_order_its_own_incl
     }
 }
 
-/// Loses what matches for as long as it is told to.
+/// Loses the events that match while it is switched on.
 fn loses(what: &'static str) -> (Loses, Arc<AtomicBool>) {
     let on = Arc::new(AtomicBool::new(true));
     let is_on = on.clone();
@@ -153,7 +153,7 @@ fn loses(what: &'static str) -> (Loses, Arc<AtomicBool>) {
     (Arc::new(loses), on)
 }
 
-/// 7 is on an instance that hears everything, 42 on one whose bus loses what `what` says.
+/// 7 is on an instance that receives every event, 42 on one whose bus loses those that `what` selects.
 async fn with_losses(loses: Loses) -> (Databases, Instance, Instance, Lossy) {
     let databases = Databases::new(Kind::Sqlite, 2).await;
     let file = databases.shards_file();
@@ -181,7 +181,7 @@ async fn a_message_that_is_lost_is_betrayed_by_the_next_one() {
     seven.send_text("4", 42, "fourth").await;
     assert_eq!((seven.sent().await.1, seven.sent().await.1), (3, 4));
     on.store(false, Ordering::SeqCst);
-    // Now it is 42 who writes, and whose own message betrays the loss: the answer waits for its place.
+    // Now 42 writes. The seq of that message reveals the loss: the answer waits for its place.
     forty_two.send_text("5", 7, "fifth").await;
     assert_eq!(forty_two.message().await.seq, 4);
     assert_eq!(forty_two.sent().await.1, 5);
@@ -193,7 +193,7 @@ async fn the_last_message_of_a_burst_is_hinted_at() {
     let (loses, _on) = loses("message ");
     let (_databases, one, two, lossy) = with_losses(loses).await;
     let (mut seven, mut forty_two) = (Socket::of(&one, 7).await, Socket::of(&two, 42).await);
-    until("42 is heard of", async || {
+    until("42 is online", async || {
         is_online(&one, 42).await.then_some(())
     })
     .await;
@@ -302,7 +302,7 @@ async fn a_client_that_comes_back_is_sent_what_it_missed_before_it_is_told_so() 
         }]
     );
     assert!(resync.is_empty() && incomplete.is_empty());
-    // From here on it is kept level; and a position may be said again.
+    // From here on the dialog is followed; and a position may be set again.
     api.send(42, "a31", "31").await.unwrap();
     assert_eq!(phone.message().await.seq, 31);
     phone
@@ -389,9 +389,9 @@ async fn who_missed_too_much_is_told_to_look_and_the_client_does() {
     device.has("7_42", &upto(300)).await;
     api.send(42, "301", "x").await.unwrap();
     device.has("7_42", &upto(301)).await;
-    // A log that is shorter than what the client had of it is said, and followed from its end.
+    // A log that is shorter than the client's position is reported, and followed from its end.
     client.follow("7_42".into(), 5000).await.unwrap();
-    until("the client is told", async || {
+    until("the client gets a resync", async || {
         (*device.resynced.lock().unwrap() == ["7_42"]).then_some(())
     })
     .await;
@@ -429,7 +429,7 @@ async fn presence_is_seen_from_every_instance_and_does_not_flap() {
         assert_eq!(socket.next().await, presence(42, true));
     }
     assert!(is_online(&one, 42).await && is_online(&two, 42).await && !is_online(&two, 43).await);
-    // One tab is closed, and the other; and one comes back within the grace: no event. What is told next is the end.
+    // One tab is closed, and the other; and one comes back within the grace period: no event. The next event is the end.
     drop(first);
     drop(second);
     tokio::time::sleep(Duration::from_secs(2)).await;
@@ -445,7 +445,7 @@ async fn presence_is_seen_from_every_instance_and_does_not_flap() {
         assert_eq!(socket.next().await, presence(42, false));
     }
     assert!(gone.elapsed() >= Duration::from_secs(4), "within the grace");
-    // A user whose instance is killed goes, too: the watcher on the other instance is told.
+    // A user whose instance is killed goes, too: the watcher on the other instance gets an event.
     let _third = Socket::of(&two, 42).await;
     assert_eq!(here.next().await, presence(42, true));
     two.kill();
@@ -453,7 +453,7 @@ async fn presence_is_seen_from_every_instance_and_does_not_flap() {
     assert_eq!(here.next().await, presence(42, false));
     println!("away {:?} after its instance was killed", killed.elapsed());
     assert!(killed.elapsed() < Duration::from_secs(10));
-    // Who is not watched any more is not told of.
+    // A user who is no longer watched causes no event.
     here.send(json!({"type": "unwatch", "users": [42]})).await;
     let mut back = Socket::of(&one, 42).await;
     back.send_text("1", 7, "here I am").await;
@@ -468,7 +468,7 @@ async fn typing_is_passed_on_to_the_other_and_not_more_than_once_a_second() {
     let databases = Databases::new(Kind::Sqlite, 1).await;
     let (one, two) = two(&databases).await;
     let (mut seven, mut forty_two) = (Socket::of(&one, 7).await, Socket::of(&two, 42).await);
-    until("they hear each other", async || {
+    until("they receive each other's messages", async || {
         let (a, b) = (is_online(&one, 42).await, is_online(&two, 7).await);
         (a && b).then_some(())
     })

@@ -35,7 +35,7 @@ async fn two_on(file: &std::path::Path) -> (Instance, Instance) {
     (one, two)
 }
 
-/// A dialog of user 7 that lies on `shard`.
+/// A dialog of user 7 on `shard`.
 async fn peer_on(instance: &Instance, shard: &str) -> u64 {
     for peer in 1000.. {
         let (_, place) = instance
@@ -75,7 +75,7 @@ async fn talk_across(kind: Kind) {
         Socket::of(&two, 7).await,
         Socket::of(&two, 42).await,
     );
-    // Interest takes a moment to reach the bus: a first message in each direction, repeated until it is heard.
+    // Interest takes a moment to reach the bus: a first message in each direction, repeated until it is received.
     for round in 0u64..20 {
         seven
             .send_text(&format!("a{round}"), 42, &format!("to 42, {round}"))
@@ -214,7 +214,7 @@ async fn a_retried_send_is_stored_once_through_whichever_instance() {
     assert_eq!(databases.total("SELECT COUNT(*) FROM messages").await, 1);
 }
 
-/// The commit is done, its answer is withheld, and the instance is killed: nobody was told. The retry through the other
+/// The COMMIT is done, its answer is withheld, and the instance is killed: the client has no answer. The retry through the other
 /// instance gets the one place there is.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_instance_killed_between_commit_and_acknowledgement_has_stored_once() {
@@ -239,7 +239,7 @@ async fn an_instance_killed_between_commit_and_acknowledgement_has_stored_once()
     killed.kill();
     assert!(
         matches!(hanging.await.unwrap(), Err(ClientError::Connection(_))),
-        "nobody was told"
+        "no answer was sent"
     );
     assert_eq!(
         databases.number(0, "SELECT COUNT(*) FROM messages").await,
@@ -537,19 +537,19 @@ async fn a_bus_that_goes_and_comes_back_interrupts_only_delivery_between_instanc
         Socket::of(&two, 42).await,
     );
     let mut number = 0u64;
-    // Sends until `far` hears one; `near`, on the same instance, hears every one.
+    // Sends until `far` receives one; `near`, on the same instance, receives each.
     let mut until_far_hears = async |far: &mut Socket| {
-        until("the other instance hears it", async || {
+        until("the other instance receives it", async || {
             number += 1;
             seven.send_text(&format!("k{number}"), 42, "x").await;
             assert_eq!(seven.sent().await.1, number);
             assert_eq!(near.message().await.seq, number);
             far.send(serde_json::json!({"type": "ping"})).await;
-            let mut heard = None;
+            let mut received = None;
             while let ServerFrame::Message(message) = far.next().await {
-                heard = Some(message.seq);
+                received = Some(message.seq);
             }
-            heard
+            received
         })
         .await
     };
@@ -625,7 +625,7 @@ async fn an_instance_that_leaves_or_is_killed_is_noticed_by_the_others() {
     .await;
     assert!(!one.log().contains("another instance"), "{}", one.log());
     two.terminate();
-    until("it has said that it leaves", async || {
+    until("it has announced its shutdown", async || {
         (one.log().contains("another instance shut down") && others().await == 0).then_some(())
     })
     .await;

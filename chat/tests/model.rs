@@ -132,7 +132,7 @@ struct State {
     acknowledged: u8,
 }
 
-/// Documents: 0 all active; 1 A is down and its slots are judged; 2 that is over; 3 A is back.
+/// Documents: 0 all active; 1 A is down and its slots are claimed; 2 the failover is over; 3 A is back.
 const JUDGING: u8 = 1;
 
 #[derive(Clone)]
@@ -144,7 +144,7 @@ struct Bounds {
     terms: u64,
     /// The last topology.
     topologies: u8,
-    /// Writers that have not heard of the topology reach A even when it is declared down.
+    /// Writers that do not have the topology reach A even when it is declared down.
     zombies: bool,
     states: usize,
     off: Option<Switch>,
@@ -166,7 +166,7 @@ enum Switch {
     TermOfDrafts,
     /// A draft is stored whatever the dialog's last seq.
     HeadOfDrafts,
-    /// A text goes on after an error.
+    /// A text continues after an error.
     StopAtError,
 }
 
@@ -362,7 +362,7 @@ fn topologies(bounds: &Bounds, state: &State, next: &mut Vec<(String, State)>) {
     for i in 0..bounds.shards {
         let version = state.shards[i].topology + 1;
         for version in version..=bounds.topologies {
-            // A is not told that it is down.
+            // A does not get the topology in which it is down.
             if i == 0 && version < 3 {
                 continue;
             }
@@ -372,7 +372,7 @@ fn topologies(bounds: &Bounds, state: &State, next: &mut Vec<(String, State)>) {
                 continue;
             }
             if version == 2 && !bounds.off(Switch::ClaimWhileMoving) {
-                // The phase ends when nothing is left to judge.
+                // The phase ends when every slot of A is claimed.
                 let rows: BTreeMap<String, SlotRow> = (1..bounds.shards)
                     .map(|i| (name(i), state.shards[i].row.clone()))
                     .collect();
@@ -584,7 +584,7 @@ fn coordinate(bounds: &Bounds, state: &State, c: usize, next: &mut Vec<(String, 
                         .into_iter()
                         .map(|(name, seen)| (index(&name), Step::Fence { seen })),
                 );
-                go("judges".into(), state.clone(), At::Deciding { steps });
+                go("claims".into(), state.clone(), At::Deciding { steps });
             }
         }
         At::Deciding { steps } => {
@@ -716,7 +716,7 @@ fn idle(bounds: &Bounds, state: &State, topology: u8, go: &mut impl FnMut(String
             match verdict {
                 SealedOutcome::InProgress => {
                     go(
-                        "goes on".into(),
+                        "continues".into(),
                         state.clone(),
                         At::Sealed {
                             from,
@@ -778,7 +778,7 @@ fn idle(bounds: &Bounds, state: &State, topology: u8, go: &mut impl FnMut(String
     }
     if topology == JUDGING {
         go(
-            "begins to judge".into(),
+            "begins the failover".into(),
             state.clone(),
             At::Judging { rows: Vec::new() },
         );
@@ -986,8 +986,8 @@ fn a_shard_that_was_alive_returns_and_is_merged() {
 }
 
 /// Each guard is turned off alone; the exploration must find what it was good for. Two are not among
-/// them, because the others already do their work within these bounds: that copies only add and raise (nobody joins an attempt of
-/// somebody else), and that a slot is claimed once a generation (no slot moves while slots are judged). They stay as second nets.
+/// them, because the others already do their work within these bounds: that copies only add and raise (an attempt is not joined by another
+/// coordinator), and that a slot is claimed once a generation (no slot moves during a failover). They stay as second nets.
 #[test]
 fn every_guard_is_missed_when_it_is_turned_off() {
     let moves = |off| Bounds {

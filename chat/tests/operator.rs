@@ -10,8 +10,9 @@ use std::path::Path;
 use std::process::{Command, Output};
 use testkit::instance::{Instance, program};
 use testkit::service::Service;
-use testkit::socket::Socket;
+use testkit::socket::{Socket, raw};
 use testkit::{Databases, Kind, SECRET, until};
+use tokio::io::AsyncReadExt;
 
 /// Runs `chat ARGUMENTS` with the settings of a service; success, standard output, standard error.
 fn chat(shards: &Path, arguments: &[&str], settings: &[(&str, &str)]) -> (bool, String, String) {
@@ -54,22 +55,22 @@ async fn a_plan_says_what_an_edit_moves_and_the_edit_moves_that() {
         chat(&service.file, &["plan", file], &[])
     };
 
-    let (ok, said, _) = plan(service.text());
-    assert!(ok && said == "nothing would change\n", "{said}");
+    let (ok, output, _) = plan(service.text());
+    assert!(ok && output == "nothing would change\n", "{output}");
 
     let third = service.entry(2);
     let added =
         service.text() + &format!("[[shard]]\nname = \"shard3\"\nurl = \"{}\"\n", third.url);
-    let (ok, said, error) = plan(added.clone());
+    let (ok, output, error) = plan(added.clone());
     assert!(ok, "{error}");
-    let slots = number_before(&said, "of 4096 slots move");
+    let slots = number_before(&output, "of 4096 slots move");
     assert!(
         (1000..1800).contains(&slots),
-        "a third of the slots: {said}"
+        "a third of the slots: {output}"
     );
     assert!(
-        said.contains("shard1 -> shard3") && said.contains("shard2 -> shard3"),
-        "{said}"
+        output.contains("shard1 -> shard3") && output.contains("shard2 -> shard3"),
+        "{output}"
     );
 
     // The route says the same, with the messages by shard.
@@ -91,8 +92,8 @@ async fn a_plan_says_what_an_edit_moves_and_the_edit_moves_that() {
         .text()
         .replace("name = \"shard2\"", "name = \"shard2\"\nstate = \"down\"");
     for (text, expected) in [(down.clone(), "force"), ("[[shard]".to_owned(), "line 1")] {
-        let (ok, said, error) = plan(text);
-        assert!(!ok && said.is_empty(), "{said}");
+        let (ok, output, error) = plan(text);
+        assert!(!ok && output.is_empty(), "{output}");
         assert!(
             error.contains(expected) && error.contains("edit.toml"),
             "{error}"
@@ -117,7 +118,7 @@ async fn a_pause_stops_the_moves_until_they_are_resumed_and_the_status_says_so()
     let mut service = Service::new(Kind::Sqlite, 2, 1).await;
     let instance = service.start(&[]).await;
     let admin = instance.admin.clone();
-    let said = operate(&service, &admin, "status");
+    let output = operate(&service, &admin, "status");
     for expected in [
         "version 1 normal",
         "in effect",
@@ -125,7 +126,7 @@ async fn a_pause_stops_the_moves_until_they_are_resumed_and_the_status_says_so()
         "shard2",
         "others: none",
     ] {
-        assert!(said.contains(expected), "{expected}: {said}");
+        assert!(output.contains(expected), "{expected}: {output}");
     }
     assert!(operate(&service, &admin, "pause").contains("paused"));
     let (_, status) = instance.get(&format!("{admin}/admin/resharding")).await;
@@ -142,21 +143,21 @@ async fn a_pause_stops_the_moves_until_they_are_resumed_and_the_status_says_so()
     .await;
     let owned = "SELECT COUNT(*) FROM slots WHERE state = 'owner'";
     assert_eq!(service.databases.number(2, owned).await, 0, "nothing moves");
-    let said = operate(&service, &admin, "status");
-    assert!(said.contains("paused (by "), "{said}");
+    let output = operate(&service, &admin, "status");
+    assert!(output.contains("paused (by "), "{output}");
 
     assert!(operate(&service, &admin, "resume").contains("resumed"));
     service.settled(&instance, version + 2).await;
     assert!(service.databases.number(2, owned).await > 1000);
-    let said = operate(&service, &admin, "status");
-    assert!(said.contains("idle"), "{said}");
+    let output = operate(&service, &admin, "status");
+    assert!(output.contains("idle"), "{output}");
 }
 
 /// Runs a command of an operator against a running instance; what it prints.
 fn operate(service: &Service, admin: &str, command: &str) -> String {
-    let (ok, said, error) = chat(&service.file, &[command, "--admin", admin], &[]);
+    let (ok, output, error) = chat(&service.file, &[command, "--admin", admin], &[]);
     assert!(ok, "{error}");
-    said
+    output
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -206,8 +207,8 @@ async fn every_admin_route_asks_for_the_admin_token() {
     let arguments = ["status", "--admin", &instance.admin];
     let (ok, _, error) = chat(&shards, &arguments, &[]);
     assert!(!ok && error.contains("admin token"), "{error}");
-    let (ok, said, error) = chat(&shards, &arguments, &[("CHAT__ADMIN_TOKEN", token)]);
-    assert!(ok && said.contains("shard1"), "{error}");
+    let (ok, output, error) = chat(&shards, &arguments, &[("CHAT__ADMIN_TOKEN", token)]);
+    assert!(ok && output.contains("shard1"), "{error}");
     assert!(!instance.log().contains(token));
 }
 
@@ -292,11 +293,11 @@ async fn tokens_that_are_signed_with_a_private_key_are_taken_by_the_public_one()
     let databases = Databases::new(Kind::Sqlite, 1).await;
     let (shards, folder) = (databases.shards_file(), databases.directory());
     for algorithm in ["EdDSA", "ES256", "RS256"] {
-        let [one, two, stranger] =
-            ["one", "two", "stranger"].map(|name| key_pair(&folder, algorithm, name));
+        let [one, two, unknown] =
+            ["one", "two", "unknown"].map(|name| key_pair(&folder, algorithm, name));
         let set = folder.join("keys.json");
         std::fs::write(&set, json!({"keys": [one, two]}).to_string()).unwrap();
-        drop(stranger);
+        drop(unknown);
         for (file, kids) in [(folder.join("one.pem"), false), (set, true)] {
             let settings = [
                 ("AUTH__ALGORITHM", algorithm),
@@ -325,11 +326,11 @@ async fn tokens_that_are_signed_with_a_private_key_are_taken_by_the_public_one()
                 "{algorithm} {kids}"
             );
             assert_eq!(
-                status(sign(&folder, algorithm, "stranger", kid("one"))).await,
+                status(sign(&folder, algorithm, "unknown", kid("one"))).await,
                 refused
             );
             assert_eq!(
-                status(sign(&folder, algorithm, "stranger", kid("stranger"))).await,
+                status(sign(&folder, algorithm, "unknown", kid("unknown"))).await,
                 refused
             );
             // A token of the algorithm that would take the public key for a secret.
@@ -475,14 +476,25 @@ async fn a_session_has_so_many_requests_under_way_and_no_more() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_session_from_which_nothing_comes_is_closed_as_silent() {
+async fn a_session_that_does_not_answer_pings_is_closed_as_silent() {
     let databases = Databases::new(Kind::Sqlite, 1).await;
-    let instance =
-        Instance::start(&databases.shards_file(), &[("LIMITS__SILENCE_MS", "300")]).await;
-    let mut socket = Socket::of(&instance, 7).await;
+    let settings = [
+        ("LIMITS__PING_EVERY_MS", "100"),
+        ("LIMITS__SILENCE_MS", "300"),
+    ];
+    let instance = Instance::start(&databases.shards_file(), &settings).await;
+    let mut answering = Socket::of(&instance, 42).await;
     let begun = std::time::Instant::now();
-    assert_eq!(socket.until_closed().await.1, Some(Close::Silent.code()));
-    assert!(begun.elapsed() >= std::time::Duration::from_millis(200));
+    let mut silent = raw(&instance, 7).await;
+    let mut received = Vec::new();
+    let closed = silent.read_to_end(&mut received);
+    tokio::select! {
+        _ = closed => {}
+        frame = answering.until_closed() => panic!("{frame:?}"),
+    }
+    assert!(begun.elapsed() >= std::time::Duration::from_millis(300));
+    let close = [[0x88, 8].as_slice(), &4000_u16.to_be_bytes(), b"silent"].concat();
+    assert!(received.ends_with(&close), "{received:?}");
     assert_eq!(Close::Silent.code(), 4000);
 }
 

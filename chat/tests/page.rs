@@ -195,7 +195,7 @@ async fn two_people_talk_in_their_tabs_and_a_second_tab_hears_both() {
     )
     .await
     .unwrap();
-    api.send(42, "k", "from somebody else").await.unwrap();
+    api.send(42, "k", "from another user").await.unwrap();
     until_page(
         &page,
         "document.querySelector('#dialogs button[data-with=\"9\"] .unread')?.textContent === '1'",
@@ -207,7 +207,7 @@ async fn two_people_talk_in_their_tabs_and_a_second_tab_hears_both() {
         .click()
         .await
         .unwrap();
-    until_shown(&page, &["from somebody else"]).await;
+    until_shown(&page, &["from another user"]).await;
     until_page(&page, "!document.querySelector('#dialogs .unread')").await;
     page.close().await.unwrap();
 }
@@ -309,7 +309,7 @@ async fn a_connection_that_is_cut_every_few_seconds_loses_doubles_and_disorders_
         );
         page.execute(&script, Vec::new()).await.unwrap();
         mine += 1;
-        // At every moment: no hole, no double, nothing out of order.
+        // At every moment: no gap, no duplicate, no message out of order.
         let shown = seqs().await;
         assert_eq!(shown, (1..=shown.len() as u64).collect::<Vec<_>>());
         assert!(shown.len() >= before);

@@ -240,20 +240,20 @@ struct World {
     nodes: RefCell<Vec<Option<Rc<Node>>>>,
     /// What each instance's file says, also while it is dead.
     files: Vec<Arc<Mutex<String>>>,
-    wanted: RefCell<FileText>,
+    file_text: RefCell<FileText>,
     bus: LocalBus,
     events: Cell<u64>,
     trouble: Cell<bool>,
     acknowledged: RefCell<Vec<Acknowledged>>,
     read_marks: RefCell<BTreeMap<(DialogId, UserId), Seq>>,
-    /// Read marks that an instance told after higher ones.
-    told_late: Arc<Mutex<Vec<String>>>,
+    /// Read marks that an instance published after higher ones.
+    published_late: Arc<Mutex<Vec<String>>>,
     wrong: RefCell<Vec<String>>,
     /// Whether shards are declared down in this run: then one that is alive may acknowledge what others do not see yet.
     downs: bool,
-    /// Whether they are given up, too; then none is removed: in the end everything must return.
+    /// Whether shards are forgotten, too. If not, none is removed: in the end every message must return.
     forgets: bool,
-    told: Cell<bool>,
+    logs: Cell<bool>,
 }
 
 impl World {
@@ -266,7 +266,7 @@ impl World {
             state: DeclaredState::Active,
             forget: false,
         });
-        let wanted = FileText {
+        let file_text = FileText {
             entries: entries.collect(),
             pin: None,
         };
@@ -276,19 +276,19 @@ impl World {
             servers: Servers::default(),
             nodes: RefCell::new(vec![None; instances]),
             files: (0..instances)
-                .map(|_| Arc::new(Mutex::new(wanted.text())))
+                .map(|_| Arc::new(Mutex::new(file_text.text())))
                 .collect(),
-            wanted: RefCell::new(wanted),
+            file_text: RefCell::new(file_text),
             bus: LocalBus::alone(),
             events: Cell::new(0),
             trouble: Cell::new(true),
             acknowledged: RefCell::default(),
             read_marks: RefCell::default(),
-            told_late: Arc::default(),
+            published_late: Arc::default(),
             wrong: RefCell::default(),
             downs: chance.random_bool(0.5),
             forgets: chance.random_bool(0.3),
-            told: Cell::new(std::env::var("CHAT_LOG").is_ok()),
+            logs: Cell::new(std::env::var("CHAT_LOG").is_ok()),
             chance: RefCell::new(chance),
         })
     }
@@ -307,8 +307,8 @@ impl World {
         sleep(Duration::from_millis(millis)).await;
     }
 
-    fn tell(&self, what: impl FnOnce() -> String) {
-        if self.told.get() {
+    fn log(&self, what: impl FnOnce() -> String) {
+        if self.logs.get() {
             println!("{:>10?} {}", self.at(), what());
         }
     }
@@ -320,25 +320,25 @@ impl World {
         begun.elapsed()
     }
 
-    /// Hears what an instance tells people.
+    /// Receives the events that an instance publishes.
     fn listens(&self) -> OnCommit {
-        let (late, told) = (self.told_late.clone(), Mutex::new(BTreeMap::new()));
+        let (late, published) = (self.published_late.clone(), Mutex::new(BTreeMap::new()));
         Arc::new(move |committed| {
             if let Committed::Mark(mark) = committed {
-                let mut told = told.lock().unwrap();
-                let before = told.insert((mark.dialog, mark.user), mark.seq);
-                // One whose COMMIT was not answered is told again.
+                let mut published = published.lock().unwrap();
+                let before = published.insert((mark.dialog, mark.user), mark.seq);
+                // A mark whose COMMIT was not answered is published again.
                 if before.is_some_and(|before| before > mark.seq) {
                     late.lock()
                         .unwrap()
-                        .push(format!("{mark:?} told after {before:?}"));
+                        .push(format!("{mark:?} published after {before:?}"));
                 }
             }
         })
     }
 
     fn is_wrong(&self, what: String) {
-        self.tell(|| format!("WRONG: {what}"));
+        self.log(|| format!("WRONG: {what}"));
         self.wrong.borrow_mut().push(what);
     }
 
@@ -350,7 +350,7 @@ impl World {
         self.servers.lock().unwrap().clone()
     }
 
-    /// The topology that is in force, and the shards that it names.
+    /// The topology in effect, and its shards.
     fn topology(&self) -> Option<Topology> {
         let servers = self.servers();
         let metas = servers.values().filter_map(|server| server.meta());
@@ -417,7 +417,7 @@ impl World {
                         metrics,
                         &runtime,
                     );
-                    self.tell(|| format!("instance {i} has started"));
+                    self.log(|| format!("instance {i} has started"));
                     self.nodes.borrow_mut()[i] = Some(Rc::new(Node {
                         process,
                         messages,
@@ -426,14 +426,14 @@ impl World {
                     return;
                 }
                 Ok(Err(StartError::Fatal(what))) => {
-                    self.tell(|| format!("instance {i} does not start: {what}"));
+                    self.log(|| format!("instance {i} does not start: {what}"));
                     // Its operator gives it the file that the others have.
                     if let Some(topology) = self.topology() {
                         *file.lock().unwrap() = FileText::of(&topology).text();
                     }
                 }
                 Ok(Err(StartError::Wait(what))) => {
-                    self.tell(|| format!("instance {i} waits: {what}"))
+                    self.log(|| format!("instance {i} waits: {what}"))
                 }
                 Err(_) => return,
             }
@@ -654,7 +654,9 @@ impl World {
         let mut before = Seq::ZERO;
         for seq in &seqs {
             if !Seq::new(*seq).follows(before) {
-                self.is_wrong(format!("{about}: {before} then {seq}, and no gap is told"));
+                self.is_wrong(format!(
+                    "{about}: {before} then {seq}, and no gap is reported"
+                ));
             }
             before = Seq::new(*seq);
         }
@@ -693,9 +695,9 @@ impl World {
         }
     }
 
-    /// An edit: of the file as it was last wanted, most of the time.
+    /// An edit, usually of the last file.
     fn edit(&self) -> FileText {
-        let mut file = self.wanted.borrow().clone();
+        let mut file = self.file_text.borrow().clone();
         if self.pick(0..3) == 0
             && let Some(topology) = self.topology()
             && !(self.forgets && self.lacks_a_shard(&FileText::of(&topology).text()))
@@ -760,8 +762,8 @@ impl World {
                 0..=3 => {
                     let file = self.edit();
                     let text = file.text();
-                    self.tell(|| format!("edit: {file:?}"));
-                    *self.wanted.borrow_mut() = file;
+                    self.log(|| format!("edit: {file:?}"));
+                    *self.file_text.borrow_mut() = file;
                     for i in 0..self.files.len() {
                         // At once, late, or never.
                         let late = [0, 0, 0, 700, 5000, 60_000][self.pick(0..6) as usize];
@@ -772,16 +774,16 @@ impl World {
                     // Two that contradict each other, at the same moment.
                     for i in 0..self.files.len() {
                         let file = self.edit();
-                        self.tell(|| format!("edit of {i}: {file:?}"));
+                        self.log(|| format!("edit of {i}: {file:?}"));
                         self.clone().later(0, file.text(), i);
-                        *self.wanted.borrow_mut() = file;
+                        *self.file_text.borrow_mut() = file;
                     }
                 }
                 5 | 6 => {
                     let names: Vec<String> = self.servers().keys().cloned().collect();
                     let name = &names[self.pick(0..names.len() as u64) as usize];
                     let (server, millis) = (self.server(name), self.pick(100..15_000));
-                    self.tell(|| format!("{name} dies for {millis} ms"));
+                    self.log(|| format!("{name} dies for {millis} ms"));
                     server.set_up(false);
                     tokio::task::spawn_local(async move {
                         sleep(Duration::from_millis(millis)).await;
@@ -796,7 +798,7 @@ impl World {
                     // In the middle of whatever it will be at.
                     let points = self.pick(0..3000) as u32;
                     node.process.state.lock().unwrap().dies_after = Some(points);
-                    self.tell(|| format!("instance {i} will die after {points} points"));
+                    self.log(|| format!("instance {i} will die after {points} points"));
                     let world = self.clone();
                     tokio::task::spawn_local(async move {
                         while !node.process.is_dead() {
@@ -809,7 +811,7 @@ impl World {
                             }
                             *current = None;
                         }
-                        world.tell(|| format!("instance {i} is dead"));
+                        world.log(|| format!("instance {i} is dead"));
                         drop(node);
                         world.pause(100..8000).await;
                         world.start(i).await;
@@ -818,7 +820,7 @@ impl World {
                 _ => {
                     if let Some(node) = self.node() {
                         let until = Duration::from_millis(self.pick(100..15_000));
-                        self.tell(|| format!("an instance hangs for {until:?}"));
+                        self.log(|| format!("an instance hangs for {until:?}"));
                         node.process.state.lock().unwrap().hangs_until =
                             Some(Instant::now() + until);
                     }
@@ -830,7 +832,7 @@ impl World {
     fn later(self: Rc<Self>, millis: u64, text: String, i: usize) {
         tokio::task::spawn_local(async move {
             sleep(Duration::from_millis(millis)).await;
-            // An old file must not remove a shard that was given up meanwhile: see `forgets`.
+            // An old file must not remove a shard that was forgotten meanwhile: see `forgets`.
             if self.trouble.get() && !(self.forgets && self.lacks_a_shard(&text)) {
                 *self.files[i].lock().unwrap() = text;
             }
@@ -844,10 +846,10 @@ impl World {
             .any(|name| !text.contains(&format!("{name:?}")))
     }
 
-    /// Everything is mended: what runs is whole, and the file says that every shard takes part.
-    async fn mend(self: &Rc<Self>) -> Result<(), String> {
+    /// Ends all faults: every process and shard runs, and in the file every shard is active.
+    async fn repair(self: &Rc<Self>) -> Result<(), String> {
         self.trouble.set(false);
-        self.tell(|| "everything is mended".into());
+        self.log(|| "all faults have ended".into());
         for server in self.servers().values() {
             server.set_up(true);
         }
@@ -871,7 +873,7 @@ impl World {
         started.map_err(|_| "it does not start".to_owned())?;
         // An instance that starts with a file that is not in effect has not edited it: so the file is saved again.
         for text in &self.files {
-            text.lock().unwrap().push_str("# mended\n");
+            text.lock().unwrap().push_str("# repaired\n");
         }
         Ok(())
     }
@@ -930,7 +932,7 @@ impl World {
         for name in topology.shards.keys() {
             for (slot, message) in servers[name].messages() {
                 if Slot::of(message.dialog) != slot {
-                    self.is_wrong(format!("{message:?} lies in slot {slot}"));
+                    self.is_wrong(format!("{message:?} is in slot {slot}"));
                 }
                 if let Some(other) = log.insert((message.dialog, message.seq), message) {
                     self.is_wrong(format!("two messages are one: {other:?}"));
@@ -952,7 +954,7 @@ impl World {
             if let Some(key) = &message.key {
                 let name = (*dialog, message.author, key.as_str().to_owned());
                 if let Some(other) = keyed.insert(name, *seq) {
-                    self.is_wrong(format!("{dialog}: {message:?} stands at {other} too"));
+                    self.is_wrong(format!("{dialog}: {message:?} is at {other} too"));
                 }
             } else if !self.downs || message.duplicate_of.is_none() {
                 self.is_wrong(format!("{message:?} has no key"));
@@ -995,7 +997,7 @@ impl World {
         self.check_marks(&log);
     }
 
-    /// Read marks are where they were, none is beyond the last message, and none was told after a higher one.
+    /// Read marks have not gone back, none is beyond the last message, and none was published after a higher one.
     fn check_marks(&self, log: &BTreeMap<(DialogId, Seq), chat::store::CopiedMessage>) {
         let servers = self.servers();
         for ((dialog, user), seq) in self.read_marks.borrow().iter() {
@@ -1008,20 +1010,20 @@ impl World {
             }
             let of_dialog = log.range((*dialog, Seq::ZERO)..=(*dialog, Seq::new(u64::MAX)));
             let last = of_dialog.last().map_or(Seq::ZERO, |((_, seq), _)| *seq);
-            // What a shard holds that is given up is not in the log.
+            // The messages of a forgotten shard are not in the log.
             if most > last && !self.downs {
                 self.is_wrong(format!("{dialog}: {user} has read up to {most} of {last}"));
             }
         }
         // A shard that was declared down had marks that who takes over has not.
         if !self.downs {
-            for what in self.told_late.lock().unwrap().iter() {
+            for what in self.published_late.lock().unwrap().iter() {
                 self.is_wrong(what.clone());
             }
         }
     }
 
-    /// What was acknowledged before another was sent stands before it; and so does what was sent before it in one go.
+    /// A message that was acknowledged before another was sent has a lower seq; so has one sent before it in the same burst.
     fn check_order(&self, sent: &[Acknowledged]) {
         let mut dialogs = BTreeMap::<DialogId, Vec<&Acknowledged>>::new();
         for one in sent {
@@ -1036,30 +1038,30 @@ impl World {
                             && one.at_once
                             && two.at_once
                             && one.key < two.key);
-                    // A shard that was declared down and is alive goes on in its own generation until it is told.
+                    // A live shard that was declared down continues its own generation until it has the new topology.
                     let apart = self.downs && two.seq.generation() < one.seq.generation();
                     if in_order && one.seq >= two.seq && !apart {
-                        self.is_wrong(format!("{one:?} stands behind {two:?}"));
+                        self.is_wrong(format!("{one:?} is after {two:?}"));
                     }
                 }
             }
         }
     }
 
-    /// What tells this run from others, or what is wrong.
+    /// A digest of this run, or the faults.
     async fn run(self: Rc<Self>) -> Result<u64, String> {
         self.at();
         join_all((0..self.files.len()).map(|i| self.start(i))).await;
-        let mut people: Vec<_> = (0..PEOPLE)
+        let mut users: Vec<_> = (0..PEOPLE)
             .map(|n| tokio::task::spawn_local(self.clone().writes(n)))
             .collect();
-        people.extend((0..2).map(|_| tokio::task::spawn_local(self.clone().reads())));
+        users.extend((0..2).map(|_| tokio::task::spawn_local(self.clone().reads())));
         self.clone().trouble().await;
-        self.mend().await?;
-        for someone in people {
+        self.repair().await?;
+        for user in users {
             match timeout(RECOVERY, someone).await {
                 Ok(ended) => ended.map_err(|e| e.to_string())?,
-                Err(_) => return Err("somebody's send is never taken".into()),
+                Err(_) => return Err("a send was never accepted".into()),
             }
         }
         let patience = Instant::now() + RECOVERY;
@@ -1082,7 +1084,7 @@ impl World {
             hash.write_u64(sent.seq.get());
             hash.write_u64(sent.acknowledged);
         }
-        self.tell(|| format!("{} messages", self.acknowledged.borrow().len()));
+        self.log(|| format!("{} messages", self.acknowledged.borrow().len()));
         Ok(hash.finish())
     }
 }
@@ -1147,7 +1149,7 @@ fn whatever_goes_wrong_everything_is_there_once_and_in_order_in_the_end() {
     assert!(failed.is_empty(), "failed: CHAT_SIMULATE={failed:?}");
 }
 
-/// A file is cut off anywhere, as by a full disk: nothing changes, and in one line it is told why.
+/// A file is cut off anywhere, as by a full disk: nothing changes, and one line says why.
 #[test]
 fn no_prefix_of_a_file_changes_anything() {
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -1177,9 +1179,11 @@ fn no_prefix_of_a_file_changes_anything() {
             assert!(!what.is_empty() && !what.contains('\n'), "{what}");
             answers.insert((cut, what));
         }
-        let said = |what: &str| answers.iter().any(|(_, answer)| answer.contains(what));
+        let reported = |what: &str| answers.iter().any(|(_, answer)| answer.contains(what));
         assert!(
-            said("is missing in the file but active") && said("no active shard") && said("line ")
+            reported("is missing in the file but active")
+                && reported("no active shard")
+                && reported("line ")
         );
         *world.files[0].lock().unwrap() = whole;
         sleep(Duration::from_secs(3)).await;

@@ -281,7 +281,7 @@ fn draft(batch: &[NewMessage], term: Term, expected: &[(&str, u64)]) -> Draft {
     Draft::new(batch, terms, expected.collect())
 }
 
-/// What the whole database holds of these dialogs, and how far they are said to have come.
+/// All rows of these dialogs in the database, and their last seqs.
 async fn standing(store: &Arc<dyn Database>, names: &[&str]) -> Vec<(u64, Vec<u64>)> {
     let mut standing = Vec::new();
     for name in names {
@@ -459,7 +459,7 @@ async fn instances_that_write_at_once_share_one_dense_order(kind: Kind) {
             tokio::spawn(async move {
                 let mut all = Vec::new();
                 for round in 0..SEED {
-                    // Every third key is common to all writers: somebody is first.
+                    // Every third key is common to all writers.
                     let key = |n: u64| {
                         if n.is_multiple_of(3) {
                             format!("common.{round}.{n}")
@@ -497,13 +497,13 @@ async fn instances_that_write_at_once_share_one_dense_order(kind: Kind) {
             })
         })
         .collect();
-    let mut told = std::collections::BTreeMap::new();
+    let mut seqs = std::collections::BTreeMap::new();
     for writer in writers {
         for ((dialog, key), (seq, _)) in writer.await.unwrap() {
             assert_eq!(
-                *told.entry((dialog, key)).or_insert(seq),
+                *seqs.entry((dialog, key)).or_insert(seq),
                 seq,
-                "everybody is told the same"
+                "all writers get the same seq"
             );
         }
     }
@@ -514,11 +514,11 @@ async fn instances_that_write_at_once_share_one_dense_order(kind: Kind) {
             .unwrap();
         let seqs: Vec<u64> = page.messages.iter().map(|m| m.seq.get()).collect();
         assert_eq!(seqs, (1..=seqs.len() as u64).collect::<Vec<_>>());
-        let expected = told.keys().filter(|(d, _)| *d == dialog(name)).count();
+        let expected = seqs.keys().filter(|(d, _)| *d == dialog(name)).count();
         assert_eq!(seqs.len(), expected);
         for m in page.messages {
             assert_eq!(
-                told[&(dialog(name), Key::new(m.key.unwrap()).unwrap())],
+                seqs[&(dialog(name), Key::new(m.key.unwrap()).unwrap())],
                 m.seq.get()
             );
         }
@@ -938,7 +938,7 @@ async fn a_document_is_taken_forward_only_and_fences_who_was_declared_down(kind:
     let refused = a.step(&ours, &judging.topology_ref(), slot, &seal).await;
     assert!(
         matches!(refused, Err(StoreError::OtherTopology(_))),
-        "nothing moves while shards are judged: {refused:?}"
+        "no slot moves during a failover: {refused:?}"
     );
     let owned = a
         .step(&ours, &judging.topology_ref(), slot, &claim)
@@ -1028,7 +1028,7 @@ async fn a_slot_moves_step_by_step_and_takes_no_other_step(kind: Kind) {
     assert!(incoming.is_incoming("shard1", 2));
     assert!(
         at(&b, &two, &prepare(3)).await.is_err(),
-        "nobody joins an attempt"
+        "an attempt is not shared"
     );
 
     let heads = a.dialog_rows(&one, slot).await.unwrap();
@@ -1127,7 +1127,7 @@ async fn a_slot_moves_step_by_step_and_takes_no_other_step(kind: Kind) {
     };
     assert!(at(&a, &one, &unseal).await.is_err());
 
-    // The new owner goes on where the old one stopped, and knows its keys.
+    // The new owner continues at the old one's last seq, and has its keys.
     let there = [
         message("7_42", 7, "k5", "x"),
         message("7_42", 42, "k6", "x"),
@@ -1333,7 +1333,7 @@ async fn one_at_a_time_has_the_turn(kind: Kind) {
         .try_lock_coordinator()
         .await
         .unwrap()
-        .expect("nobody has it");
+        .expect("the lock is free");
     turn.keep().await.unwrap();
     // SQLite files belong to one process, which needs no turn.
     let taken = other.try_lock_coordinator().await.unwrap();
@@ -1363,7 +1363,7 @@ async fn one_at_a_time_has_the_turn(kind: Kind) {
     .await;
 }
 
-/// Somebody else has the lock of a slot for longer than a transaction waits: it is told as what it is, wherever in a text of
+/// Another transaction holds the lock of a slot for longer than a transaction waits: the error is the same wherever in a text of
 /// several statements it happens, and repeating the transaction later helps.
 async fn a_lock_that_is_held_is_a_conflict_and_nothing_else(kind: Kind) {
     let Pair {
@@ -1777,12 +1777,12 @@ async fn heads_tell_how_far_dialogs_have_come_and_who_has_read(kind: Kind) {
             .unwrap();
         assert_eq!(shown(&heads), both[1..]);
     }
-    let stranger = ShardIdentity {
+    let other_service = ShardIdentity {
         cluster_id: "c2".into(),
         ..identity()
     };
     assert!(matches!(
-        store.last_seqs(&stranger, &asked).await,
+        store.last_seqs(&other_service, &asked).await,
         Err(StoreError::WrongIdentity(_))
     ));
 }

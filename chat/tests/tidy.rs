@@ -85,12 +85,12 @@ fn a_module_imports_only_modules_above_it() {
         let order = order(&root().join(folder).join(declares));
         let place = |name: &str| order.iter().position(|module| module == name);
         for (module, path, text) in sources_of(folder) {
-            // What stands in lib.rs itself is above all, and the files of a program may use all of the library.
+            // lib.rs itself is above all modules, and the files of a program may use all of the library.
             let Some(own) = place(&module) else { continue };
             for name in names_after(&text, "crate::") {
                 assert!(
                     place(&name).is_none_or(|other| other <= own),
-                    "{}: {module} imports {name}, which stands below it",
+                    "{}: {module} imports {name}, which is declared below it",
                     path.display()
                 );
             }
@@ -130,7 +130,7 @@ fn a_file_imports_only_files_of_its_folder_above_it() {
                 let other = order.iter().position(|file| *file == used);
                 assert!(
                     other.is_none_or(|other| other < own),
-                    "{}: imports {used}, which stands below it",
+                    "{}: imports {used}, which is declared below it",
                     file.display()
                 );
             }

@@ -130,7 +130,7 @@ class Conversation {
     $('log').append(item);
     $('log-box').scrollTop = $('log-box').scrollHeight;
     try {
-      // It is shown where it stands among the others, when the connection tells of it.
+      // It is shown at its place in the order, when the connection reports it.
       await this.app.connection.send(this.peer, key, text);
     } catch (error) {
       this.pending.delete(key);
@@ -256,7 +256,7 @@ const time = (at) => {
 let app = null;
 
 const start = (user, token) => {
-  // Each tab may be somebody else: what is kept belongs to the tab.
+  // Each tab may be another user: the storage belongs to the tab.
   sessionStorage.setItem('chat', JSON.stringify({ user, token }));
   app = new App(user, token);
 };

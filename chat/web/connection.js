@@ -18,7 +18,7 @@ export class Connection {
     this.streams = new Map(); // by dialog: {last, state}, state is live, resuming or reading
     this.resumes = new Map(); // by id: the dialogs of a resume without an answer
     this.watched = new Set();
-    this.marks = new Map(); // by peer: up to where was read, to be told soon
+    this.marks = new Map(); // by peer: the read mark that is sent soon
     this.next = 1;
     this.pause = PAUSE.first;
     this.since = null;
@@ -93,7 +93,7 @@ export class Connection {
     this.handlers.welcome(frame);
   }
 
-  /** A browser answers the server's pings by itself and tells us nothing of them: we ask ourselves. */
+  /** A browser answers the server's pings itself and does not report them, so the page sends its own. */
   alive() {
     clearTimeout(this.timer);
     const socket = this.socket;

@@ -1,4 +1,4 @@
-//! The tests and benches of the service stand on this: fresh databases on real servers, instances as processes, proxies that break
+//! The base of tests and benches: fresh databases on real servers, instances as processes, proxies that break
 //! connections, a shard in memory.
 //!
 //! `./test` starts the servers and says where they are; nothing is skipped when one is missing.

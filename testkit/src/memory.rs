@@ -661,11 +661,11 @@ impl Store for MemoryStore {
                     continue;
                 };
                 let serves = data.row(*slot).state.answers_reads();
-                let wanted = below
+                let matches = below
                     .as_ref()
                     .is_none_or(|below| (last_at, name) < (&below.0, &below.1));
                 let last = data.messages.get(&(*slot, name.clone(), *last_seq));
-                if let Some(last) = last.filter(|_| *member == user && serves && wanted) {
+                if let Some(last) = last.filter(|_| *member == user && serves && matches) {
                     let unread = data
                         .above(*slot, name, *read_seq)
                         .filter(|message| message.author != user);
@@ -705,14 +705,14 @@ impl Store for MemoryStore {
                     .filter(|((_, of, _), _)| of == name)
                     .map(|((_, _, user), (read, _))| (*user, *read))
                     .collect();
-                let wanted = match of {
+                let matches = match of {
                     LastSeqsOf::Dialogs(dialogs) => dialogs.contains(&dialog),
                     LastSeqsOf::Users { users, within } => {
                         reads.iter().any(|(user, _)| users.contains(user))
                             && last_at.micros() >= now.micros() - within.as_micros() as i64
                     }
                 };
-                if wanted && *last_seq > Seq::ZERO && data.row(*slot).state.answers_reads() {
+                if matches && *last_seq > Seq::ZERO && data.row(*slot).state.answers_reads() {
                     heads.push(DialogLastSeq {
                         dialog,
                         last_seq: *last_seq,

@@ -36,7 +36,7 @@ pub struct Service {
     pub databases: Databases,
     pub file: PathBuf,
     pub entries: Vec<Entry>,
-    /// What stands behind the shards in the file: pins.
+    /// The text after the shards in the file: pins.
     pub pins: String,
 }
 
@@ -294,7 +294,7 @@ pub async fn check(
             .unwrap();
         assert_eq!(reading.faults, [], "{low}_{high}");
         assert_eq!(checker::faults(&reading.log, &expected), [], "{low}_{high}");
-        // The messages of an author stand in the order in which they were written, pipelined as they were.
+        // The messages of an author are in the order of their sends, also of pipelined ones.
         let mut order = HashMap::<u64, u64>::new();
         for one in expected {
             let last = order.insert(one.from, one.seq).unwrap_or(0);

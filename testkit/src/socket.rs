@@ -4,6 +4,7 @@ use crate::PATIENCE;
 use crate::instance::Instance;
 use chat_wire::{ErrorBody, ServerFrame};
 use futures_util::{SinkExt, StreamExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_tungstenite::tungstenite::Message;
@@ -108,4 +109,27 @@ impl Socket {
             }
         }
     }
+}
+
+/// A WebSocket as bytes, after the handshake: nothing answers pings.
+pub async fn raw(instance: &Instance, user: u64) -> TcpStream {
+    let token = instance.access().token(user).await.unwrap();
+    let mut stream = TcpStream::connect(instance.url.trim_start_matches("http://"))
+        .await
+        .unwrap();
+    let request = format!(
+        "GET /v1/ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n\
+         Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nAuthorization: Bearer {token}\r\n\r\n"
+    );
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.push(stream.read_u8().await.unwrap());
+    }
+    assert!(
+        head.starts_with(b"HTTP/1.1 101"),
+        "{}",
+        String::from_utf8_lossy(&head)
+    );
+    stream
 }

@@ -1,4 +1,4 @@
-//! A client that does not read is closed; nobody else notices.
+//! A client that does not read is closed, without an effect on others.
 
 use super::{Options, Users};
 use crate::devices::{Device, Talk, Traffic, all_connected, answered, level};
@@ -37,7 +37,7 @@ pub(super) async fn slow(
     for n in 0..20 {
         writers.push(Api::new(service.access(1), users.user(600_000 + n)).await?);
     }
-    // The same for a user who reads, to tell the load itself from the effect of a slow reader.
+    // The same for a user who reads, to separate the load itself from the effect of a slow reader.
     let reads = users.user(500_001);
     let reading = Device::start(service.access(0), reads);
     let (from, until) = flood(options, users, &devices, &traffic, &writers, reads, count).await;

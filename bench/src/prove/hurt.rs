@@ -38,7 +38,7 @@ pub(super) async fn hurt(
             Some(sql) => service.execute(n, sql).await?,
         }
         if n == 3 {
-            // Those that there are stay open otherwise, and nobody notices.
+            // Open connections stay open otherwise, and the limit has no effect.
             service.close_connections(n).await?;
         }
         tokio::time::sleep(Duration::from_secs(lasts)).await;

@@ -22,7 +22,7 @@ pub(super) fn compare(log: &[chat_wire::Message], acknowledged: &[&Sent]) -> any
         "{keyed} messages, and {} were acknowledged",
         acknowledged.len()
     );
-    // A message that was acknowledged before another was sent stands before it.
+    // A message that was acknowledged before another was sent has a lower seq.
     let mut in_order = acknowledged.to_vec();
     in_order.sort_by_key(|one| one.seq);
     let mut latest: Option<&Sent> = None;
@@ -30,7 +30,7 @@ pub(super) fn compare(log: &[chat_wire::Message], acknowledged: &[&Sent]) -> any
         if let Some(latest) = latest {
             ensure!(
                 one.planned + one.took >= latest.planned,
-                "{} was acknowledged before {} was sent, and stands behind it",
+                "{} was acknowledged before {} was sent, and has a higher seq",
                 one.key,
                 latest.key
             );
@@ -104,15 +104,15 @@ pub(super) async fn report(
         .try_fold(0, |sum: u64, read| async move { Ok(sum + read) })
         .await?;
 
-    let (mut owned, mut stored, mut doubles, mut orphans) = (0, 0, 0, 0);
+    let (mut owned, mut stored, mut duplicate_rows, mut orphans) = (0, 0, 0, 0);
     for n in outcome.live.iter().copied() {
         owned += service
             .number(n, "SELECT COUNT(*) FROM slots WHERE state = 'owner'")
             .await?;
         let keyed = "SELECT COUNT(*) FROM messages WHERE client_key IS NOT NULL";
         stored += service.number(n, keyed).await?;
-        let double = "SELECT COUNT(*) FROM messages WHERE duplicate_of IS NOT NULL";
-        doubles += service.number(n, double).await?;
+        let duplicates = "SELECT COUNT(*) FROM messages WHERE duplicate_of IS NOT NULL";
+        duplicate_rows += service.number(n, duplicates).await?;
         for table in ["messages", "dialogs", "members"] {
             orphans += service.number(n, &format!("SELECT COUNT(*) FROM {table} JOIN slots USING (slot) WHERE state <> 'owner'")).await?;
         }
@@ -157,7 +157,7 @@ pub(super) async fn report(
         "  read back      {read} messages, as both users, in both directions, through both instances"
     );
     println!(
-        "  in the tables  {stored} messages, {doubles} of them duplicates, {owned} slots owned, {orphans} rows where they do not belong, {left} rows in a shard that was drained"
+        "  in the tables  {stored} messages, {duplicate_rows} of them duplicates, {owned} slots owned, {orphans} rows where they do not belong, {left} rows in a shard that was drained"
     );
     for line in &outcome.lines {
         println!("  {line}");

@@ -1,4 +1,4 @@
-//! The bus within a process. A single instance uses it, and nobody receives anything; tests join several.
+//! The bus within a process. A single instance has no receiver; tests connect several instances.
 
 use super::{Bus, BusState, Listening, Loss, Sink, Topic};
 use bytes::Bytes;

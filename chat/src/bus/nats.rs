@@ -43,7 +43,7 @@ const ANSWER: Duration = Duration::from_secs(1);
 const LOSSES: usize = 16;
 
 impl NatsBus {
-    /// Connects the service with that id to `nats://…`, and goes on trying: a server that is away is no reason not to start.
+    /// Connects the service with that id to `nats://…`, and retries in the background: the start does not depend on the server.
     ///
     /// # Errors
     /// If the URL is not one.
@@ -147,17 +147,17 @@ impl Bus for NatsBus {
 
     fn listen(&self, topic: Topic, sink: Sink) -> Listening {
         let (client, metrics) = (self.client.clone(), self.metrics.clone());
-        let (subject, nobody) = (self.subject(topic), format!("chat.{}.nobody", self.service));
+        let (subject, unused) = (self.subject(topic), format!("chat.{}.unused", self.service));
         let (effective, is_effective) = watch::channel(false);
         let listener = self.runtime.spawn(async move {
             let mut deliveries = match client.subscribe(subject).await {
                 Ok(deliveries) => deliveries,
                 Err(e) => return tracing::warn!(reason = %e, "bus: cannot listen"),
             };
-            // The server handles our commands in order: once it has answered that nobody is there, it has our subscription.
+            // The server handles our commands in order: once it has answered that this subject has no subscriber, it has our subscription.
             let asking = client.clone();
             let mut round_trip = async move {
-                let _ = timeout(ANSWER, asking.request(nobody, Bytes::new())).await;
+                let _ = timeout(ANSWER, asking.request(unused, Bytes::new())).await;
             }
             .boxed();
             loop {
@@ -199,7 +199,7 @@ impl Bus for NatsBus {
             match timeout(ANSWER, client.request(subject, Bytes::new())).await {
                 Ok(Ok(_)) => Some(true),
                 Ok(Err(e)) if e.kind() == RequestErrorKind::NoResponders => Some(false),
-                // An instance that does not answer has nobody who could be reached; but we may be cut off ourselves.
+                // An instance that does not answer has no reachable session; but this one may be disconnected itself.
                 Ok(Err(_)) | Err(_) => connected.load(Ordering::Relaxed).then_some(false),
             }
         })

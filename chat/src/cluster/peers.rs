@@ -183,7 +183,7 @@ impl Inner {
     }
 
     fn emit(&self, event: PeerEvent) {
-        // Without a receiver nobody is interested.
+        // An event without a receiver is dropped.
         let _ = self.events.send(event);
     }
 

@@ -193,7 +193,7 @@ impl CatchUp {
         }
         let level = &found.level;
         let _ = timeout(RESUME_LIMIT, self.subscriber.caught_up(level)).await;
-        let stands = |dialog: &DialogId| {
+        let position = |dialog: &DialogId| {
             let last = self.subscriber.last(*dialog)?;
             Some((dialog.to_string(), last.get()))
         };
@@ -202,7 +202,7 @@ impl CatchUp {
             id,
             positions: level
                 .iter()
-                .filter_map(|(dialog, _)| stands(dialog))
+                .filter_map(|(dialog, _)| position(dialog))
                 .collect(),
             resync: found.resync.iter().map(ToString::to_string).collect(),
             reads: found.reads,

@@ -93,7 +93,7 @@ impl Delivery {
             seq: place.seq,
             frame,
         };
-        self.tell(dialog, &event, origin.as_ref());
+        self.deliver_local(dialog, &event, origin.as_ref());
         self.hints.message(dialog, place.seq);
     }
 
@@ -113,7 +113,7 @@ impl Delivery {
             seq,
             frame,
         };
-        self.tell(dialog, &event, None);
+        self.deliver_local(dialog, &event, None);
         self.hints.read(dialog, user, event);
     }
 
@@ -138,7 +138,7 @@ impl Delivery {
         }
     }
 
-    fn tell(&self, dialog: DialogId, event: &BusEvent, origin: Option<&Origin>) {
+    fn deliver_local(&self, dialog: DialogId, event: &BusEvent, origin: Option<&Origin>) {
         for user in dialog.members() {
             self.registry.deliver(user, event, origin);
         }

@@ -47,7 +47,7 @@ pub struct Hints {
 /// The dialogs with recent events, in stripes so that no single lock is taken for every message.
 struct Inner {
     /// Whether there are other instances.
-    wanted: bool,
+    enabled: bool,
     stripes: Vec<Mutex<HashMap<DialogId, Burst>>>,
 }
 
@@ -63,7 +63,7 @@ impl Hints {
     /// Publishes hints for events of this instance, and applies the hints of other instances to the sessions of `registry`.
     pub fn start(registry: Registry, bus: Arc<dyn Bus>, runtime: &Handle) -> Self {
         let inner = Arc::new(Inner {
-            wanted: bus.state() != BusState::Standalone,
+            enabled: bus.state() != BusState::Standalone,
             stripes: (0..STRIPES).map(|_| Mutex::default()).collect(),
         });
         let sink: Sink = Arc::new(move |payload| take(payload, &registry));
@@ -92,7 +92,7 @@ impl Hints {
 
 impl Inner {
     fn note(&self, dialog: DialogId, change: impl FnOnce(&mut Burst)) {
-        if !self.wanted {
+        if !self.enabled {
             return;
         }
         let mut stripe = lock(&self.stripes[Slot::of(dialog).index() % STRIPES]);
@@ -142,7 +142,7 @@ async fn hint(hints: Weak<Inner>, bus: Arc<dyn Bus>) {
     let mut looked_at = 0;
     loop {
         tokio::time::sleep(LOOK_EVERY).await;
-        let Some(hints) = hints.upgrade().filter(|hints| hints.wanted) else {
+        let Some(hints) = hints.upgrade().filter(|hints| hints.enabled) else {
             return;
         };
         for stripe in &hints.stripes {
@@ -210,16 +210,16 @@ mod tests {
         let mut publication = BytesMut::new();
         event.iter().for_each(|event| pack(&mut publication, event));
         let publication = publication.freeze();
-        let heard = |mut bytes: Bytes| {
-            let mut heard = Vec::new();
+        let received = |mut bytes: Bytes| {
+            let mut received = Vec::new();
             while let Some(event) = unpack(&mut bytes) {
-                heard.extend(BusEvent::decode(&event));
+                received.extend(BusEvent::decode(&event));
             }
-            heard
+            received
         };
-        assert_eq!(heard(publication.clone()), event);
+        assert_eq!(received(publication.clone()), event);
         for end in 0..publication.len() {
-            let cut = heard(publication.slice(..end));
+            let cut = received(publication.slice(..end));
             assert!(cut.len() < event.len() && event.starts_with(&cut), "{end}");
         }
     }

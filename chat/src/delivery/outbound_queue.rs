@@ -57,7 +57,7 @@ impl OutboundQueue {
         if state.close == Some(Close::SlowReader) {
             return;
         }
-        // A frame larger than the limit may stand alone.
+        // A frame larger than the limit may be queued alone.
         if state.bytes > 0 && state.bytes + frame.len() > self.limit_bytes {
             *state = State {
                 close: Some(Close::SlowReader),

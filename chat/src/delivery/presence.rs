@@ -2,7 +2,7 @@
 //! that needs the presence of a user publishes a question, and the instances with a session of that user answer.
 //!
 //! A session watches users. It receives their presence at once and then every change: online when the first session begins on any
-//! instance; offline when no instance has answered for [`GRACE`]. Watched users are asked for again at intervals, because events
+//! instance; offline when no instance has answered for the grace period. Watched users are asked for again at intervals, because events
 //! on the bus may be lost, and an instance that is killed sends none.
 
 use crate::bus::{Bus, Listening, Topic};
@@ -17,9 +17,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::time::Instant;
-
-/// How long a user without a session still counts as online: a page is reloaded, or a device changes its network.
-pub const GRACE: Duration = Duration::from_secs(5);
 
 /// The interval at which watched users are asked for again.
 const ASK_AGAIN: Duration = Duration::from_secs(30);
@@ -40,6 +37,7 @@ struct Inner {
     registry: Registry,
     bus: Arc<dyn Bus>,
     runtime: Handle,
+    grace: Duration,
     watched: Mutex<HashMap<UserId, Watched>>,
 }
 
@@ -58,13 +56,15 @@ struct Watched {
 }
 
 impl Presence {
-    /// No user is watched at first.
+    /// No user is watched at first. A user without a session counts as online for `grace`: a page is reloaded, or a device changes
+    /// its network.
     #[must_use]
-    pub fn start(registry: Registry, bus: Arc<dyn Bus>, runtime: &Handle) -> Self {
+    pub fn start(registry: Registry, bus: Arc<dyn Bus>, runtime: &Handle, grace: Duration) -> Self {
         let inner = Arc::new(Inner {
             registry,
             bus,
             runtime: runtime.clone(),
+            grace,
             watched: Mutex::default(),
         });
         let weak = Arc::downgrade(&inner);
@@ -119,7 +119,7 @@ impl Inner {
         if let Some(watched) = self.watched().get_mut(&user) {
             watched.seen = Instant::now();
             if is_here {
-                watched.tell(user, true);
+                watched.notify(user, true);
             } else {
                 self.doubt(user, watched);
             }
@@ -138,14 +138,14 @@ impl Inner {
         if let Some(watched) = self.watched().get_mut(&user) {
             if online {
                 watched.seen = Instant::now();
-                watched.tell(user, true);
+                watched.notify(user, true);
             } else if watched.online == Some(true) {
                 if !watched.in_doubt {
                     watched.seen = Instant::now();
                 }
                 self.doubt(user, watched);
             } else {
-                watched.tell(user, false);
+                watched.notify(user, false);
             }
         }
     }
@@ -168,7 +168,7 @@ impl Inner {
 
 impl Watched {
     /// Sends to the watchers the states that they do not have.
-    fn tell(&mut self, user: UserId, online: bool) {
+    fn notify(&mut self, user: UserId, online: bool) {
         if self.online.replace(online) != Some(online) {
             let frame = encode(&presence(user, online));
             for subscriber in self.watchers.values() {
@@ -185,7 +185,7 @@ fn presence(user: UserId, online: bool) -> ServerFrame {
     })
 }
 
-/// Reports a user as offline when there was no answer, and no event, for [`GRACE`].
+/// Reports a user as offline when there was no answer, and no event, for the grace period.
 async fn find_out(inner: Weak<Inner>, user: UserId) {
     loop {
         let Some(strong) = inner.upgrade() else {
@@ -194,8 +194,9 @@ async fn find_out(inner: Weak<Inner>, user: UserId) {
         let Some(seen) = strong.watched().get(&user).map(|watched| watched.seen) else {
             return;
         };
+        let grace = strong.grace;
         drop(strong);
-        tokio::time::sleep_until(seen + GRACE).await;
+        tokio::time::sleep_until(seen + grace).await;
         let Some(strong) = inner.upgrade() else {
             return;
         };
@@ -207,9 +208,9 @@ async fn find_out(inner: Weak<Inner>, user: UserId) {
         match answer {
             Some(true) => {
                 watched.seen = Instant::now();
-                watched.tell(user, true);
+                watched.notify(user, true);
             }
-            Some(false) if watched.seen.elapsed() >= GRACE => watched.tell(user, false),
+            Some(false) if watched.seen.elapsed() >= grace => watched.notify(user, false),
             // The user was online meanwhile, and may have left once more.
             Some(false) => continue,
             // This instance is cut off from the others. The state is unknown until the bus is back and all users are asked for.

@@ -135,7 +135,7 @@ impl Registry {
         };
         drop(stripe);
         if first {
-            self.tell(user, true);
+            self.notify(user, true);
         }
         Ok(Joined {
             registry: self.clone(),
@@ -145,7 +145,7 @@ impl Registry {
         })
     }
 
-    fn tell(&self, user: UserId, is_here: bool) {
+    fn notify(&self, user: UserId, is_here: bool) {
         let payload: &[u8] = if is_here { b"+" } else { b"-" };
         let payload = Bytes::from_static(payload);
         self.inner.bus.publish(Topic::Presence(user), payload);
@@ -282,7 +282,7 @@ impl Drop for Joined {
         // The subscription ends in code of a library: not while our lock is held.
         if let Some(left) = left {
             drop(left);
-            self.registry.tell(self.user, false);
+            self.registry.notify(self.user, false);
         }
     }
 }
@@ -388,10 +388,10 @@ mod tests {
     #[test]
     fn a_session_leaves_with_its_guard_and_the_limit_counts_only_those_present() {
         let registry = registry(2);
-        let told = Arc::new(Mutex::new(Vec::new()));
-        let tells = told.clone();
+        let changes = Arc::new(Mutex::new(Vec::new()));
+        let sink = changes.clone();
         registry.on_presence_change(Arc::new(move |user, here| {
-            tells.lock().unwrap().push((user.get(), here));
+            sink.lock().unwrap().push((user.get(), here));
         }));
         let joined = join(&registry, subscriber()).unwrap();
         let second = join(&registry, subscriber()).unwrap();
@@ -404,7 +404,7 @@ mod tests {
         assert!(join(&registry, subscriber()).is_ok());
         let (come, gone) = ((7, true), (7, false));
         assert_eq!(
-            *told.lock().unwrap(),
+            *changes.lock().unwrap(),
             [come, gone, come, gone],
             "the first and the last only"
         );

@@ -1,4 +1,4 @@
-//! The words of the domain: who, where, what. Each is parsed once, at the door, and nobody checks again behind it.
+//! The types of a dialog: users, ids, seqs, texts. Input is parsed into them once; no later code checks again.
 
 use siphasher::sip128::{Hasher128, SipHasher24};
 use std::fmt;
@@ -119,7 +119,7 @@ impl Seq {
     /// Below every message.
     pub const ZERO: Seq = Seq(0);
 
-    /// A seq as it stands on the wire or in a shard.
+    /// A seq of the wire or of a row.
     #[must_use]
     pub fn new(seq: u64) -> Self {
         Self(seq)

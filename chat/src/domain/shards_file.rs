@@ -74,7 +74,7 @@ impl fmt::Debug for StoreUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             StoreUrl::Mysql(url) => {
-                // user:password@ stands between the scheme and the last @
+                // user:password@ is between the scheme and the last @
                 let rest = url.rsplit_once('@').map_or(url.as_str(), |(_, rest)| rest);
                 write!(f, "mysql://…@{rest}")
             }
@@ -226,7 +226,7 @@ fn parse_shard(
         && state != DeclaredState::Down
     {
         let reason = format!(
-            "forget = true of {name} belongs beside state = \"down\": it gives up the messages of a shard that will not return"
+            "forget = true of {name} belongs beside state = \"down\": it forgets the messages of a shard that will not return"
         );
         return Err(lines.error(forget.span(), reason));
     }

@@ -274,7 +274,7 @@ impl Topology {
             return Ok(());
         }
         refuse(format!(
-            "only {left} of {} active shards would remain; if this is intended, and nobody else edits at the same time, add force = true at the top of the file",
+            "only {left} of {} active shards would remain; if this is intended, and no other edit is made at the same time, add force = true at the top of the file",
             active.len()
         ))
     }
@@ -466,7 +466,7 @@ mod tests {
             let with = |states: [&'static str; 4]| ["a", "b", "c", "d"].into_iter().zip(states);
             let of = |states| shards(&with(states).collect::<Vec<_>>());
             let (topology, mut file) = (of(before).topology(), of(after));
-            let held = |_: &str| Remaining::Unknown("nobody asks".into());
+            let held = |_: &str| Remaining::Unknown("not asked".into());
             let next = topology.next(&file, Phase::Normal, &held);
             assert_eq!(next.is_ok(), allowed, "{before:?} {after:?}: {next:?}");
             file.force = true;

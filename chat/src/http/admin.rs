@@ -55,7 +55,7 @@ pub async fn metrics(request: HttpRequest, app: web::Data<App>) -> Result<HttpRe
         .body(text))
 }
 
-/// The topology in effect, and how the `shards.toml` of this instance stands to it.
+/// The topology in effect, and the state of this instance's `shards.toml` relative to it.
 pub async fn topology(
     request: HttpRequest,
     app: web::Data<App>,
@@ -129,7 +129,7 @@ pub async fn locate(
     })))
 }
 
-/// How resharding stands.
+/// The state of resharding.
 pub async fn resharding(
     request: HttpRequest,
     app: web::Data<App>,

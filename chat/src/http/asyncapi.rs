@@ -53,7 +53,7 @@ pub fn document() -> Value {
         "info": {
             "title": "chat",
             "version": PROTOCOL,
-            "description": "JSON text frames, one object each, told apart by `type`. docs/PROTOCOL.md explains how they belong together."
+            "description": "JSON text frames, one object each; `type` is its kind. docs/PROTOCOL.md explains the protocol."
         },
         "defaultContentType": "application/json",
         "channels": {"session": {

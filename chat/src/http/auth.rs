@@ -13,7 +13,7 @@ use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// The secret of `.env.sample`: known to everybody, and refused outside a demonstration.
+/// The secret of `.env.sample`: public, and refused outside a demonstration.
 pub const SAMPLE_SECRET: &str = "sample-secret-for-the-demonstration-only";
 
 /// The shortest secret, in bytes: as long as the hash of HS256.
@@ -43,7 +43,7 @@ struct Claims {
     iss: Option<String>,
 }
 
-/// A string by the standard; a number is understood too.
+/// A string by RFC 7519; a number is accepted too.
 #[derive(Serialize, Deserialize)]
 #[serde(untagged)]
 enum Subject {
@@ -57,79 +57,23 @@ impl Tokens {
     /// # Errors
     /// One line that says what is missing or too weak.
     pub fn new(settings: &config::Auth, demo: bool) -> anyhow::Result<Self> {
-        let algorithm: Algorithm = match settings.algorithm.as_str() {
+        let algorithm = match settings.algorithm.as_str() {
             "HS256" => Algorithm::HS256,
             "EdDSA" => Algorithm::EdDSA,
             "ES256" => Algorithm::ES256,
             "RS256" => Algorithm::RS256,
             other => bail!("auth.algorithm '{other}' is none of HS256, EdDSA, ES256, RS256"),
         };
-        let mut minting = None;
-        let keys = if algorithm == Algorithm::HS256 {
-            let secret = settings.secret.as_ref().map(config::Secret::expose).filter(|secret| !secret.is_empty()).context(
-                "auth.secret is not set; set CHAT__AUTH__SECRET to at least 32 random bytes, e.g. from: openssl rand -base64 48",
-            )?;
-            if secret == SAMPLE_SECRET && !demo {
-                bail!(
-                    "auth.secret is the sample secret, which everybody knows; set CHAT__AUTH__SECRET to a random one"
-                );
-            }
-            if secret.len() < MIN_SECRET_BYTES {
-                bail!(
-                    "auth.secret has {} bytes; at least {MIN_SECRET_BYTES} are needed",
-                    secret.len()
-                );
-            }
-            minting = Some(EncodingKey::from_secret(secret.as_bytes()));
-            Keys::One(DecodingKey::from_secret(secret.as_bytes()))
+        let (keys, minting) = if algorithm == Algorithm::HS256 {
+            let secret = shared_secret(settings, demo)?.as_bytes();
+            let minting = EncodingKey::from_secret(secret);
+            (Keys::One(DecodingKey::from_secret(secret)), Some(minting))
         } else {
-            let path = settings
-                .key_file
-                .as_ref()
-                .with_context(|| format!("auth.key_file is needed for {}", settings.algorithm))?;
-            let text =
-                std::fs::read(path).with_context(|| format!("auth.key_file {}", path.display()))?;
-            let shown = || {
-                format!(
-                    "auth.key_file {} holds no {} key",
-                    path.display(),
-                    settings.algorithm
-                )
-            };
-            if path
-                .extension()
-                .is_some_and(|extension| extension == "json")
-            {
-                Keys::Set(serde_json::from_slice(&text).with_context(shown)?)
-            } else {
-                let key = if algorithm == Algorithm::EdDSA {
-                    DecodingKey::from_ed_pem(&text)
-                } else if algorithm == Algorithm::ES256 {
-                    DecodingKey::from_ec_pem(&text)
-                } else {
-                    DecodingKey::from_rsa_pem(&text)
-                };
-                Keys::One(key.with_context(shown)?)
-            }
+            (public_keys(settings, algorithm)?, None)
         };
-        let mut validation = Validation::new(algorithm);
-        validation.leeway = 0;
-        validation.set_required_spec_claims(&["sub", "exp"]);
-        validation.validate_nbf = true;
-        match &settings.audience {
-            Some(audience) => validation.set_audience(&[audience]),
-            None => validation.validate_aud = false,
-        }
-        if let Some(issuer) = &settings.issuer {
-            validation.set_issuer(&[issuer]);
-            validation.required_spec_claims.insert("iss".into());
-        }
-        if settings.audience.is_some() {
-            validation.required_spec_claims.insert("aud".into());
-        }
         Ok(Self {
             keys,
-            validation,
+            validation: validation(settings, algorithm),
             minting,
             settings: settings.clone(),
         })
@@ -176,6 +120,67 @@ impl Tokens {
             }
         }
     }
+}
+
+/// The secret of HS256, if it is strong enough.
+fn shared_secret(settings: &config::Auth, demo: bool) -> anyhow::Result<&str> {
+    let secret = settings.secret.as_ref().map(config::Secret::expose);
+    let secret = secret.filter(|secret| !secret.is_empty()).context(
+        "auth.secret is not set; set CHAT__AUTH__SECRET to at least 32 random bytes, e.g. from: openssl rand -base64 48",
+    )?;
+    if secret == SAMPLE_SECRET && !demo {
+        bail!(
+            "auth.secret is the sample secret, which is public; set CHAT__AUTH__SECRET to a random one"
+        );
+    }
+    if secret.len() < MIN_SECRET_BYTES {
+        bail!(
+            "auth.secret has {} bytes; at least {MIN_SECRET_BYTES} are needed",
+            secret.len()
+        );
+    }
+    Ok(secret)
+}
+
+/// The public key, or the key set, of `auth.key_file`.
+fn public_keys(settings: &config::Auth, algorithm: Algorithm) -> anyhow::Result<Keys> {
+    let path = settings.key_file.as_ref();
+    let path =
+        path.with_context(|| format!("auth.key_file is needed for {}", settings.algorithm))?;
+    let file = path.display();
+    let text = std::fs::read(path).with_context(|| format!("auth.key_file {file}"))?;
+    let invalid = || format!("auth.key_file {file} holds no {} key", settings.algorithm);
+    if path.extension().is_some_and(|end| end == "json") {
+        return Ok(Keys::Set(
+            serde_json::from_slice(&text).with_context(invalid)?,
+        ));
+    }
+    let key = match algorithm {
+        Algorithm::EdDSA => DecodingKey::from_ed_pem(&text),
+        Algorithm::ES256 => DecodingKey::from_ec_pem(&text),
+        _ => DecodingKey::from_rsa_pem(&text),
+    };
+    Ok(Keys::One(key.with_context(invalid)?))
+}
+
+/// The claims that a token must have.
+fn validation(settings: &config::Auth, algorithm: Algorithm) -> Validation {
+    let mut validation = Validation::new(algorithm);
+    validation.leeway = 0;
+    validation.set_required_spec_claims(&["sub", "exp"]);
+    validation.validate_nbf = true;
+    match &settings.audience {
+        Some(audience) => {
+            validation.set_audience(&[audience]);
+            validation.required_spec_claims.insert("aud".into());
+        }
+        None => validation.validate_aud = false,
+    }
+    if let Some(issuer) = &settings.issuer {
+        validation.set_issuer(&[issuer]);
+        validation.required_spec_claims.insert("iss".into());
+    }
+    validation
 }
 
 impl Authenticate for Tokens {

@@ -1,4 +1,4 @@
-//! Reads WebSocket frames, and gives up on a large one while it is still on its way.
+//! Reads WebSocket frames, and refuses a large one at its header.
 //!
 //! The codec of actix-http checks a frame's size only when all of it has arrived: a client that announces 16 GiB could fill
 //! the memory. Here the announced length is looked at as soon as the header is there.

@@ -23,9 +23,6 @@ use tokio_util::sync::CancellationToken;
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 4096;
 
-/// Connections beside those of WebSockets: requests, and WebSockets that are refused with a reason.
-const SPARE_CONNECTIONS: usize = 1024;
-
 /// How long the accepting of connections rests when the system has no more descriptors.
 const REST: Duration = Duration::from_millis(100);
 
@@ -81,7 +78,7 @@ impl Listener {
         });
         let all_places = limits
             .connections
-            .saturating_add(SPARE_CONNECTIONS)
+            .saturating_add(limits.spare_connections)
             .min(Semaphore::MAX_PERMITS)
             .try_into()
             .unwrap_or(u32::MAX);
@@ -101,12 +98,12 @@ impl Listener {
         })
     }
 
-    /// Waits for an end that was not asked for: a thread serves nobody any more.
+    /// Waits for a failure: a thread that no longer serves connections.
     pub async fn failed(&mut self) {
         let _ = (&mut self.accepting).await;
     }
 
-    /// Accepts nobody any more, and gives requests under way some time to be answered.
+    /// Stops accepting connections, and gives requests in flight some time to be answered.
     pub async fn stop(self) {
         self.accepting.abort();
         let _ = self.accepting.await;
@@ -289,7 +286,7 @@ mod tests {
         assert_eq!(kept.read(&mut [0; 1]).await.unwrap(), 0, "kept alive");
         assert!(
             Client::connect(address).await.is_err(),
-            "nobody is accepted"
+            "no connection is accepted"
         );
         assert!(!stopping.is_finished());
         go_on.notify_one();

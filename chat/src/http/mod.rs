@@ -86,8 +86,8 @@ impl App {
     }
 }
 
-/// What clients reach.
-pub fn routes(config: &mut web::ServiceConfig) {
+/// The routes for clients; `body_bytes` is the largest body.
+pub fn routes(config: &mut web::ServiceConfig, body_bytes: usize) {
     config
         .route("/", web::get().to(page::index))
         .route("/app.js", web::get().to(page::script))
@@ -107,11 +107,11 @@ pub fn routes(config: &mut web::ServiceConfig) {
         .route("/docs", web::get().to(page::to_docs))
         .service(SwaggerUi::new("/docs/{_:.*}").url("/v1/openapi.json", rest::ApiDoc::openapi()))
         .default_service(web::to(unknown));
-    limits(config);
+    limits(config, body_bytes);
 }
 
-/// What operators reach, on a listener of its own.
-pub fn admin_routes(config: &mut web::ServiceConfig) {
+/// The routes for operators, on a listener of their own.
+pub fn admin_routes(config: &mut web::ServiceConfig, body_bytes: usize) {
     config
         .route("/metrics", web::get().to(admin::metrics))
         .route("/livez", web::get().to(health::live))
@@ -125,18 +125,15 @@ pub fn admin_routes(config: &mut web::ServiceConfig) {
         .route("/admin/resharding/pause", web::post().to(admin::pause))
         .route("/admin/resharding/resume", web::post().to(admin::resume))
         .default_service(web::to(unknown));
-    limits(config);
+    limits(config, body_bytes);
 }
 
-/// The largest body: a message of 4,000 characters, each escaped as JSON allows.
-const BODY_BYTES: usize = 64 * 1024;
-
 /// Errors of the extractors have the same form as all others.
-fn limits(config: &mut web::ServiceConfig) {
+fn limits(config: &mut web::ServiceConfig, body_bytes: usize) {
     config
         .app_data(
             web::JsonConfig::default()
-                .limit(BODY_BYTES)
+                .limit(body_bytes)
                 .error_handler(|e, _| {
                     use actix_web::error::JsonPayloadError as E;
                     let too_large = matches!(e, E::Overflow { .. } | E::OverflowKnownLength { .. });

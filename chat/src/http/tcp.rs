@@ -159,7 +159,7 @@ mod tests {
         handle.cut();
         assert!(woken.0.load(Ordering::Relaxed));
         let Poll::Ready(Err(error)) = io(Pin::new(&mut connection), &mut context) else {
-            panic!("it goes on after the cut");
+            panic!("data after the cut");
         };
         assert_eq!(error.kind(), io::ErrorKind::ConnectionAborted);
     }

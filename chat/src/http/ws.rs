@@ -221,21 +221,23 @@ async fn read(
     mut socket: actix_ws::Session,
 ) {
     let silence = Duration::from_millis(app.context.limits.silence_ms);
-    let mut heard = Instant::now();
+    let mut last_received = Instant::now();
     // One timer for both things that time can bring: silence and the end of the token.
-    let mut alarm = std::pin::pin!(sleep_until(heard + silence.min(session.token_left())));
+    let mut deadline = std::pin::pin!(sleep_until(
+        last_received + silence.min(session.token_left())
+    ));
     loop {
         tokio::select! {
             incoming = frames.next() => {
-                heard = Instant::now();
+                last_received = Instant::now();
                 match incoming {
                     Ok(Incoming::Text(text)) => {
                         app.context.metrics.received_frames.inc();
                         app.context.metrics.received_bytes.inc_by(text.len() as u64);
                         session.receive(&text);
                         // A fresh token may have moved the end.
-                        let end = heard + session.token_left();
-                        if end < alarm.deadline() { alarm.as_mut().reset(end) }
+                        let end = last_received + session.token_left();
+                        if end < deadline.deadline() { deadline.as_mut().reset(end) }
                     }
                     Ok(Incoming::Binary) => session.receive_binary(),
                     Ok(Incoming::Ping(bytes)) => if session.count_frame() {
@@ -259,16 +261,16 @@ async fn read(
                 }
             }
             () = session.settle() => {}
-            () = &mut alarm => {
+            () = &mut deadline => {
                 if session.token_left().is_zero() {
                     session.expire();
                     std::future::pending::<()>().await;
                 }
-                if heard.elapsed() >= silence {
+                if last_received.elapsed() >= silence {
                     outbound.close(Close::Silent);
                     std::future::pending::<()>().await;
                 }
-                alarm.as_mut().reset((heard + silence).min(Instant::now() + session.token_left()));
+                deadline.as_mut().reset((last_received + silence).min(Instant::now() + session.token_left()));
             }
         }
     }
@@ -290,12 +292,12 @@ async fn close(
     let taken = timeout(CLOSE_LIMIT, async {
         // The client may be in the middle of sending: unread bytes would make the kernel reset the connection, and the close
         // frame would be lost with it. If it was the client who closed, there is nothing to wait for.
-        let heard = async {
+        let last_received = async {
             if reason != Close::Normal {
                 frames.discard().await;
             }
         };
-        tokio::join!(socket.close(Some(frame)), heard)
+        tokio::join!(socket.close(Some(frame)), last_received)
     });
     if taken.await.is_err() {
         line.cut();

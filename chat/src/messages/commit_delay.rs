@@ -3,8 +3,8 @@
 //! A small transaction costs its shard much more for each send than a large one. Where a transaction takes no longer than usual that
 //! does not matter: the shard has time to spare, and waiting would only delay. Where it takes much longer, the shard or this
 //! machine is full, and sends wait for the processor instead: then the writer waits in proportion, fewer and larger transactions
-//! are made, and all sends are through sooner. The shortest time of late stands for a shard with time to spare, so a slow disk or
-//! a slow network makes nobody wait.
+//! are made, and all sends are answered sooner. The shortest recent time is that of a shard without load, so a slow disk or
+//! a slow network causes no delay.
 
 use std::time::Duration;
 use tokio::time::Instant;

@@ -41,7 +41,7 @@ const SPAN: Duration = Duration::from_millis(300);
 const WORTH: f64 = 1.08;
 const ENOUGH: f64 = 0.98;
 
-/// Between two trials: doubled with each one that was in vain.
+/// The time between two trials. Each trial without gain doubles it.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 

@@ -101,7 +101,7 @@ impl Dispatch {
             reply: Reply::new(deadline, place, Box::new(answer)),
         };
         let then = self.inner.queues.of(slot).push(job);
-        tell(&writer, slot, then);
+        notify(&writer, slot, then);
         Ok(())
     }
 
@@ -123,7 +123,7 @@ impl Dispatch {
             replies: vec![Reply::new(deadline, place, Box::new(answer))],
         };
         let then = self.inner.queues.of(slot).push_mark(job);
-        tell(&writer, slot, then);
+        notify(&writer, slot, then);
         Ok(())
     }
 
@@ -146,7 +146,7 @@ impl Dispatch {
 }
 
 /// Notifies a writer of a slot.
-fn tell(writer: &Writer, slot: Slot, then: Then) {
+fn notify(writer: &Writer, slot: Slot, then: Then) {
     match then {
         Then::TellWriter => writer.ready(slot),
         Then::Gather => writer.gather(slot),
@@ -199,7 +199,7 @@ impl Inner {
         match then {
             Then::Nothing => {}
             Then::TellWriter | Then::Gather => match self.cluster.route(slot) {
-                Some(shard) => tell(&self.writer(&shard), slot, then),
+                Some(shard) => notify(&self.writer(&shard), slot, then),
                 None => self.fail(slot),
             },
             Then::FindOwner => {
@@ -223,7 +223,7 @@ impl Inner {
             return false;
         };
         let then = self.queues.of(slot).release();
-        tell(&self.writer(&shard), slot, then);
+        notify(&self.writer(&shard), slot, then);
         true
     }
 

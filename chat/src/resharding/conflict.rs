@@ -3,7 +3,7 @@
 //! have been claimed under it.
 //!
 //! A topology is in effect when every shard that it does not declare down has accepted it, and a shard accepts only descendants of
-//! its own. So a topology that a rival has blocked on one of its shards can never take effect. If both may have taken effect,
+//! its own. So a topology that a competing one has blocked on one of its shards can never take effect. If both may have taken effect,
 //! they have a shard in common that has accepted neither, because each keeps more than half of the active shards
 //! (`Topology::next`); that shard decides.
 
@@ -95,8 +95,8 @@ pub fn decide(found: &Found) -> Option<Resolution> {
         }
     };
     let mut topology = kept.1.clone();
-    for (meta, rival) in &tips {
-        for (version, hash) in &rival.ancestors {
+    for (meta, tip) in &tips {
+        for (version, hash) in &tip.ancestors {
             topology.add_ancestor(*version, hash);
         }
         topology.add_ancestor(meta.topology_version, &meta.topology_hash);

@@ -38,9 +38,6 @@ const MOVES_A_ROUND: usize = 256;
 /// The number of slots that one round merges.
 const MERGES_A_ROUND: usize = 256;
 
-/// How long a round waits for instances that have not adopted the topology.
-const PEERS_LIMIT: Duration = Duration::from_secs(10);
-
 /// The time that one round spends on purging.
 const PURGE_BUDGET: Duration = Duration::from_millis(500);
 
@@ -158,48 +155,26 @@ impl Coordinator {
             return Ok(false);
         }
         let (rows, silent) = read_rows(&view).await;
-        if view.topology_ref.phase == Phase::Failover {
-            self.progress
-                .stage(view.topology_ref.version, "failover", None);
-            if let Some(name) = silent.first() {
-                return Err(format!(
-                    "{name} must answer, or be declared down too, before slots can be claimed"
-                ));
-            }
-            let done = failover::run(&view, &rows)
-                .await
-                .map_err(|e| e.to_string())?;
-            if done {
-                install::advance(&self.cluster, &view, Phase::Normal)
-                    .await
-                    .map_err(|e| e.to_string())?;
-            }
-            self.cluster.refresh().await;
-            return Ok(true);
+        match view.topology_ref.phase {
+            Phase::Normal => {}
+            Phase::Failover => return self.failover(&view, &rows, silent.first()).await,
+            Phase::Initializing => return Ok(false),
         }
-        if view.topology_ref.phase != Phase::Normal {
-            return Ok(false);
-        }
-        if !self
-            .peers
-            .all_have(view.topology_ref.version, view.topology_ref.phase)
-            && adopted.1.elapsed() < PEERS_LIMIT
-        {
-            self.progress.stage(
-                view.topology_ref.version,
-                "waiting",
-                Some("other instances have not adopted the topology yet".into()),
-            );
+        let (version, phase) = (view.topology_ref.version, view.topology_ref.phase);
+        let peers_wait = Duration::from_millis(self.settings.peers_wait_ms);
+        if !self.peers.all_have(version, phase) && adopted.1.elapsed() < peers_wait {
+            let reason = "other instances have not adopted the topology yet";
+            self.progress.stage(version, "waiting", Some(reason.into()));
             tokio::time::sleep(Duration::from_millis(50)).await;
             return Ok(true);
         }
         let mut busy = self.settle(&view, &rows).await;
         if view.topology.paused {
-            self.progress
-                .stage(view.topology_ref.version, "paused", None);
+            self.progress.stage(version, "paused", None);
             return Ok(false);
         }
         busy |= self.merge(&view, &rows).await;
+        busy |= self.record_merged(&view, &rows).await;
         busy |= self.move_slots(&view, &rows).await;
         busy |= self.purge(&view, &rows).await;
         if !busy {
@@ -208,12 +183,36 @@ impl Coordinator {
             let done = report.slots_left == 0 && report.slots_to_merge == 0 && silent.is_empty();
             *quiet = done.then(Instant::now);
             self.progress.stage(
-                view.topology_ref.version,
+                version,
                 if done { "idle" } else { "waiting" },
                 silent.first().map(|name| format!("{name} does not answer")),
             );
         }
         Ok(busy)
+    }
+
+    /// Claims the slots of shards that are declared down; once every slot has an owner, ends the phase.
+    async fn failover(
+        &self,
+        view: &TopologyView,
+        rows: &Rows,
+        silent: Option<&String>,
+    ) -> Result<bool, String> {
+        self.progress
+            .stage(view.topology_ref.version, "failover", None);
+        if let Some(name) = silent {
+            return Err(format!(
+                "{name} must answer, or be declared down too, before slots can be claimed"
+            ));
+        }
+        let done = failover::run(view, rows).await.map_err(|e| e.to_string())?;
+        if done {
+            install::advance(&self.cluster, view, Phase::Normal)
+                .await
+                .map_err(|e| e.to_string())?;
+        }
+        self.cluster.refresh().await;
+        Ok(true)
     }
 
     fn pace(&self) -> Pace {
@@ -298,7 +297,7 @@ impl Coordinator {
         Ok(true)
     }
 
-    /// Merges the messages of returned shards, and records at the owners which shards have no messages of their own any more.
+    /// Merges the messages of returned shards into the logs of the slots' owners.
     async fn merge(&self, view: &TopologyView, rows: &Rows) -> bool {
         let mut fenced = Vec::new();
         for (name, of_shard) in rows {
@@ -340,31 +339,34 @@ impl Coordinator {
                 }
             })
             .buffer_unordered(self.settings.slots_at_once.max(1));
-        let merged = merged
+        merged
             .fold(false, |any, merged| std::future::ready(any | merged))
-            .await;
+            .await
+    }
 
-        let mut noted = Vec::new();
+    /// Records at the owners which shards have no messages of their own any more: merged ones and forgotten ones.
+    async fn record_merged(&self, view: &TopologyView, rows: &Rows) -> bool {
+        let mut steps = Vec::new();
         for slot in Slot::all() {
             let Some((owner, row)) = owner_of(view, rows, slot) else {
                 continue;
             };
             for name in row.history.missing.iter().chain(&row.history.forgotten) {
                 let member = view.topology.shards.get(name);
-                let given_up = member
+                let forgotten = member
                     .is_none_or(|member| member.state == DeclaredState::Down && member.forget);
                 let merged = rows
                     .get(name)
                     .is_some_and(|rows| rows[slot.index()].state != SlotState::Fenced);
                 let shard = name.clone();
                 if merged {
-                    noted.push((slot, owner.clone(), Step::Heal { shard }));
-                } else if given_up && row.history.missing.contains(name) {
-                    noted.push((slot, owner.clone(), Step::Forget { shard }));
+                    steps.push((slot, owner.clone(), Step::Heal { shard }));
+                } else if forgotten && row.history.missing.contains(name) {
+                    steps.push((slot, owner.clone(), Step::Forget { shard }));
                 }
             }
         }
-        let healed = futures_util::stream::iter(noted)
+        let recorded = futures_util::stream::iter(steps)
             .map(|(slot, owner, step)| async move {
                 let taken = take(&owner, &view.topology_ref, slot, &step).await;
                 if let Err(e) = &taken {
@@ -373,29 +375,14 @@ impl Coordinator {
                 taken.is_ok()
             })
             .buffer_unordered(failover::AT_ONCE);
-        let healed = healed
-            .fold(false, |any, healed| std::future::ready(any | healed))
-            .await;
-        merged || healed
+        recorded
+            .fold(false, |any, recorded| std::future::ready(any | recorded))
+            .await
     }
 
     /// Moves slots whose owner is not their target, a few at once.
     async fn move_slots(&self, view: &TopologyView, rows: &Rows) -> bool {
-        let mut by_pair = BTreeMap::<(String, String), Vec<Slot>>::new();
-        for slot in Slot::all() {
-            let Some((owner, _)) = owner_of(view, rows, slot) else {
-                continue;
-            };
-            let fenced = rows
-                .values()
-                .any(|rows| rows[slot.index()].state == SlotState::Fenced);
-            if owner.name() != view.target(slot) && !fenced {
-                by_pair
-                    .entry((owner.name().to_owned(), view.target(slot).to_owned()))
-                    .or_default()
-                    .push(slot);
-            }
-        }
+        let by_pair = slots_to_move(view, rows);
         let name = |(from, to): &(String, String)| format!("{from} -> {to}");
         if !by_pair.is_empty() {
             self.progress
@@ -489,6 +476,26 @@ impl Coordinator {
         }
         busy
     }
+}
+
+/// The slots whose owner is not their target, by owner and target. A slot whose messages are to be merged waits.
+fn slots_to_move(view: &TopologyView, rows: &Rows) -> BTreeMap<(String, String), Vec<Slot>> {
+    let mut by_pair = BTreeMap::<(String, String), Vec<Slot>>::new();
+    for slot in Slot::all() {
+        let Some((owner, _)) = owner_of(view, rows, slot) else {
+            continue;
+        };
+        let fenced = rows
+            .values()
+            .any(|rows| rows[slot.index()].state == SlotState::Fenced);
+        if owner.name() != view.target(slot) && !fenced {
+            by_pair
+                .entry((owner.name().to_owned(), view.target(slot).to_owned()))
+                .or_default()
+                .push(slot);
+        }
+    }
+    by_pair
 }
 
 /// All rows of the shards that answer, as evidence under the view's topology, and the names of the shards that do not answer.

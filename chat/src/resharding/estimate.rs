@@ -1,6 +1,6 @@
 //! What an edit would do, worked out before anything moves.
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, TopologyView};
 use crate::domain::shards_file::ShardsFile;
 use crate::domain::slot::{SLOTS, Slot};
 use crate::domain::topology::Remaining;
@@ -61,31 +61,13 @@ pub const SLOT_RATE: f64 = 40.0;
 pub async fn plan(cluster: &Cluster, file: &ShardsFile) -> Result<Plan, String> {
     let view = cluster.view();
     let difference = view.topology.difference(&file.topology());
-    let sizes = join_all(
-        view.shards
-            .iter()
-            .map(|shard| async move { (shard.name(), shard.sizes().await.ok()) }),
-    )
-    .await;
-    let mut silent: Vec<String> = view.unconfigured().map(str::to_owned).collect();
-    let mut by_shard = BTreeMap::new();
-    for (name, found) in sizes {
-        match found {
-            Some(found) => drop(by_shard.insert(name.to_owned(), found)),
-            None => silent.push(name.to_owned()),
-        }
-    }
+    let (sizes, silent) = slot_sizes(&view).await;
     cluster.refresh().await;
     let slots_of = |name: &str| {
-        Slot::all()
-            .filter(|slot| {
-                cluster
-                    .known_owner(*slot)
-                    .is_some_and(|shard| shard.name() == name)
-            })
-            .count()
+        let owned = |slot: &Slot| cluster.known_owner(*slot).is_some_and(|o| o.name() == name);
+        Slot::all().filter(owned).count()
     };
-    let held = |name: &str| match by_shard.get(name) {
+    let remaining = |name: &str| match sizes.get(name) {
         Some(sizes) => Remaining::Slots {
             slots: slots_of(name),
             with_rows: sizes.len(),
@@ -94,7 +76,7 @@ pub async fn plan(cluster: &Cluster, file: &ShardsFile) -> Result<Plan, String> 
     };
     let (next, _) = view
         .topology
-        .next(file, view.topology_ref.phase, &held)
+        .next(file, view.topology_ref.phase, &remaining)
         .map_err(|e| e.to_string())?;
     let placement = next.placement().ok_or("no active shard")?;
     let mut moves = BTreeMap::<(String, String), Amount>::new();
@@ -105,35 +87,27 @@ pub async fn plan(cluster: &Cluster, file: &ShardsFile) -> Result<Plan, String> 
         .collect();
     let mut claimed = 0;
     for slot in Slot::all() {
-        let target = placement.target(slot);
         let Some(owner) = cluster.known_owner(slot) else {
             claimed += 1;
             continue;
         };
-        let size = by_shard
-            .get(owner.name())
-            .and_then(|sizes| sizes.get(&slot))
-            .copied()
-            .unwrap_or_default();
-        shares.entry(owner.name().to_owned()).or_default().0 += size.messages;
-        if next.down().any(|name| name == owner.name()) {
+        let (owner, target) = (owner.name(), placement.target(slot));
+        let size = sizes.get(owner).and_then(|sizes| sizes.get(&slot));
+        let size = size.copied().unwrap_or_default();
+        shares.entry(owner.to_owned()).or_default().0 += size.messages;
+        if next.down().any(|name| name == owner) {
             claimed += 1;
             continue;
         }
         shares.entry(target.to_owned()).or_default().1 += size.messages;
-        if owner.name() != target {
-            moves
-                .entry((owner.name().to_owned(), target.to_owned()))
-                .or_default()
-                .add(size);
+        if owner != target {
+            let pair = (owner.to_owned(), target.to_owned());
+            moves.entry(pair).or_default().add(size);
         }
     }
-    let total = moves.values().fold((0, 0), |(slots, messages), amount| {
-        (slots + amount.slots, messages + amount.messages)
-    });
-    debug_assert!(total.0 <= SLOTS as u64);
     Ok(Plan {
         difference,
+        seconds: seconds(moves.values()),
         moves: moves
             .into_iter()
             .map(|((from, to), amount)| (from, to, amount))
@@ -141,6 +115,31 @@ pub async fn plan(cluster: &Cluster, file: &ShardsFile) -> Result<Plan, String> 
         shares,
         claimed,
         silent,
-        seconds: (total.0 as f64 / SLOT_RATE).max(total.1 as f64 / RATE),
     })
+}
+
+/// The sizes of the slots of each shard that answers, and the names of the others.
+async fn slot_sizes(
+    view: &TopologyView,
+) -> (BTreeMap<String, BTreeMap<Slot, SlotSize>>, Vec<String>) {
+    let reads = view.shards.iter();
+    let reads = reads.map(|shard| async move { (shard.name(), shard.sizes().await.ok()) });
+    let mut silent: Vec<String> = view.unconfigured().map(str::to_owned).collect();
+    let mut sizes = BTreeMap::new();
+    for (name, of_shard) in join_all(reads).await {
+        match of_shard {
+            Some(of_shard) => drop(sizes.insert(name.to_owned(), of_shard)),
+            None => silent.push(name.to_owned()),
+        }
+    }
+    (sizes, silent)
+}
+
+/// The estimated duration of these moves, in seconds: by slots or by messages, whichever takes longer.
+fn seconds<'a>(moves: impl Iterator<Item = &'a Amount>) -> f64 {
+    let (slots, messages) = moves.fold((0, 0), |(slots, messages), amount| {
+        (slots + amount.slots, messages + amount.messages)
+    });
+    debug_assert!(slots <= SLOTS as u64);
+    (slots as f64 / SLOT_RATE).max(messages as f64 / RATE)
 }

@@ -19,12 +19,12 @@ pub const FAILPOINTS: [&str; 12] = [
     "released",
     "purging",
     "claimed",
-    "judged",
+    "failover_decided",
     "merging",
 ];
 
 struct Fault {
-    /// What it is sent: `KILL`, or `STOP` until somebody sends `CONT`.
+    /// What it is sent: `KILL`, or `STOP` until `CONT` is sent.
     signal: &'static str,
     /// Passes until it strikes.
     left: AtomicU64,

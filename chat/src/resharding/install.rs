@@ -179,7 +179,7 @@ pub async fn advance(
     meta.topology_phase = phase;
     for shard in &view.shards {
         offer(shard, &meta).await?;
-        failpoint("judged");
+        failpoint("failover_decided");
     }
     adopt(cluster, meta.topology_ref(), view.topology.clone())
 }
@@ -289,26 +289,8 @@ async fn check_members(
 /// [`InstallError`].
 pub async fn catch_up(cluster: &Cluster) -> Result<(), InstallError> {
     let view = cluster.view();
-    // Shards that are declared down too: one that returns may have accepted a topology that the others do not know. But not
-    // those that were removed: their servers may be gone for good.
-    let mut asked = cluster.all_opened();
-    asked.retain(|shard| !view.topology.retired.contains(shard.name()));
-    let looks = asked.into_iter().map(|shard| async move {
-        // A shard that does not answer is read in a later round.
-        let meta = stored_meta(&shard).await.ok().flatten();
-        meta.map(|meta| (shard.name().to_owned(), meta))
-    });
-    let mut metas = Vec::new();
-    for (name, meta) in futures_util::future::join_all(looks)
-        .await
-        .into_iter()
-        .flatten()
-    {
-        if meta.cluster_id == cluster.id() && meta.shard_name == name {
-            metas.push((name, meta));
-        }
-    }
-    let found = conflict::read(metas).map_err(|e| InstallError::Waiting(e.to_string()))?;
+    let found = conflict::read(stored_topologies(cluster, &view).await)
+        .map_err(|e| InstallError::Waiting(e.to_string()))?;
     let (meta, topology) = match conflict::decide(&found) {
         None => return Ok(()),
         Some(Resolution::Agreed(meta, topology)) => (meta, topology),
@@ -338,21 +320,8 @@ pub async fn catch_up(cluster: &Cluster) -> Result<(), InstallError> {
         let has_it = found
             .get(name)
             .is_some_and(|(there, _)| there.topology_ref() == meta.topology_ref());
-        let shard = cluster.opened_shard(name).filter(|shard| !shard.is_down());
-        if let Some(shard) = shard.filter(|_| !has_it) {
-            match offer(&shard, &meta).await? {
-                Acceptance::Accept { .. } => tracing::info!(
-                    shard = name,
-                    version = meta.topology_version,
-                    "topology completed"
-                ),
-                Acceptance::There => {}
-                Acceptance::Newer(_) | Acceptance::Conflict(_) => {
-                    return Err(InstallError::Waiting(
-                        "another topology is being installed".into(),
-                    ));
-                }
-            }
+        if !has_it {
+            complete(cluster, name, &meta).await?;
         }
     }
     let later = (meta.topology_version, meta.topology_phase)
@@ -365,6 +334,46 @@ pub async fn catch_up(cluster: &Cluster) -> Result<(), InstallError> {
         && (later || (astray && view.topology_ref.hash != meta.topology_hash))
     {
         return adopt(cluster, meta.topology_ref(), topology);
+    }
+    Ok(())
+}
+
+/// The topologies that the shards have stored, by name of the shard.
+async fn stored_topologies(cluster: &Cluster, view: &TopologyView) -> Vec<(String, Meta)> {
+    // Shards that are declared down too: one that returns may have accepted a topology that the others do not know. But not
+    // those that were removed: their servers may be gone for good.
+    let mut asked = cluster.all_opened();
+    asked.retain(|shard| !view.topology.retired.contains(shard.name()));
+    let reads = asked.into_iter().map(|shard| async move {
+        // A shard that does not answer is read in a later round.
+        let meta = stored_meta(&shard).await.ok().flatten();
+        meta.map(|meta| (shard.name().to_owned(), meta))
+    });
+    let metas = futures_util::future::join_all(reads).await;
+    metas
+        .into_iter()
+        .flatten()
+        .filter(|(name, meta)| meta.cluster_id == cluster.id() && meta.shard_name == *name)
+        .collect()
+}
+
+/// Stores the topology in a shard that does not have it yet. A shard that is down gets it in a later round.
+async fn complete(cluster: &Cluster, name: &str, meta: &Meta) -> Result<(), InstallError> {
+    let Some(shard) = cluster.opened_shard(name).filter(|shard| !shard.is_down()) else {
+        return Ok(());
+    };
+    match offer(&shard, meta).await? {
+        Acceptance::Accept { .. } => tracing::info!(
+            shard = name,
+            version = meta.topology_version,
+            "topology completed"
+        ),
+        Acceptance::There => {}
+        Acceptance::Newer(_) | Acceptance::Conflict(_) => {
+            return Err(InstallError::Waiting(
+                "another topology is being installed".into(),
+            ));
+        }
     }
     Ok(())
 }

@@ -152,7 +152,7 @@ impl Move {
         let Some(term) = sealed.next_term else {
             return Ok(SealedOutcome::Abandoned);
         };
-        let mut outcome = self.judge(term).await?;
+        let mut outcome = self.resolve_sealed(term).await?;
         if outcome == SealedOutcome::InProgress {
             // Everything is compared again, within the time that a slot may be frozen; otherwise the attempt is undone.
             match self.hand_over(sealed, term, &mut Done::new()).await {
@@ -175,7 +175,7 @@ impl Move {
         Ok(outcome)
     }
 
-    async fn judge(&self, term: u64) -> Result<SealedOutcome, MoveError> {
+    async fn resolve_sealed(&self, term: u64) -> Result<SealedOutcome, MoveError> {
         Ok(resolve_sealed(
             self.from.name(),
             term,
@@ -194,7 +194,7 @@ impl Move {
             let _ = self.take(&self.to, &cancel).await;
             let source = self.row_at(&self.from).await?;
             if source.is_sealed(self.to.name(), term) {
-                match self.judge(term).await? {
+                match self.resolve_sealed(term).await? {
                     SealedOutcome::Abandoned => self.unseal(&source, term).await?,
                     SealedOutcome::Completed => {
                         let release = Step::Release {

@@ -84,8 +84,8 @@ mod tests {
     fn rests_grow_with_what_live_traffic_feels() {
         let worked = Duration::from_millis(10);
         let rest = |strain| rest_after(worked, strain).as_millis();
-        assert_eq!(rest(0.0), 0, "nobody writes");
-        assert_eq!((rest(0.5), rest(1.0)), (10, 10), "nobody feels it");
+        assert_eq!(rest(0.0), 0, "no writes");
+        assert_eq!((rest(0.5), rest(1.0)), (10, 10), "the latency is as usual");
         assert!(rest(1.1) > 10 && rest(1.2) > rest(1.1));
         assert_eq!(rest(50.0), 100);
     }

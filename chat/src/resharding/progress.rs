@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::time::Instant;
 
-/// How a change stands.
+/// The progress of a change.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Report {
     /// The version of the topology that it speaks of.
@@ -154,7 +154,7 @@ impl Progress {
         self.update(|inner| inner.report.attempts_failed += 1);
     }
 
-    /// How it stands.
+    /// The state of the change.
     #[must_use]
     pub fn report(&self) -> Report {
         let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);

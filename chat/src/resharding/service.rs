@@ -1,4 +1,4 @@
-//! Resharding as operators see it: how it stands, what an edit would do, pause and resume.
+//! Resharding for operators: its state, the plan of an edit, pause and resume.
 
 use super::coordinator::Coordinator;
 use super::estimate::{self, Plan};
@@ -25,7 +25,7 @@ pub struct Resharding {
     _tasks: Arc<Vec<AbortOnDropHandle<()>>>,
 }
 
-/// How resharding stands, as far as an instance knows.
+/// The state of resharding as this instance knows it.
 #[derive(Clone, Debug, Serialize)]
 pub struct Status {
     /// The version of the topology that this instance has adopted.
@@ -34,7 +34,7 @@ pub struct Status {
     pub phase: &'static str,
     /// Whether an operator has paused rebalancing.
     pub paused: bool,
-    /// How the `shards.toml` of this instance stands to it.
+    /// The state of this instance's `shards.toml` relative to it.
     pub file: FileState,
     /// The id of this instance.
     pub instance: String,
@@ -80,7 +80,7 @@ impl Resharding {
         }
     }
 
-    /// How resharding stands, as far as this instance knows.
+    /// The state of resharding as this instance knows it.
     #[must_use]
     pub fn status(&self) -> Status {
         let view = self.cluster.view();
@@ -110,7 +110,7 @@ impl Resharding {
         }
     }
 
-    /// Receives how the file stands, and every change of that.
+    /// Receives the state of the file and its changes.
     #[must_use]
     pub fn file(&self) -> watch::Receiver<FileState> {
         self.file.clone()

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
 
-/// How the file stands to the topology in effect.
+/// The state of the file relative to the topology in effect.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case", tag = "state", content = "reason")]
 pub enum FileState {
@@ -146,7 +146,7 @@ impl Follower {
         }
     }
 
-    /// How a file without an edit stands: another instance may have installed another topology meanwhile, or this one again.
+    /// The state of a file without an edit: another instance may have installed another topology meanwhile, or this one again.
     fn compared(&self, file: &ShardsFile) -> FileState {
         match self.cluster.view().topology.difference(&file.topology()) {
             None => FileState::InEffect,
@@ -165,7 +165,7 @@ impl Follower {
             && !edited
             && view.topology.remembers(&file.topology())
         {
-            // Its content was in effect before, and nobody has edited it.
+            // Its content was in effect before, and it was not edited since.
             return FileState::Outdated(difference);
         }
         match install::propose(&self.cluster, file).await {
@@ -176,7 +176,7 @@ impl Follower {
     }
 }
 
-/// Logs how the file stands now.
+/// Logs the state of the file.
 pub fn report(file: &str, state: &FileState) {
     match state {
         FileState::InEffect => tracing::info!(file, "shards file is in effect"),

@@ -7,7 +7,7 @@ use crate::domain::ownership::{SlotView, Term};
 use crate::domain::slot::Slot;
 use std::collections::{BTreeMap, HashMap};
 
-/// A key that was found in the shard, with the message it stands for.
+/// A key that was found in the shard, with its message.
 #[derive(Clone, Copy, Debug)]
 pub struct StoredKey {
     /// The place of that message.
@@ -52,7 +52,7 @@ impl BatchPlan {
             heads: BTreeMap::new(),
             outcomes: Vec::with_capacity(batch.len()),
         };
-        // A key may stand twice in one batch: the second is a repeat of the first.
+        // A batch may have a key twice: the second is a repeat of the first.
         let mut fresh = HashMap::<(DialogId, UserId, &str), StoredKey>::with_capacity(batch.len());
         for (index, message) in batch.iter().enumerate() {
             let view = slots.get(&message.slot);

@@ -98,7 +98,7 @@ pub trait CoordinatorLock: Send + Sync {
     /// Says that we are still there.
     ///
     /// # Errors
-    /// [`StoreError`]: somebody else may have it now.
+    /// [`StoreError`]: another instance may have it now.
     async fn keep(&mut self) -> Result<(), StoreError>;
 }
 
@@ -186,11 +186,11 @@ pub trait Control: Send + Sync + 'static {
     async fn sizes(&self, identity: &ShardIdentity)
     -> Result<BTreeMap<Slot, SlotSize>, StoreError>;
 
-    /// Takes the turn to change shards, if nobody has it.
+    /// Takes the coordinator lock, if it is free.
     async fn try_lock_coordinator(&self) -> Result<Option<Box<dyn CoordinatorLock>>, StoreError>;
 }
 
-/// Whether a shard may do what was decided by `doc`: it has that very topology, and a step that judges is taken while judging,
+/// Whether a shard may take a step that was decided by `doc`: it has the same topology, and a step of a failover is taken during one,
 /// any other when that is over.
 ///
 /// # Errors
@@ -216,7 +216,7 @@ pub fn fits(
 pub(super) const SLOT_COLUMNS: &str =
     "state, term, generation, peer, next_term, activated, claimed_generation, history";
 
-/// A slot's row as it stands in the table.
+/// A slot's row in the table.
 pub(super) type RawSlot = (
     String,
     u64,
@@ -246,7 +246,7 @@ pub(super) fn slot_row(raw: RawSlot) -> Result<SlotRow, StoreError> {
 pub(super) const MESSAGE_COLUMNS: &str =
     "dialog, seq, author, client_key, text_hash, kind, text, created_at, duplicate_of";
 
-/// A message as it stands in the table.
+/// A message in the table.
 pub(super) type RawMessage = (
     String,
     u64,
@@ -289,13 +289,13 @@ pub(super) fn hash_of(bytes: Vec<u8>) -> Result<TextHash, StoreError> {
     ))
 }
 
-/// Who wrote what stands at a place: two copies of a message agree in this.
+/// The author and key of the message with a seq: two copies of a message agree in this.
 pub type Existing = BTreeMap<(DialogId, Seq), (UserId, TextHash)>;
 
 /// Messages of `chunk` that are not in `there`.
 ///
 /// # Errors
-/// [`StoreError::Refused`] if another message stands in the place of one of them: that must never be.
+/// [`StoreError::Refused`] if another message has the seq of one of them. This must never happen.
 pub fn missing<'a>(
     chunk: &'a Chunk,
     there: &Existing,
@@ -307,7 +307,7 @@ pub fn missing<'a>(
             Some(found) if *found == (message.author, message.hash) => {}
             Some(_) => {
                 return Err(StoreError::Refused(format!(
-                    "another message stands at {} of dialog {}",
+                    "another message has seq {} in dialog {}",
                     message.seq, message.dialog
                 )));
             }

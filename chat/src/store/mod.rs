@@ -1,7 +1,7 @@
 //! A shard's database: one contract, two stores. `tests/store_contract.rs` runs the same cases on both.
 //!
 //! - [`Store`]: the calls of sends and reads. [`Control`]: those of resharding. No method decides anything; the rules are pure
-//!   and stand in [`crate::domain::ownership`] and [`BatchPlan`].
+//!   and are in [`crate::domain::ownership`] and [`BatchPlan`].
 //! - [`MysqlStore`] and [`SqliteStore`]: the two stores.
 //! - [`SeqCache`]: the last seqs that are remembered of a shard's dialogs, so that seqs can be assigned before it is asked.
 //! - [`Shard`]: a store with its name, its time limits and its circuit breaker, as everything above uses it.
@@ -119,7 +119,7 @@ pub trait Store: Send + Sync + 'static {
     ) -> Result<LastSeqs, StoreError>;
 
     /// Moves read marks forward in one transaction, each as [`NewMark::on`] says, and none in slots of others. A dialog and user
-    /// stand among them once.
+    /// are among them once.
     async fn mark_read(
         &self,
         identity: &ShardIdentity,

@@ -107,7 +107,7 @@ struct Felt {
     /// The recent and the usual average, in seconds. The usual one does not rise while a slot moves.
     late: f64,
     usual: f64,
-    /// The number of transactions in that average, up to the number that `USUAL` stands for.
+    /// The number of transactions in that average, up to the number that `USUAL` weighs.
     known: f64,
     at: Option<Instant>,
     moves: usize,
@@ -364,11 +364,11 @@ impl Shard {
         let result = self.inner.runtime.spawn(work).await;
         let result =
             result.unwrap_or_else(|e| Err(StoreError::Refused(format!("the call failed: {e}"))));
-        result.map_err(|e| self.judge(e))
+        result.map_err(|e| self.classify(e))
     }
 
     /// Opens the circuit breaker for an error that counts against the shard.
-    fn judge(&self, e: StoreError) -> ShardError {
+    fn classify(&self, e: StoreError) -> ShardError {
         match e {
             StoreError::Unreachable(_) | StoreError::WrongIdentity(_) => {
                 self.open(&e.to_string());
@@ -465,7 +465,7 @@ impl Shard {
         if let Some(histogram) = &self.inner.metrics.transaction_seconds {
             histogram.observe(begun.elapsed().as_secs_f64());
         }
-        done.map_err(|e| self.judge(e))
+        done.map_err(|e| self.classify(e))
     }
 
     /// [`super::Store::page`]. The caller has a [permit](Shard::read_permit).

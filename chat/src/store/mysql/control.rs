@@ -265,7 +265,7 @@ impl Control for MysqlStore {
                 raise_last_seqs(slot, &chunk.dialogs)
             );
             conn.query_drop(sql).await.map_err(classify)?;
-            // The source is purged on the strength of this: all of it is here, and nothing else stands in its place.
+            // The source is purged after this check: every row is here, and no other row in its place.
             let left = missing(chunk, &standing(conn, slot, &chunk.messages).await?)?.len();
             if left > 0 {
                 return Err(StoreError::Refused(format!(
@@ -593,7 +593,7 @@ fn raise_last_seqs(slot: Slot, heads: &[DialogRow]) -> String {
     sql
 }
 
-/// What stands at the places of these messages.
+/// The rows with the primary keys of these messages.
 async fn standing(
     conn: &mut Conn,
     slot: Slot,

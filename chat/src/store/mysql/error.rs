@@ -22,7 +22,7 @@ pub(super) fn classify(e: mysql_async::Error) -> StoreError {
         mysql_async::Error::Server(e) if GOING_AWAY.contains(&e.code) => {
             StoreError::Lost(format!("error {}: {}", e.code, e.message))
         }
-        // The message may quote the statement, and with it what somebody wrote: the code and the state are enough.
+        // The message may quote the statement, and with it the text of a message: the code and the state are enough.
         mysql_async::Error::Server(e) => {
             StoreError::Refused(format!("error {} ({})", e.code, e.state))
         }
@@ -51,7 +51,7 @@ pub(super) fn unreachable(e: mysql_async::Error) -> StoreError {
 
 #[allow(clippy::wildcard_enum_match_arm)] // whatever else there is or will be is not to be shown
 pub(super) fn driver(e: &mysql_async::DriverError) -> String {
-    // Some variants carry rows or packets, and with them what somebody wrote.
+    // Some variants carry rows or packets, and with them the text of messages.
     match e {
         mysql_async::DriverError::ConnectionClosed => "the server closed the connection".into(),
         mysql_async::DriverError::PoolDisconnected => "the pool is closed".into(),

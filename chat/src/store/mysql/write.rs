@@ -272,7 +272,7 @@ fn push_heads(sql: &mut String, draft: &Draft) {
         "IF(dialogs.last_seq = VALUES(last_seq) - {step} AND dialogs.last_at DIV {HOUR} = LAST_INSERT_ID() DIV {HOUR}, \
          VALUES(last_seq), {MAX} + dialogs.last_seq + 1)"
     );
-    // Its generation's beginning and the number of its messages stand in the two parts of the seq that was planned.
+    // The two parts of the planned seq are the beginning of its generation and the number of its messages.
     let given = "GREATEST(dialogs.last_seq, (VALUES(last_seq) >> 40) << 40) + (VALUES(last_seq) & 1099511627775)";
     let next = match (steps.is_empty(), unknown.is_empty()) {
         (_, true) => checked,

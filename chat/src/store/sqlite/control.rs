@@ -1,4 +1,4 @@
-//! [`Control`] on SQLite: the same steps; `BEGIN IMMEDIATE` stands for all of their locks.
+//! [`Control`] on SQLite: the same steps; `BEGIN IMMEDIATE` replaces all of their locks.
 
 use super::connection::{SqliteStore, classify, immediate};
 use super::rows::{check_identity, clamp, select_meta};
@@ -220,7 +220,7 @@ impl Control for SqliteStore {
                 let stored = stored_at(&tx, slot, message)?;
                 insert_copied(&tx, slot, &as_duplicate(message, stored))?;
             }
-            // The source is purged on the strength of this: all of it is here, and nothing else stands in its place.
+            // The source is purged after this check: every row is here, and no other row in its place.
             let left = missing(&chunk, &standing(&tx, slot, &chunk.messages)?)?.len();
             if left > 0 {
                 return Err(StoreError::Refused(format!(
@@ -415,7 +415,7 @@ fn slot_rows(tx: &Transaction<'_>, only: Option<Slot>) -> Result<Vec<SlotRow>, S
     rows.into_iter().map(slot_row).collect()
 }
 
-/// What stands at the places of these messages.
+/// The rows with the primary keys of these messages.
 fn standing(
     tx: &Transaction<'_>,
     slot: Slot,

@@ -1,11 +1,13 @@
 //! Settings: defaults, then `chat.toml`, then the environment (`CHAT__LIMITS__TEXT_CHARS=…`). Units are in the names.
 
+mod check;
+
 use serde::Deserialize;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-/// Everything that can be set.
+/// All settings.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
@@ -13,7 +15,7 @@ pub struct Settings {
     pub listen: SocketAddr,
     /// Where operators connect: metrics and admin routes.
     pub admin_listen: SocketAddr,
-    /// Asked of operators as `Authorization: Bearer …`; must be set when `admin_listen` is not a loopback address.
+    /// The token of operators, in `Authorization: Bearer …`; must be set when `admin_listen` is not a loopback address.
     pub admin_token: Option<Secret>,
     /// The file that names the shards.
     pub shards_file: PathBuf,
@@ -22,7 +24,7 @@ pub struct Settings {
     /// One process with everything in files, and a route that mints tokens on loopback. Set by `serve --embedded`.
     #[serde(default)]
     pub embedded: bool,
-    /// A demonstration on this machine: the sample secret is taken.
+    /// A demonstration on this machine: the sample secret is accepted.
     pub demo: bool,
     /// Behind a proxy that appends the client's address to `X-Forwarded-For`: count connections by that.
     pub trust_forwarded_for: bool,
@@ -30,9 +32,9 @@ pub struct Settings {
     pub start_wait_ms: u64,
     /// Threads that serve clients; the first one has the databases and the bus, too.
     pub threads: usize,
-    /// Who may come in.
+    /// How clients authenticate.
     pub auth: Auth,
-    /// How much of everything.
+    /// Limits of clients, requests and answers.
     pub limits: Limits,
     /// How the shards are used.
     pub store: Store,
@@ -62,7 +64,7 @@ pub struct Auth {
     pub allowed_origins: Vec<String>,
 }
 
-/// Bounds; each says in an error which one it was.
+/// Limits. An error names the one that it is about.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[allow(missing_docs)] // the names say it, units included; docs/OPERATIONS.md lists them
@@ -74,6 +76,7 @@ pub struct Limits {
     pub sessions_per_user: usize,
     pub connections_per_ip: usize,
     pub connections: usize,
+    pub spare_connections: usize,
     pub sends_per_second: u32,
     pub sends_burst: u32,
     pub frames_per_second: u32,
@@ -97,6 +100,7 @@ pub struct Limits {
     pub silence_ms: u64,
     pub shutdown_ms: u64,
     pub tcp_user_timeout_ms: u64,
+    pub presence_grace_ms: u64,
 }
 
 /// How a shard is used.
@@ -115,7 +119,7 @@ pub struct Store {
     pub read_connections: usize,
     /// How long a connection may take to open, in milliseconds.
     pub connect_ms: u64,
-    /// How long a transaction or a read may take, in milliseconds. A shard that exceeds it is taken for dead.
+    /// How long a transaction or a read may take, in milliseconds. A shard that exceeds it counts as unreachable.
     pub answer_ms: u64,
     /// How long a send may take altogether, in milliseconds.
     pub send_ms: u64,
@@ -131,6 +135,8 @@ pub struct Resharding {
     pub freeze_ms: u64,
     /// How long the rows of a slot stay after it has moved, in milliseconds: longer than any read may last.
     pub purge_after_ms: u64,
+    /// How long the other instances may take to adopt a topology, in milliseconds. Slots move without those that need longer.
+    pub peers_wait_ms: u64,
     /// Whether moves take one slot at a time, with rests, where users write.
     pub throttle: bool,
 }
@@ -179,19 +185,13 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// A TEXT of MySQL takes 65,535 bytes, and a character up to four.
-const TEXT_CHARS: u32 = 16_383;
-
-/// More threads than any machine has use for.
-const THREADS: usize = 256;
-
 const DEFAULTS: &str = include_str!("defaults.toml");
 
 impl Settings {
     /// Reads the settings: defaults, then the file if it is there (or was named), then the environment.
     ///
     /// # Errors
-    /// One line that names the setting and what is wrong with it.
+    /// A line for each setting that is wrong: its name, its value and what it must be.
     pub fn load(file: Option<&Path>) -> Result<Self, config::ConfigError> {
         let (path, required) = file.map_or((Path::new("chat.toml"), false), |file| (file, true));
         Self::from_sources(
@@ -228,25 +228,9 @@ impl Settings {
             .add_source(environment)
             .build()?
             .try_deserialize()?;
-        let text_chars = settings.limits.text_chars;
-        if !(1..=TEXT_CHARS).contains(&text_chars) {
-            return Err(config::ConfigError::Message(format!(
-                "limits.text_chars is {text_chars}: it must be between 1 and {TEXT_CHARS}"
-            )));
-        }
-        let threads = settings.threads;
-        if !(1..=THREADS).contains(&threads) {
-            return Err(config::ConfigError::Message(format!(
-                "threads is {threads}: it must be between 1 and {THREADS}"
-            )));
-        }
-        let Store {
-            lanes, lanes_min, ..
-        } = settings.store;
-        if !(1..=lanes).contains(&lanes_min) {
-            return Err(config::ConfigError::Message(format!(
-                "store.lanes_min is {lanes_min}: it must be between 1 and store.lanes, which is {lanes}"
-            )));
+        let faults = check::faults(&settings);
+        if !faults.is_empty() {
+            return Err(config::ConfigError::Message(faults.join("\n")));
         }
         Ok(settings)
     }
@@ -269,34 +253,6 @@ mod tests {
             .unwrap_err()
             .to_string();
         assert!(refusal.contains("text_characters"), "{refusal}");
-    }
-
-    #[test]
-    fn lanes_that_contradict_each_other_are_refused() {
-        for lanes in ["lanes_min = 0", "lanes_min = 5", "lanes = 0"] {
-            let refusal = Settings::from_toml(&format!("[store]\n{lanes}")).unwrap_err();
-            assert!(refusal.to_string().contains("store.lanes_min"), "{refusal}");
-        }
-        assert!(Settings::from_toml("[store]\nlanes = 8\nlanes_min = 8").is_ok());
-    }
-
-    #[test]
-    fn a_text_that_no_column_takes_is_not_allowed() {
-        for chars in [0, 16_384] {
-            let refusal = Settings::from_toml(&format!("[limits]\ntext_chars = {chars}"));
-            let refusal = refusal.unwrap_err().to_string();
-            assert!(refusal.contains("limits.text_chars"), "{refusal}");
-        }
-        assert!(Settings::from_toml("[limits]\ntext_chars = 16383").is_ok());
-    }
-
-    #[test]
-    fn there_is_at_least_one_thread_and_no_absurd_number() {
-        for threads in [0, 257] {
-            let refusal = Settings::from_toml(&format!("threads = {threads}")).unwrap_err();
-            assert!(refusal.to_string().contains("threads is"), "{refusal}");
-        }
-        assert!(Settings::from_toml("threads = 256").is_ok());
     }
 
     #[test]
