@@ -4,6 +4,7 @@ use chat_client::{Access, TokenSource};
 use clap::Args;
 use futures_util::StreamExt;
 use std::time::Duration;
+use testkit::process::resident;
 use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
@@ -77,19 +78,4 @@ async fn sit(options: &Options, sessions: u64) -> anyhow::Result<Vec<Socket>> {
         sockets.push(socket);
     }
     Ok(sockets)
-}
-
-/// Bytes of memory of a process that are resident.
-fn resident(pid: u32) -> anyhow::Result<u64> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status
-        .lines()
-        .find(|line| line.starts_with("VmRSS:"))
-        .ok_or_else(|| anyhow::anyhow!("no VmRSS"))?;
-    Ok(line
-        .split_whitespace()
-        .nth(1)
-        .unwrap_or("0")
-        .parse::<u64>()?
-        * 1024)
 }

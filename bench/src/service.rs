@@ -6,11 +6,11 @@ use mysql_async::prelude::Queryable;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-
-const SECRET: &str = "a secret for this machine only, 32 bytes and more";
+use testkit::SECRET;
+use testkit::process::{self, Process};
 
 pub fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -21,7 +21,7 @@ pub struct Service {
     chat: PathBuf,
     dir: PathBuf,
     port: u16,
-    instances: Vec<Option<Child>>,
+    instances: Vec<Option<Process>>,
     /// Instances keep to the limits that are set by default.
     pub at_default_limits: bool,
     /// Where the instances find the bus, if not where it is.
@@ -45,7 +45,7 @@ impl Service {
             owners: BTreeMap::new(),
             outages: Vec::new(),
         };
-        // Its making chooses the TLS of this process, which every other request needs.
+        // The first one installs the crypto provider of this process.
         drop(service.access(0));
         service
     }
@@ -90,58 +90,45 @@ impl Service {
 
     /// kill -9.
     pub fn kill_instance(&mut self, i: u16) -> anyhow::Result<()> {
-        if let Some(mut child) = self.instances[usize::from(i)].take() {
-            child.kill()?;
-            child.wait()?;
-        }
+        drop(self.instances[usize::from(i)].take());
         Ok(())
     }
 
     /// SIGTERM.
     pub fn terminate_instance(&self, i: u16) -> anyhow::Result<()> {
-        let child = self.instances[usize::from(i)]
-            .as_ref()
-            .context("it does not run")?;
-        let sent = Command::new("kill").arg(child.id().to_string()).status()?;
-        ensure!(sent.success(), "instance {i} could not be sent SIGTERM");
-        Ok(())
+        Ok(self.instance(i)?.signal("TERM")?)
+    }
+
+    fn instance(&self, i: u16) -> anyhow::Result<&Process> {
+        let instance = self.instances[usize::from(i)].as_ref();
+        instance.with_context(|| format!("instance {i} does not run"))
     }
 
     /// Whether an instance that was asked to has ended.
     pub fn has_ended(&mut self, i: u16) -> anyhow::Result<bool> {
         match &mut self.instances[usize::from(i)] {
-            Some(child) => Ok(child.try_wait()?.is_some()),
+            Some(child) => Ok(child.ended()?.is_some()),
             None => Ok(true),
         }
     }
 
     /// Memory that an instance holds, in MiB.
     pub fn resident_mib(&self, i: u16) -> anyhow::Result<f64> {
-        let child = self.instances[usize::from(i)]
-            .as_ref()
-            .context("it does not run")?;
-        let status = std::fs::read_to_string(format!("/proc/{}/status", child.id()))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-        let kib = line
-            .and_then(|line| line.split_whitespace().next())
-            .context("no VmRSS")?;
-        Ok(kib.parse::<f64>()? / 1024.0)
+        Ok(self.instance(i)?.resident()? as f64 / f64::from(1 << 20))
     }
 
     /// Processor time of the four database servers so far, in hundredths of a second.
     pub fn shard_ticks(&self) -> anyhow::Result<u64> {
         let mut ticks = 0;
         for n in 1..=4 {
-            let pid = std::fs::read_to_string(self.dir.join(format!("shard{n}/pid")))?;
-            let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.trim()))?;
-            // The name before may hold blanks; user and system time are the 12th and 13th behind it.
-            let after_name = stat.rsplit_once(')').context("no stat")?.1;
-            let mut fields = after_name.split_whitespace().skip(11);
-            for _ in 0..2 {
-                ticks += fields.next().context("no stat")?.parse::<u64>()?;
-            }
+            ticks += process::ticks(self.shard_pid(n)?)?;
         }
         Ok(ticks)
+    }
+
+    fn shard_pid(&self, n: u16) -> anyhow::Result<u32> {
+        let pid = std::fs::read_to_string(self.dir.join(format!("shard{n}/pid")))?;
+        Ok(pid.trim().parse()?)
     }
 
     /// A counter of an instance.
@@ -221,7 +208,7 @@ impl Service {
             .stdout(Stdio::null())
             .stderr(log)
             .spawn()?;
-        self.instances[usize::from(i)] = Some(child);
+        self.instances[usize::from(i)] = Some(Process(child));
         for _ in 0..600 {
             if reqwest::get(format!("{}/readyz", self.url(i)))
                 .await
@@ -258,7 +245,7 @@ impl Service {
     pub async fn revive(&mut self, faults: &mut Vec<&'static str>) -> anyhow::Result<()> {
         for i in 0..2u16 {
             let died = match &mut self.instances[usize::from(i)] {
-                Some(child) => child.try_wait()?.is_some(),
+                Some(child) => child.ended()?.is_some(),
                 None => false,
             };
             if died {
@@ -305,7 +292,7 @@ impl Service {
         bail!("no instance answers")
     }
 
-    /// Waits until the topology of `version` is carried out, reviving what dies meanwhile.
+    /// Waits until the topology of `version` is carried out, and restarts instances that die meanwhile.
     pub async fn carried_out(
         &mut self,
         version: u64,
@@ -356,12 +343,7 @@ impl Service {
 
     /// Sends a signal to a database server.
     pub fn signal_shard(&self, n: u16, signal: &str) -> anyhow::Result<()> {
-        let pid = std::fs::read_to_string(self.dir.join(format!("shard{n}/pid")))?;
-        let sent = Command::new("kill")
-            .args(["-s", signal, pid.trim()])
-            .status()?;
-        ensure!(sent.success(), "shard{n} could not be sent {signal}");
-        Ok(())
+        Ok(process::signal(self.shard_pid(n)?, signal)?)
     }
 
     /// Runs statements on a database server.
@@ -371,7 +353,7 @@ impl Service {
         Ok(conn.disconnect().await?)
     }
 
-    /// Closes everybody's connections to a database server.
+    /// Closes all connections to a database server.
     pub async fn close_connections(&self, shard: u16) -> anyhow::Result<()> {
         let mut conn = mysql_async::Conn::from_url(self.database(shard)).await?;
         let others = "SELECT id FROM information_schema.processlist WHERE id <> CONNECTION_ID() AND user = 'root'";
@@ -415,10 +397,7 @@ impl Service {
 impl Drop for Service {
     /// Ends everything that was started.
     fn drop(&mut self) {
-        for child in self.instances.iter_mut().flatten() {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
+        self.instances.clear();
         for name in ["shard1", "shard2", "shard3", "shard4", "shard5", "nats"] {
             let _ = Self::servers(&["kill", &self.dir(name)]);
         }

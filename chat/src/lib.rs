@@ -7,14 +7,14 @@
 // The ground floor.
 pub mod config;
 pub mod rng;
-pub mod threads;
+mod threads;
 
 // The rules. Pure: no async, no clock, no randomness, no file.
 pub mod domain;
 
-pub mod clock;
-pub mod rate_limit;
-pub mod budget;
+mod clock;
+mod rate_limit;
+mod budget;
 pub mod metrics;
 
 // One shard's database, and the bus between instances.
@@ -31,11 +31,11 @@ pub mod messages;
 pub mod resharding;
 
 // From a stored message to the screens.
-pub mod delivery;
+mod delivery;
 
 // A connection.
-pub mod error;
-pub mod session;
+mod error;
+mod session;
 
 // The outside.
 pub mod http;

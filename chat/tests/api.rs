@@ -4,7 +4,7 @@
 
 use chat_wire::{ClientFrame, Close, ErrorCode, ServerFrame};
 use serde_json::json;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use testkit::instance::{Instance, refusal};
 use testkit::socket::Socket;
 use testkit::{Databases, Kind, SECRET, until};
@@ -875,6 +875,64 @@ fn the_asyncapi_file_the_protocol_page_and_the_types_say_the_same() {
         .cloned()
         .collect();
     assert_eq!(shown, described);
+}
+
+/// docs/REFERENCE.md lists the settings and metrics as they are in the code. `CHAT_WRITE_DOCS=1` writes it anew.
+#[test]
+fn the_reference_page_lists_every_setting_and_metric() {
+    let mut page = String::from(
+        "# Reference\n\nWritten from the code by a test; edit `chat/src/config/` and `chat/src/metrics.rs` instead.\n\n## Settings\n",
+    );
+    let mut table = String::new();
+    for line in chat::config::DEFAULTS.lines().skip(1) {
+        let (entry, comment) = line.split_once('#').unwrap_or((line, ""));
+        let (entry, comment) = (entry.trim(), comment.trim());
+        if let Some(name) = entry.strip_prefix('[') {
+            table = format!("{}.", name.trim_end_matches(']'));
+        }
+        if entry.is_empty() || entry.starts_with('[') {
+            let head = "| setting | default | from, to | |\n|---|---|---|---|";
+            match (entry.is_empty(), comment.split_once(" = ")) {
+                (true, Some((key, comment))) => {
+                    let comment = comment.trim_start_matches(['…', ' ', '#']);
+                    page += &format!("| `{table}{key}` | not set | | {comment} |\n");
+                }
+                (true, None) if page.ends_with("|\n") => {}
+                (true, None) => page += &format!("\n{head}\n"),
+                (false, _) => page += &format!("\n### `{entry}`\n\n{head}\n"),
+            }
+            continue;
+        }
+        let (key, default) = entry.split_once(" = ").unwrap();
+        let name = format!("{table}{key}");
+        assert!(!comment.is_empty(), "{name} has no comment");
+        let range = chat::config::RANGES.iter().find(|(of, _)| *of == name);
+        let range = range.map_or(String::new(), |(_, range)| {
+            format!("{}, {}", range.start(), range.end())
+        });
+        page += &format!("| `{name}` | `{default}` | {range} | {comment} |\n");
+    }
+    page += "\n## Metrics\n\n| metric | type | |\n|---|---|---|\n";
+    let metrics = chat::metrics::Metrics::new().encode();
+    let mut help = BTreeMap::new();
+    for line in metrics.lines() {
+        if let Some((name, text)) = line.strip_prefix("# HELP ").and_then(|l| l.split_once(' ')) {
+            help.insert(name.to_owned(), text.trim_end_matches('.').to_owned());
+        } else if let Some((name, kind)) =
+            line.strip_prefix("# TYPE ").and_then(|l| l.split_once(' '))
+        {
+            let total = if kind == "counter" { "_total" } else { "" };
+            page += &format!("| `{name}{total}` | {kind} | {} |\n", help[name]);
+        }
+    }
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/REFERENCE.md");
+    if std::env::var_os("CHAT_WRITE_DOCS").is_some() {
+        std::fs::write(path, &page).unwrap();
+    }
+    assert!(
+        std::fs::read_to_string(path).unwrap_or_default() == page,
+        "docs/REFERENCE.md is outdated: CHAT_WRITE_DOCS=1 writes it anew"
+    );
 }
 
 /// PROTOCOL.md shows a frame of every kind; each must be one, and none may be missing.

@@ -198,7 +198,7 @@ impl Stage {
         self.talk.goes_on(30).await;
         self.service.settled(&self.other, version).await;
         if fault == Fault::Stop {
-            self.faulty.goes_on();
+            self.faulty.continues();
             self.service.settled(&self.faulty, version).await;
         }
         self.talk.goes_on(30).await;

@@ -1,15 +1,16 @@
 //! `chat serve` as a process of its own, as an operator runs it.
 
+use crate::process::Process;
 use crate::{SECRET, until};
 use chat_client::{Access, Api, TokenSource};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 
-/// A running instance; killed when it is dropped.
+/// A running instance; killed when it is dropped. Its log is printed if a test fails.
 pub struct Instance {
-    child: Child,
+    process: Process,
     log: Arc<Mutex<String>>,
     pub url: String,
     pub admin: String,
@@ -74,13 +75,13 @@ impl Instance {
             }
         });
         let mut instance = Self {
-            child,
+            process: Process(child),
             log,
             url: String::new(),
             admin: String::new(),
         };
         let serving = until("the instance serves", async || {
-            if let Some(status) = instance.child.try_wait().unwrap() {
+            if let Some(status) = instance.process.ended().unwrap() {
                 panic!("the instance ended with {status}:\n{}", instance.log());
             }
             instance
@@ -110,7 +111,7 @@ impl Instance {
         self.log.lock().unwrap().clone()
     }
 
-    /// A way in.
+    /// The address of the instance and the secret of the tests.
     pub fn access(&self) -> Access {
         access(&self.url)
     }
@@ -121,7 +122,7 @@ impl Instance {
     }
 
     pub async fn get(&self, url: &str) -> (u16, serde_json::Value) {
-        // The first that is made sees to the crypto provider of this process.
+        // The first one installs the crypto provider of this process.
         drop(self.access());
         let response = reqwest::get(url).await.unwrap();
         (response.status().as_u16(), response.json().await.unwrap())
@@ -131,66 +132,46 @@ impl Instance {
         self.get(&format!("{}/readyz", self.url)).await
     }
 
-    /// kill -9.
+    /// SIGKILL.
     pub fn kill(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
+        self.process.kill().unwrap();
     }
 
     /// SIGTERM.
     pub fn terminate(&self) {
-        let status = Command::new("kill")
-            .arg(self.child.id().to_string())
-            .status()
-            .unwrap();
-        assert!(status.success());
+        self.process.signal("TERM").unwrap();
     }
 
-    /// Whether it was stopped by a signal, and has not been sent on.
+    /// Whether a signal has stopped it, and it was not continued.
     pub fn is_stopped(&self) -> bool {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
-        stat.rsplit(") ").next().unwrap().starts_with('T')
+        self.process.is_stopped().unwrap()
     }
 
     /// SIGCONT.
-    pub fn goes_on(&self) {
-        let id = self.child.id().to_string();
-        let status = Command::new("kill").args(["-s", "CONT", &id]).status();
-        assert!(status.unwrap().success());
+    pub fn continues(&self) {
+        self.process.signal("CONT").unwrap();
     }
 
     /// Waits for its end.
     pub async fn ended(&mut self) -> std::process::ExitStatus {
-        until("the instance ends", async || self.child.try_wait().unwrap()).await
+        until("the instance ends", async || self.process.ended().unwrap()).await
     }
 
     /// Bytes of memory that are resident.
     pub fn resident(&self) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
-        let line = status
-            .lines()
-            .find(|line| line.starts_with("VmRSS:"))
-            .unwrap();
-        line.split_whitespace()
-            .nth(1)
-            .unwrap()
-            .parse::<u64>()
-            .unwrap()
-            * 1024
+        self.process.resident().unwrap()
     }
 }
 
 impl Drop for Instance {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
         if std::thread::panicking() {
             eprintln!("--- the log of {}\n{}", self.url, self.log());
         }
     }
 }
 
-/// A way into an instance that is known by its URL.
+/// The address of an instance and the secret of the tests.
 pub fn access(url: &str) -> Access {
     Access::new(url, TokenSource::Secret(SECRET.to_owned()))
 }

@@ -1,7 +1,7 @@
 //! The base of tests and benches: fresh databases on real servers, instances as processes, proxies that break
 //! connections, a shard in memory.
 //!
-//! `./test` starts the servers and says where they are; nothing is skipped when one is missing.
+//! `./test` starts the servers and sets their addresses; a test that misses one fails.
 
 #![allow(
     missing_docs,
@@ -9,6 +9,8 @@
     clippy::expect_used,
     clippy::wildcard_enum_match_arm
 )]
+
+pub mod process;
 
 pub mod instance;
 pub mod lossy;

@@ -2,6 +2,8 @@
 
 mod check;
 
+pub use check::RANGES;
+
 use serde::Deserialize;
 use std::fmt;
 use std::net::SocketAddr;
@@ -185,7 +187,8 @@ impl fmt::Debug for Secret {
     }
 }
 
-const DEFAULTS: &str = include_str!("defaults.toml");
+/// The settings with their defaults, units and meanings: TOML.
+pub const DEFAULTS: &str = include_str!("defaults.toml");
 
 impl Settings {
     /// Reads the settings: defaults, then the file if it is there (or was named), then the environment.
@@ -222,18 +225,24 @@ impl Settings {
         file: impl config::Source + Send + Sync + 'static,
         environment: config::Environment,
     ) -> Result<Self, config::ConfigError> {
-        let settings: Self = config::Config::builder()
+        let merged = config::Config::builder()
             .add_source(config::File::from_str(DEFAULTS, config::FileFormat::Toml))
             .add_source(file)
             .add_source(environment)
-            .build()?
-            .try_deserialize()?;
-        let faults = check::faults(&settings);
-        if !faults.is_empty() {
-            return Err(config::ConfigError::Message(faults.join("\n")));
-        }
+            .build()?;
+        refuse(&check::out_of_range(&merged))?;
+        let settings: Self = merged.try_deserialize()?;
+        refuse(&check::contradictions(&settings))?;
         Ok(settings)
     }
+}
+
+/// One line a fault; `Ok` if there is none.
+fn refuse(faults: &[String]) -> Result<(), config::ConfigError> {
+    if faults.is_empty() {
+        return Ok(());
+    }
+    Err(config::ConfigError::Message(faults.join("\n")))
 }
 
 #[cfg(test)]
