@@ -4,7 +4,7 @@
 
 use chat_wire::{ClientFrame, Close, ErrorCode, ServerFrame};
 use serde_json::json;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use testkit::instance::{Instance, refusal};
 use testkit::socket::Socket;
 use testkit::{Databases, Kind, SECRET, until};
@@ -877,6 +877,34 @@ fn the_asyncapi_file_the_protocol_page_and_the_types_say_the_same() {
     assert_eq!(shown, described);
 }
 
+/// Name with its label, type and meaning of every metric.
+fn described_metrics() -> Vec<(String, String, String)> {
+    let metrics = chat::metrics::Metrics::new();
+    // A metric with a label is shown once it has a value.
+    metrics.error(ErrorCode::Internal);
+    metrics.close(Close::Silent);
+    let _ = metrics.shard("s");
+    metrics.slots("s").set(0);
+    metrics.writer("s").redone("seq");
+    let text = metrics.encode();
+    let mut found = Vec::new();
+    for entry in text.split("# HELP ").skip(1) {
+        let mut lines = entry.lines();
+        let (name, help) = lines.next().unwrap().split_once(' ').unwrap();
+        let kind = lines.next().unwrap().rsplit(' ').next().unwrap();
+        let label = lines.find_map(|line| line.split_once('{')?.1.split_once('=').map(|l| l.0));
+        let label = label.filter(|label| *label != "le");
+        let label = label.map_or(String::new(), |label| format!("{{{label}}}"));
+        let total = if kind == "counter" { "_total" } else { "" };
+        found.push((
+            format!("{name}{total}{label}"),
+            kind.into(),
+            help.trim_end_matches('.').into(),
+        ));
+    }
+    found
+}
+
 /// docs/REFERENCE.md lists the settings and metrics as they are in the code. `CHAT_WRITE_DOCS=1` writes it anew.
 #[test]
 fn the_reference_page_lists_every_setting_and_metric() {
@@ -891,7 +919,7 @@ fn the_reference_page_lists_every_setting_and_metric() {
             table = format!("{}.", name.trim_end_matches(']'));
         }
         if entry.is_empty() || entry.starts_with('[') {
-            let head = "| setting | default | from, to | |\n|---|---|---|---|";
+            let head = "| setting | default | range | |\n|---|---|---|---|";
             match (entry.is_empty(), comment.split_once(" = ")) {
                 (true, Some((key, comment))) => {
                     let comment = comment.trim_start_matches(['…', ' ', '#']);
@@ -908,22 +936,13 @@ fn the_reference_page_lists_every_setting_and_metric() {
         assert!(!comment.is_empty(), "{name} has no comment");
         let range = chat::config::RANGES.iter().find(|(of, _)| *of == name);
         let range = range.map_or(String::new(), |(_, range)| {
-            format!("{}, {}", range.start(), range.end())
+            format!("{} to {}", range.start(), range.end())
         });
         page += &format!("| `{name}` | `{default}` | {range} | {comment} |\n");
     }
     page += "\n## Metrics\n\n| metric | type | |\n|---|---|---|\n";
-    let metrics = chat::metrics::Metrics::new().encode();
-    let mut help = BTreeMap::new();
-    for line in metrics.lines() {
-        if let Some((name, text)) = line.strip_prefix("# HELP ").and_then(|l| l.split_once(' ')) {
-            help.insert(name.to_owned(), text.trim_end_matches('.').to_owned());
-        } else if let Some((name, kind)) =
-            line.strip_prefix("# TYPE ").and_then(|l| l.split_once(' '))
-        {
-            let total = if kind == "counter" { "_total" } else { "" };
-            page += &format!("| `{name}{total}` | {kind} | {} |\n", help[name]);
-        }
+    for (name, kind, help) in described_metrics() {
+        page += &format!("| `{name}` | {kind} | {help} |\n");
     }
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/REFERENCE.md");
     if std::env::var_os("CHAT_WRITE_DOCS").is_some() {

@@ -1059,7 +1059,7 @@ impl World {
         self.clone().trouble().await;
         self.repair().await?;
         for user in users {
-            match timeout(RECOVERY, someone).await {
+            match timeout(RECOVERY, user).await {
                 Ok(ended) => ended.map_err(|e| e.to_string())?,
                 Err(_) => return Err("a send was never accepted".into()),
             }

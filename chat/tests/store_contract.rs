@@ -497,11 +497,11 @@ async fn instances_that_write_at_once_share_one_dense_order(kind: Kind) {
             })
         })
         .collect();
-    let mut seqs = std::collections::BTreeMap::new();
+    let mut answers = std::collections::BTreeMap::new();
     for writer in writers {
         for ((dialog, key), (seq, _)) in writer.await.unwrap() {
             assert_eq!(
-                *seqs.entry((dialog, key)).or_insert(seq),
+                *answers.entry((dialog, key)).or_insert(seq),
                 seq,
                 "all writers get the same seq"
             );
@@ -514,11 +514,11 @@ async fn instances_that_write_at_once_share_one_dense_order(kind: Kind) {
             .unwrap();
         let seqs: Vec<u64> = page.messages.iter().map(|m| m.seq.get()).collect();
         assert_eq!(seqs, (1..=seqs.len() as u64).collect::<Vec<_>>());
-        let expected = seqs.keys().filter(|(d, _)| *d == dialog(name)).count();
+        let expected = answers.keys().filter(|(d, _)| *d == dialog(name)).count();
         assert_eq!(seqs.len(), expected);
         for m in page.messages {
             assert_eq!(
-                seqs[&(dialog(name), Key::new(m.key.unwrap()).unwrap())],
+                answers[&(dialog(name), Key::new(m.key.unwrap()).unwrap())],
                 m.seq.get()
             );
         }

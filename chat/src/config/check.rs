@@ -164,15 +164,11 @@ mod tests {
         let defaults: toml::Table = DEFAULTS.parse().unwrap();
         let mut numbers = Vec::new();
         for (key, value) in defaults {
-            match value {
-                toml::Value::Integer(_) => numbers.push((String::new(), key)),
-                toml::Value::Table(table) => numbers.extend(
-                    table
-                        .into_iter()
-                        .filter(|(_, value)| value.is_integer())
-                        .map(|(name, _)| (key.clone(), name)),
-                ),
-                _ => {}
+            if value.is_integer() {
+                numbers.push((String::new(), key));
+            } else if let toml::Value::Table(table) = value {
+                let of_table = table.into_iter().filter(|(_, value)| value.is_integer());
+                numbers.extend(of_table.map(|(name, _)| (key.clone(), name)));
             }
         }
         numbers

@@ -69,7 +69,7 @@ pub struct Auth {
 /// Limits. An error names the one that it is about.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-#[allow(missing_docs)] // the names say it, units included; docs/OPERATIONS.md lists them
+#[allow(missing_docs)] // docs/REFERENCE.md lists them with their meaning, unit and range
 pub struct Limits {
     pub text_chars: u32,
     pub frame_bytes: u32,

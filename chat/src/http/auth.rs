@@ -155,10 +155,12 @@ fn public_keys(settings: &config::Auth, algorithm: Algorithm) -> anyhow::Result<
             serde_json::from_slice(&text).with_context(invalid)?,
         ));
     }
-    let key = match algorithm {
-        Algorithm::EdDSA => DecodingKey::from_ed_pem(&text),
-        Algorithm::ES256 => DecodingKey::from_ec_pem(&text),
-        _ => DecodingKey::from_rsa_pem(&text),
+    let key = if algorithm == Algorithm::EdDSA {
+        DecodingKey::from_ed_pem(&text)
+    } else if algorithm == Algorithm::ES256 {
+        DecodingKey::from_ec_pem(&text)
+    } else {
+        DecodingKey::from_rsa_pem(&text)
     };
     Ok(Keys::One(key.with_context(invalid)?))
 }
