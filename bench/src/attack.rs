@@ -1,5 +1,5 @@
-//! Ordinary accounts that ask for all they can, at the default limits, while others talk: no circuit breaker opens, the others hardly
-//! notice, and the accounts get typed errors.
+//! Ordinary accounts that ask for all they can, at the default limits, while others talk: no
+//! circuit breaker opens, the others hardly notice, and the accounts get typed errors.
 
 use crate::baseline::disk::Probe;
 use crate::service::Service;
@@ -200,7 +200,8 @@ async fn assail(
                     let frame: Value = serde_json::from_str(&text).unwrap_or_default();
                     if frame["type"] == "error" {
                         count(frame["code"].as_str().unwrap_or("?").to_owned());
-                        // A session that continues at once would be closed for its frames; this attack is about the work at the shards.
+                        // A session that continues at once would be closed for its frames; this
+                        // attack is about the work at the shards.
                         tokio::time::sleep(Duration::from_millis(20)).await;
                     }
                 }
@@ -257,7 +258,8 @@ async fn circuits(service: &Service) -> anyhow::Result<f64> {
     Ok(opened)
 }
 
-/// Pairs talk, each on two instances; the 99th percentile of the way of a message, and of a durable write meanwhile, in milliseconds.
+/// Pairs talk, each on two instances; the 99th percentile of the way of a message, and of a durable
+/// write meanwhile, in milliseconds.
 async fn talk(service: &Service, span: Duration) -> anyhow::Result<(f64, f64)> {
     let disk = Probe::start(service.folder())?;
     let mut talking = Vec::new();
@@ -324,7 +326,8 @@ async fn connect(service: &Service, i: u16, user: u64) -> anyhow::Result<Socket>
     open(&service.access(i), user).await
 }
 
-/// A session from an address of its own: what is refused to an account's address is not refused to others.
+/// A session from an address of its own: what is refused to an account's address is not refused to
+/// others.
 async fn open(access: &chat_client::Access, user: u64) -> anyhow::Result<Socket> {
     let mut request = access.socket_url().into_client_request()?;
     let token = format!("Bearer {}", access.token(user).await?);
@@ -350,7 +353,8 @@ fn key(number: u64) -> String {
         .collect()
 }
 
-/// Gives an account many dialogs, spread over the past year, and one long one; straight into the shards' tables.
+/// Gives an account many dialogs, spread over the past year, and one long one; straight into the
+/// shards' tables.
 pub async fn fill(
     service: &Service,
     account: u64,

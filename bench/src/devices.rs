@@ -124,7 +124,8 @@ pub struct Traffic {
 }
 
 impl Traffic {
-    /// The 99th percentile of the sends that were planned in that time by users that `of` accepts, in milliseconds.
+    /// The 99th percentile of the sends that were planned in that time by users that `of` accepts,
+    /// in milliseconds.
     pub fn p99(&self, from: Instant, until: Instant, of: impl Fn(u64) -> bool) -> f64 {
         let mut took: Vec<f64> = locked(&self.sent)
             .iter()
@@ -238,7 +239,8 @@ pub async fn level(
     }
 }
 
-/// Compares what every device has received, message for message, with the logs of the dialogs. How many were compared.
+/// Compares what every device has received, message for message, with the logs of the dialogs. How
+/// many were compared.
 pub async fn compare(
     service: &Service,
     i: u16,

@@ -1,5 +1,6 @@
-//! One dialog of a million messages moves to another shard while two users write in it and others read it to its first
-//! message, over and over. Then the same rows are inserted plainly, for comparison, into the same server.
+//! One dialog of a million messages moves to another shard while two users write in it and others
+//! read it to its first message, over and over. Then the same rows are inserted plainly, for
+//! comparison, into the same server.
 
 use crate::service::Service;
 use anyhow::{Context, ensure};
@@ -227,7 +228,8 @@ async fn fill(service: &Service, shard: u16, slot: u64, messages: u64) -> anyhow
     Ok(())
 }
 
-/// The same rows by multi-row INSERTs, each a transaction, into a table of the same form on the same server.
+/// The same rows by multi-row INSERTs, each a transaction, into a table of the same form on the
+/// same server.
 async fn insert_plainly(service: &Service, shard: u16, messages: u64) -> anyhow::Result<Duration> {
     let mut conn = mysql_async::Conn::from_url(service.database(shard)).await?;
     conn.query_drop("CREATE TABLE plainly LIKE messages")

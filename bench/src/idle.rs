@@ -32,7 +32,8 @@ pub struct Options {
 const WARM_UP: u64 = 100;
 
 pub async fn run(options: Options) -> anyhow::Result<()> {
-    // What a process needs once, for its first sessions, is not what a session costs: code that is loaded, tables that are made.
+    // What a process needs once, for its first sessions, is not what a session costs: code that is
+    // loaded, tables that are made.
     drop(sit(&options, WARM_UP).await?);
     let rest = Duration::from_secs(options.rest_seconds);
     tokio::time::sleep(rest).await;

@@ -20,7 +20,8 @@ use tokio::signal::unix::{SignalKind, signal};
 #[derive(Parser)]
 #[command(about = "Baselines for the benchmarks of the service")]
 enum Cli {
-    /// Multi-row INSERTs into the service's own table, as fast as the servers take them. Prints rows a second.
+    /// Multi-row INSERTs into the service's own table, as fast as the servers take them. Prints
+    /// rows a second.
     Plain(plain::Options),
     /// Single INSERTs into the same table at a steady pace.
     Paced(plain::PacedOptions),
@@ -37,7 +38,8 @@ enum Cli {
     Saturate(saturate::Options),
     /// Changes the set of shards under load, kills processes, and proves that nothing went wrong.
     Prove(prove::Options),
-    /// Loses messages of the bus, kills instances, stops readers, and shows that every device has everything all the same.
+    /// Loses messages of the bus, kills instances, stops readers, and shows that every device has
+    /// everything all the same.
     Deliver(deliver::Options),
     /// Ordinary accounts ask for all they can while others talk.
     Attack(attack::Options),

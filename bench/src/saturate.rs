@@ -1,5 +1,6 @@
-//! The most that the service carries: every user keeps a number of sends under way. Lean, because on a small machine what
-//! the generator takes is missing elsewhere; latencies are for `chat-client load`, which sends at a steady rate.
+//! The most that the service carries: every user keeps a number of sends under way. Lean, because
+//! on a small machine what the generator takes is missing elsewhere; latencies are for `chat-client
+//! load`, which sends at a steady rate.
 
 use anyhow::{Context, bail, ensure};
 use chat_client::{Access, TokenSource};

@@ -1,4 +1,5 @@
-//! A service to prove things on: five MySQL servers, NATS, and two instances as processes of their own.
+//! A service to prove things on: five MySQL servers, NATS, and two instances as processes of their
+//! own.
 
 use anyhow::{Context, bail, ensure};
 use chat_client::{Access, TokenSource};
@@ -163,7 +164,8 @@ impl Service {
         Access::new(&self.url(i), TokenSource::Secret(SECRET.to_owned()))
     }
 
-    /// Saves the file as an editor does, by renaming. `shards` are numbers and further lines of their entries.
+    /// Saves the file as an editor does, by renaming. `shards` are numbers and further lines of
+    /// their entries.
     pub fn save(&self, shards: &[(u16, &str)]) -> anyhow::Result<()> {
         self.save_with(shards, "")
     }
@@ -292,7 +294,8 @@ impl Service {
         bail!("no instance answers")
     }
 
-    /// Waits until the topology of `version` is carried out, and restarts instances that die meanwhile.
+    /// Waits until the topology of `version` is carried out, and restarts instances that die
+    /// meanwhile.
     pub async fn carried_out(
         &mut self,
         version: u64,
@@ -334,7 +337,8 @@ impl Service {
         Self::servers(&["mysql", &self.dir(&format!("shard{n}")), &port])
     }
 
-    /// Something was dead from `since` until now; clients that noticed come back with a pause that grows to eight seconds.
+    /// Something was dead from `since` until now; clients that noticed come back with a pause that
+    /// grows to eight seconds.
     pub fn outage(&mut self, what: &str, since: Instant) {
         let since = since - Duration::from_millis(300);
         let until = Instant::now() + Duration::from_secs(9);

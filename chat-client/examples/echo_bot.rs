@@ -19,7 +19,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     while let Some(event) = events.recv().await {
         match event {
             Event::Message(message) if message.from != bot => {
-                // The key is made from what is answered: if the bot starts again in the middle, no answer is stored twice.
+                // The key is made from what is answered: if the bot starts again in the middle, no
+                // answer is stored twice.
                 let key = format!("echo.{}", message.seq);
                 let client = client.clone();
                 tokio::spawn(async move {

@@ -1,4 +1,5 @@
-//! Sends the lines of a file (`from<TAB>to<TAB>text`), each once: run again after an interruption, it continues.
+//! Sends the lines of a file (`from<TAB>to<TAB>text`), each once: run again after an interruption,
+//! it continues.
 //!
 //! ```text
 //! printf '7\t42\thello\n42\t7\thi\n' > lines.tsv

@@ -1,4 +1,5 @@
-//! The task behind a [`Client`](crate::Client): it connects, repeats what is not answered, and delivers messages in order.
+//! The task behind a [`Client`](crate::Client): it connects, repeats what is not answered, and
+//! delivers messages in order.
 
 use crate::access::expiry;
 use crate::connection::{Connection, Incoming};
@@ -66,7 +67,8 @@ pub(crate) struct Actor {
     pace: Pace,
     /// What is sent before all that; gone with the connection.
     first: Vec<Utf8Bytes>,
-    /// Read marks to be sent, the farthest of each dialog, and when: who reads a hundred messages at once says so once.
+    /// Read marks to be sent, the farthest of each dialog, and when: who reads a hundred messages
+    /// at once says so once.
     marks: BTreeMap<u64, u64>,
     marks_due: Instant,
     streams: Streams,
@@ -101,7 +103,8 @@ enum By {
     Caller(oneshot::Sender<Result<ServerFrame, ClientError>>),
     /// A `resume` of these.
     Resume(Vec<String>),
-    /// A page of what was missed in this dialog; `false` once we have seen that there is nothing above what we have.
+    /// A page of what was missed in this dialog; `false` once we have seen that there is nothing
+    /// above what we have.
     Reading(String, bool),
 }
 
@@ -171,7 +174,8 @@ impl Actor {
             };
             let (code, reason) = match ended {
                 Ended::Dropped => return,
-                // A token that expired while we were here is replaced; one that is not taken at all stays so.
+                // A token that expired while we were here is replaced; one that is not taken at all
+                // stays so.
                 Ended::ForGood(_) if self.access.renews() && lasted > HELD => {
                     (None, "the token has expired".into())
                 }
@@ -183,8 +187,8 @@ impl Actor {
             };
             self.attempt += 1;
             self.emit(Event::Disconnected { code, reason }).await;
-            // A connection that held for a while starts the pauses anew. Any time within the pause: a crowd that lost the same
-            // instance comes back spread over it.
+            // A connection that held for a while starts the pauses anew. Any time within the pause:
+            // a crowd that lost the same instance comes back spread over it.
             if lasted > HELD {
                 pause = BACKOFF.0;
             }
@@ -260,7 +264,8 @@ impl Actor {
                 () = sleep_until(next), if !self.queue.is_empty() => {}
                 () = sleep_until(self.marks_due), if !self.marks.is_empty() => {}
                 () = sleep_until(renew.unwrap_or(next)), if renew.is_some() => {
-                    // If there is none now, the connection will be closed in time, and begun anew with what there is then.
+                    // If there is none now, the connection will be closed in time, and begun anew
+                    // with what there is then.
                     let token = self.access.token(self.user).await.ok();
                     renew = token.as_deref().and_then(|token| self.renewal(token));
                     self.first.extend(token.map(|token| encode(&ClientFrame::Auth { token })));
@@ -293,7 +298,8 @@ impl Actor {
     fn resume(&mut self, mut since: Option<String>) {
         let positions: Vec<(String, u64)> = self.streams.positions().into_iter().collect();
         let mut parts: Vec<&[(String, u64)]> = positions.chunks(self.resume_dialogs).collect();
-        // A client that follows more dialogs than one frame takes would receive those in the other frames, too.
+        // A client that follows more dialogs than one frame takes would receive those in the other
+        // frames, too.
         if parts.len() > 1 {
             since = None;
         }
@@ -312,7 +318,8 @@ impl Actor {
         }
     }
 
-    /// A request of our own, which is not repeated on another connection. Positions are sent before anything else.
+    /// A request of our own, which is not repeated on another connection. Positions are sent before
+    /// anything else.
     fn ask(&mut self, by: By, frame: impl FnOnce(String) -> ClientFrame) {
         self.next += 1;
         let frame = encode(&frame(self.next.to_string()));
@@ -417,7 +424,8 @@ impl Actor {
                 at,
             } => self.sent(key, dialog, seq, at).await,
             ServerFrame::Message(message) => {
-                // One of ours that we do not know to be stored, because the answer was lost with a connection.
+                // One of ours that we do not know to be stored, because the answer was lost with a
+                // connection.
                 if let (true, Some(key)) = (message.from == self.user, &message.key) {
                     self.settle(message.to, key.clone(), &message);
                 }
@@ -508,7 +516,8 @@ impl Actor {
         }
     }
 
-    /// Asks for the next page of what was missed in a dialog; or, if there is nothing above what we have, for its end.
+    /// Asks for the next page of what was missed in a dialog; or, if there is nothing above what we
+    /// have, for its end.
     fn read_on(&mut self, dialog: String, above: bool) {
         let with = self.counterpart(&dialog);
         let after = self.streams.last(&dialog).filter(|_| above);
@@ -549,7 +558,8 @@ impl Actor {
     /// Repeats what may succeed later; returns every other error to the caller.
     fn refused(&mut self, body: ErrorBody) {
         let order = match (&body.key, &body.id) {
-            // The error does not say which dialog: among several sends with one key it is the oldest that is answered.
+            // The error does not say which dialog: among several sends with one key it is the
+            // oldest that is answered.
             (Some(key), _) => self
                 .sends
                 .iter()
@@ -560,7 +570,8 @@ impl Actor {
         };
         let Some(order) = order else { return };
         if body.code == ErrorCode::RateLimited {
-            // Not this one alone is too early, but whatever comes from us: the queue waits, and keeps its order.
+            // Not this one alone is too early, but whatever comes from us: the queue waits, and
+            // keeps its order.
             let after = Duration::from_millis(body.retry_after_ms.unwrap_or(1000));
             self.pace.next = self.pace.next.max(Instant::now() + after);
             self.queue.insert(order);
@@ -602,7 +613,8 @@ impl Actor {
     }
 }
 
-/// When the next frame may be sent: as many a second as the server takes, and up to a second's worth at once.
+/// When the next frame may be sent: as many a second as the server takes, and up to a second's
+/// worth at once.
 struct Pace {
     step: Duration,
     next: Instant,

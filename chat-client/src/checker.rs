@@ -1,4 +1,5 @@
-//! Checks that acknowledged messages are stored: each once, where it was acknowledged, in logs without a gap.
+//! Checks that acknowledged messages are stored: each once, where it was acknowledged, in logs
+//! without a gap.
 
 use crate::{Access, Api, ClientError};
 use chat_wire::{Message, follows};
@@ -47,7 +48,8 @@ pub enum Fault {
         /// The seqs.
         seqs: Vec<u64>,
     },
-    /// The same log reads differently for another user, in the other direction, or through another instance.
+    /// The same log reads differently for another user, in the other direction, or through another
+    /// instance.
     #[error("read as user {user} through {url}, the log is another")]
     Differs {
         /// The user.
@@ -68,8 +70,8 @@ pub fn by_dialog(acknowledged: &[Acknowledged]) -> BTreeMap<(u64, u64), Vec<&Ack
     dialogs
 }
 
-/// The faults of a log, read from its first message on. Seqs begin anew in a later generation, when a shard was declared down:
-/// that is no gap.
+/// The faults of a log, read from its first message on. Seqs begin anew in a later generation, when
+/// a shard was declared down: that is no gap.
 #[must_use]
 pub fn gaps(log: &[Message]) -> Vec<Fault> {
     let before = [0].into_iter().chain(log.iter().map(|message| message.seq));
@@ -82,8 +84,8 @@ pub fn gaps(log: &[Message]) -> Vec<Fault> {
 
 /// The faults of a log beside what was acknowledged in this dialog.
 ///
-/// A message that only a lost shard had may have been sent again meanwhile. It is then stored twice when the shard returns: at its seq without
-/// a key, and with the key where it was sent again.
+/// A message that only a lost shard had may have been sent again meanwhile. It is then stored twice
+/// when the shard returns: at its seq without a key, and with the key where it was sent again.
 #[must_use]
 pub fn faults(log: &[Message], acknowledged: &[&Acknowledged]) -> Vec<Fault> {
     let mut faults = gaps(log);

@@ -6,8 +6,8 @@ use crate::{Access, ClientError};
 use chat_wire::{ClientFrame, HistoryPage, InboxPage, Sent, ServerFrame};
 use tokio::sync::{mpsc, oneshot};
 
-/// The events of a client. While they are not taken, nothing else is read from the connection either; dropped, they are
-/// no longer collected.
+/// The events of a client. While they are not taken, nothing else is read from the connection
+/// either; dropped, they are no longer collected.
 pub type Events = mpsc::Receiver<Event>;
 
 /// A handle to a session; a clone is one more reference. The session ends when the last is dropped.
@@ -30,8 +30,8 @@ impl Client {
         (Self { commands }, events)
     }
 
-    /// Sends a text under a key that is unique to this author and dialog. Repeats it with the same key, across
-    /// reconnections, for as long as the server says that it may succeed later.
+    /// Sends a text under a key that is unique to this author and dialog. Repeats it with the same
+    /// key, across reconnections, for as long as the server says that it may succeed later.
     ///
     /// # Errors
     /// [`ClientError::Refused`] for good, or [`ClientError::Closed`].
@@ -100,7 +100,8 @@ impl Client {
     /// # Errors
     /// [`ClientError::Closed`].
     pub async fn mark_read(&self, with: u64, seq: u64) -> Result<(), ClientError> {
-        // The server answers a mark with the mark, which comes as an event. This call does not wait for it.
+        // The server answers a mark with the mark, which comes as an event. This call does not wait
+        // for it.
         self.command(Command::Mark { with, seq }).await
     }
 
@@ -132,7 +133,8 @@ impl Client {
         .await
     }
 
-    /// From now on [`Event::Message`] has every message of a dialog above `after`, and [`Event::Read`] the marks of its users.
+    /// From now on [`Event::Message`] has every message of a dialog above `after`, and
+    /// [`Event::Read`] the marks of its users.
     ///
     /// # Errors
     /// [`ClientError::Closed`].

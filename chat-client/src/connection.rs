@@ -18,7 +18,8 @@ pub struct Connection {
     last_received: Instant,
 }
 
-/// The server pings every 25 seconds unless it is set otherwise: after so long the connection is dead.
+/// The server pings every 25 seconds unless it is set otherwise: after so long the connection is
+/// dead.
 const SILENCE: Duration = Duration::from_secs(70);
 
 /// Some dozens of ordinary frames.
@@ -33,8 +34,8 @@ pub enum Incoming {
 }
 
 impl Connection {
-    /// Connects as the user of the token, to another instance at each attempt if there are several. Whether the server takes us
-    /// is in its first frame.
+    /// Connects as the user of the token, to another instance at each attempt if there are several.
+    /// Whether the server takes us is in its first frame.
     pub async fn open(access: &Access, token: &str, attempt: usize) -> Result<Self, ClientError> {
         let connection =
             |e: tokio_tungstenite::tungstenite::Error| ClientError::Connection(e.to_string());
@@ -78,7 +79,8 @@ impl Connection {
         self.socket.flush().await.map_err(connection)
     }
 
-    /// The next frame. Pings are answered on the way; frames of a newer server that are not understood are passed over.
+    /// The next frame. Pings are answered on the way; frames of a newer server that are not
+    /// understood are passed over.
     ///
     /// # Cancel safety
     /// Safe.

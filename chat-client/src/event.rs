@@ -15,9 +15,10 @@ pub enum Event {
         /// What happened.
         reason: String,
     },
-    /// A message of one of our dialogs, our own included, from every session. Each dialog begins with the
-    /// first message that arrives, or after the seq of [`Client::follow`](crate::Client::follow). From there on every message comes once, in
-    /// order and without a gap, through every reconnection.
+    /// A message of one of our dialogs, our own included, from every session. Each dialog begins
+    /// with the first message that arrives, or after the seq of
+    /// [`Client::follow`](crate::Client::follow). From there on every message comes once, in order
+    /// and without a gap, through every reconnection.
     Message(Message),
     /// A user has read.
     Read(ReadMark),
@@ -30,8 +31,8 @@ pub enum Event {
     },
     /// A watched user came or went.
     Presence(Presence),
-    /// This dialog must be read from its history: it has many messages of which none was reported, or its log is shorter than what the
-    /// client had of it.
+    /// This dialog must be read from its history: it has many messages of which none was reported,
+    /// or its log is shorter than what the client had of it.
     Resync(String),
     /// The server rejects this client; no further attempt is made.
     Closed(ClientError),

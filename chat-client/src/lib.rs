@@ -1,5 +1,6 @@
-//! The client of the dialog messaging service: [`Client`] keeps a WebSocket open through everything, repeats what was not
-//! answered, and delivers every message once and in order; [`Api`] asks over REST. The binary `chat-client` is built from these.
+//! The client of the dialog messaging service: [`Client`] keeps a WebSocket open through
+//! everything, repeats what was not answered, and delivers every message once and in order; [`Api`]
+//! asks over REST. The binary `chat-client` is built from these.
 
 mod request;
 mod access;

@@ -1,7 +1,7 @@
 //! Random users write to random others, at a rate that does not wait for answers.
 //!
-//! Latencies count from the moment a message was planned to be sent: a service that falls behind cannot hide it by slowing
-//! the generator down (no coordinated omission).
+//! Latencies count from the moment a message was planned to be sent: a service that falls behind
+//! cannot hide it by slowing the generator down (no coordinated omission).
 
 use crate::journal::Journal;
 use crate::report::{Latencies, Percentiles};

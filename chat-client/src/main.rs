@@ -87,7 +87,8 @@ enum Command {
         user: u64,
         #[arg(long)]
         to: u64,
-        /// The name of this send; a random one if left out. A repeat with the same key is stored once.
+        /// The name of this send; a random one if left out. A repeat with the same key is stored
+        /// once.
         #[arg(long)]
         key: Option<String>,
         text: String,
@@ -229,7 +230,8 @@ async fn run() -> anyhow::Result<()> {
     }
 }
 
-/// Waits for the end of a session that could not be had, and says why; `None` if it ended because we did.
+/// Waits for the end of a session that could not be had, and says why; `None` if it ended because
+/// we did.
 async fn closed(events: &mut chat_client::Events) -> Option<chat_client::ClientError> {
     while let Some(event) = events.recv().await {
         if let Event::Closed(e) = event {

@@ -18,7 +18,8 @@ pub struct Options {
     /// Dialogs that are under way at once.
     #[arg(long, default_value_t = 256)]
     at_once: usize,
-    /// Afterwards read every dialog back, as both users, through every instance, in both directions, and compare.
+    /// Afterwards read every dialog back, as both users, through every instance, in both
+    /// directions, and compare.
     #[arg(long)]
     check: bool,
     /// Only read back and compare.
@@ -90,7 +91,8 @@ async fn send(
         clients.insert(user, client);
         sessions.push((user, events));
     }
-    // A user who cannot connect, for instance because there are too many, would be waited for without end.
+    // A user who cannot connect, for instance because there are too many, would be waited for
+    // without end.
     for (user, mut events) in sessions {
         match events.recv().await.context("a session ended")? {
             Event::Closed(e) => return Err(e.into()),
@@ -104,8 +106,8 @@ async fn send(
         }
     }
     let bar = bar(lines as u64);
-    // A line waits for the one before it in its dialog, also of the other user; the key says which line of the dialog it is, so
-    // that a file that is replayed twice is stored once.
+    // A line waits for the one before it in its dialog, also of the other user; the key says which
+    // line of the dialog it is, so that a file that is replayed twice is stored once.
     stream::iter(dialogs.values())
         .map(|lines| {
             let (clients, bar) = (&clients, &bar);

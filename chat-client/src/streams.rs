@@ -1,4 +1,5 @@
-//! What a client has of each dialog, so that it shows everything once and in order, whatever the connection does.
+//! What a client has of each dialog, so that it shows everything once and in order, whatever the
+//! connection does.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -20,7 +21,8 @@ enum State {
     Live,
     /// The server gets our position; until it has answered, only the next message counts.
     Resuming,
-    /// More was missed than the server replays: it is read in pages. Messages that arrive meanwhile will be in them.
+    /// More was missed than the server replays: it is read in pages. Messages that arrive meanwhile
+    /// will be in them.
     Reading,
 }
 
@@ -46,8 +48,8 @@ impl Streams {
         show
     }
 
-    /// Whether a message of ours that was acknowledged is to be shown now. An answer may come early: the message then
-    /// arrives in its place.
+    /// Whether a message of ours that was acknowledged is to be shown now. An answer may come
+    /// early: the message then arrives in its place.
     pub fn sent(&mut self, dialog: &str, seq: u64) -> bool {
         let early = self
             .of
@@ -104,7 +106,8 @@ impl Streams {
         }
     }
 
-    /// The server does not replay what was missed here: `true` if it is to be read, `false` if we do not follow it.
+    /// The server does not replay what was missed here: `true` if it is to be read, `false` if we
+    /// do not follow it.
     pub fn resync(&mut self, dialog: &str) -> bool {
         let Some(stream) = self.of.get_mut(dialog) else {
             return false;

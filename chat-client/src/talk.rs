@@ -76,7 +76,8 @@ pub async fn run(access: Access, user: u64, with: u64) -> anyhow::Result<()> {
             },
             Some(sent) = done.recv() => {
                 under_way -= 1;
-                // A sent message is shown at its place in the order; the client reports it before it answers.
+                // A sent message is shown at its place in the order; the client reports it before
+                // it answers.
                 while let Ok(event) = events.try_recv() {
                     view.event(event).await?;
                 }
@@ -192,7 +193,8 @@ impl View {
     }
 }
 
-/// `12:34 7: hello`, with control characters shown as what they are: a text must not move the cursor of its reader.
+/// `12:34 7: hello`, with control characters shown as what they are: a text must not move the
+/// cursor of its reader.
 fn line(message: &Message) -> String {
     let text: String = message
         .text

@@ -18,7 +18,8 @@ pub struct Findings {
     pub acknowledged: u64,
     /// Dialogs they are in.
     pub dialogs: u64,
-    /// Readings of a message: each dialog as both its users, through every instance, in both directions.
+    /// Readings of a message: each dialog as both its users, through every instance, in both
+    /// directions.
     pub read: u64,
     /// Acknowledged messages that are not at their seq.
     pub lost: u64,

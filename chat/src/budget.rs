@@ -1,7 +1,8 @@
-//! What each user may cost an instance: one budget over all sessions and REST, in units of work at a shard or on the bus.
+//! What each user may cost an instance: one budget over all sessions and REST, in units of work at
+//! a shard or on the bus.
 //!
-//! A request is let in while anything is left, and pays when it is known what it cost: so the balance may fall below zero, and
-//! the user waits until it is above again.
+//! A request is let in while anything is left, and pays when it is known what it cost: so the
+//! balance may fall below zero, and the user waits until it is above again.
 
 use crate::domain::dialog::UserId;
 use std::collections::HashMap;

@@ -1,4 +1,5 @@
-//! What an operator asks on the command line: `chat plan`, `chat status`, `chat pause`, `chat resume`, `chat where`.
+//! What an operator asks on the command line: `chat plan`, `chat status`, `chat pause`, `chat
+//! resume`, `chat where`.
 
 use anyhow::{Context, bail};
 use chat::cluster::{Cluster, IfEmpty, stores};

@@ -3,8 +3,8 @@
 use crate::domain::dialog::Timestamp;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// The time in microseconds since 1970, UTC. SQLite shards store it; sessions measure their beginning by it. MySQL shards use
-/// the clock of their server.
+/// The time in microseconds since 1970, UTC. SQLite shards store it; sessions measure their
+/// beginning by it. MySQL shards use the clock of their server.
 #[must_use]
 pub fn now() -> Timestamp {
     let since = SystemTime::now()

@@ -1,4 +1,5 @@
-//! One place that turns reasons into answers: every error that a client may meet, with its code, for WebSocket and REST.
+//! One place that turns reasons into answers: every error that a client may meet, with its code,
+//! for WebSocket and REST.
 
 use crate::messages::RequestError;
 use chat_wire::{ErrorBody, ErrorCode};

@@ -1,8 +1,9 @@
-//! A dialog messaging server: a message is durable before it is acknowledged, stored once, and numbered without gaps, on sharded
-//! MySQL.
+//! A dialog messaging server: a message is durable before it is acknowledged, stored once, and
+//! numbered without gaps, on sharded MySQL.
 //!
-//! The modules are declared in import order: each uses only those above it, inside the folders too. A test enforces this.
-//! `docs/ARCHITECTURE.md` walks one message and one edit of `shards.toml` through them.
+//! The modules are declared in import order: each uses only those above it, inside the folders too.
+//! A test enforces this. `docs/ARCHITECTURE.md` walks one message and one edit of `shards.toml`
+//! through them.
 
 // The ground floor.
 pub mod config;

@@ -87,7 +87,8 @@ enum Command {
 
 #[derive(clap::Args)]
 struct Embedded {
-    /// Everything in one process and in files: four SQLite shards, no NATS, tokens for everyone on this machine.
+    /// Everything in one process and in files: four SQLite shards, no NATS, tokens for everyone on
+    /// this machine.
     #[arg(long)]
     embedded: bool,
     /// Where embedded mode keeps its files.

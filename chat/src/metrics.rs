@@ -1,4 +1,5 @@
-//! The metrics, under their names in Prometheus. Every gauge and counter is created here and handed to the module that sets it.
+//! The metrics, under their names in Prometheus. Every gauge and counter is created here and handed
+//! to the module that sets it.
 
 use chat_wire::{Close, ErrorCode};
 use prometheus_client::encoding::{EncodeLabelSet, EncodeMetric, MetricEncoder, NoLabelSet};
@@ -46,7 +47,8 @@ pub struct ReasonLabel {
     reason: &'static str,
 }
 
-/// A histogram of durations on the path of every message: it has only counters, where that of the library holds a lock.
+/// A histogram of durations on the path of every message: it has only counters, where that of the
+/// library holds a lock.
 #[derive(Clone, Debug)]
 pub struct Latency {
     inner: Arc<LatencyInner>,
@@ -195,7 +197,8 @@ pub struct Metrics {
     pub bus_published: Counter,
     /// Publications that were received from the bus.
     pub bus_received: Counter,
-    /// Messages that sessions were sent from the shards: lost on the bus, or missed while disconnected.
+    /// Messages that sessions were sent from the shards: lost on the bus, or missed while
+    /// disconnected.
     pub messages_caught_up: Counter,
     /// Dialogs that a session must reload: it missed too much, or its position was wrong.
     pub resyncs: Counter,
@@ -226,7 +229,8 @@ pub struct ShardMetrics {
     pub circuit_open: Gauge,
     /// How often it opened.
     pub opened: Counter,
-    /// Seconds of a transaction, from its first round trip to COMMIT. `None` where nothing is measured.
+    /// Seconds of a transaction, from its first round trip to COMMIT. `None` where nothing is
+    /// measured.
     pub transaction_seconds: Option<Histogram>,
 }
 

@@ -1,4 +1,5 @@
-//! Jitter and names: random, unless a simulation has given this thread a seed, so that what it finds can be found again.
+//! Jitter and names: random, unless a simulation has given this thread a seed, so that what it
+//! finds can be found again.
 
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};

@@ -52,7 +52,8 @@ pub fn read_shards_file(path: &Path) -> anyhow::Result<(ShardsFile, String)> {
 }
 
 impl Server {
-    /// Builds everything: takes the shards into service, connects the bus, listens. Port 0 is replaced by a real one.
+    /// Builds everything: takes the shards into service, connects the bus, listens. Port 0 is
+    /// replaced by a real one.
     ///
     /// # Errors
     /// One line that says what must be corrected.
@@ -172,8 +173,8 @@ impl Server {
         self.admin_address
     }
 
-    /// Serves until `shutdown` is done, then ends in order: not ready, sessions asked to go elsewhere over a few seconds,
-    /// what is in flight finished, stop.
+    /// Serves until `shutdown` is done, then ends in order: not ready, sessions asked to go
+    /// elsewhere over a few seconds, what is in flight finished, stop.
     ///
     /// # Errors
     /// If the server itself fails.
@@ -206,7 +207,8 @@ impl Server {
         app.draining.store(true, Ordering::Relaxed);
         let registry = app.context.delivery.registry().clone();
         tracing::info!(sessions = registry.len(), "going away");
-        // New clients, and those with a session, are asked to connect elsewhere. Requests of before are still answered.
+        // New clients, and those with a session, are asked to connect elsewhere. Requests of before
+        // are still answered.
         registry
             .close_all(Close::Restart, Duration::from_millis(limits.shutdown_ms))
             .await;

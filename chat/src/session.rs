@@ -174,7 +174,8 @@ impl Session {
         }
     }
 
-    /// Counts a frame without a request: a ping, a pong, a fragment. `false` once there are too many frames of all kinds.
+    /// Counts a frame without a request: a ping, a pong, a fragment. `false` once there are too
+    /// many frames of all kinds.
     pub fn count_frame(&mut self) -> bool {
         let taken = self.frames.take(Instant::now());
         if !taken {
@@ -197,8 +198,8 @@ impl Session {
         }
     }
 
-    /// Drives the requests in progress and reads missed messages; returns now and then. Never returns while there is nothing to
-    /// do.
+    /// Drives the requests in progress and reads missed messages; returns now and then. Never
+    /// returns while there is nothing to do.
     ///
     /// # Cancel safety
     /// Safe: requests in progress continue.
@@ -307,7 +308,8 @@ impl Session {
         }
     }
 
-    /// Answers with a page. If it reaches the end of the dialog, the session follows the dialog from there.
+    /// Answers with a page. If it reaches the end of the dialog, the session follows the dialog
+    /// from there.
     fn history(&self, id: Option<String>, with: u64, range: Range, limit: Option<u32>) {
         let (me, messages) = (self.identity.user, self.context.messages.clone());
         let subscriber = self.subscriber.clone();
@@ -325,7 +327,8 @@ impl Session {
         });
     }
 
-    /// Answers with a page of the inbox. The session follows the dialogs on it from their last messages.
+    /// Answers with a page of the inbox. The session follows the dialogs on it from their last
+    /// messages.
     fn inbox(&self, id: Option<String>, limit: Option<u32>, cursor: Option<String>) {
         let (me, messages) = (self.identity.user, self.context.messages.clone());
         let subscriber = self.subscriber.clone();
@@ -340,7 +343,8 @@ impl Session {
         });
     }
 
-    /// Marks a dialog as read. If the mark has moved, this session receives it as all others do; if not, it is answered here.
+    /// Marks a dialog as read. If the mark has moved, this session receives it as all others do; if
+    /// not, it is answered here.
     fn mark_read(&self, with: u64, seq: u64) {
         let (me, messages) = (self.identity.user, self.context.messages.clone());
         self.answer(None, None, (), async move {
@@ -368,7 +372,8 @@ impl Session {
         }
     }
 
-    /// Sends a message. `sent` takes the place of the message in the dialog, and delivery sends it; a failure is answered here.
+    /// Sends a message. `sent` takes the place of the message in the dialog, and delivery sends it;
+    /// a failure is answered here.
     fn send(&self, message: Outgoing) -> Result<(), RequestError> {
         let unsettled = Unsettled::one_more(&self.unsettled);
         let (outbound, metrics) = (self.outbound.clone(), self.context.metrics.clone());
@@ -464,7 +469,8 @@ impl Session {
         Ok(())
     }
 
-    /// Reads from the shards. The bus subscription is active by then, so no message falls between the read and the live events.
+    /// Reads from the shards. The bus subscription is active by then, so no message falls between
+    /// the read and the live events.
     fn read(
         &self,
         id: Option<String>,
@@ -487,7 +493,8 @@ impl Session {
         }
     }
 
-    /// Puts the result of `work`, if it has one, into the outbound queue, and keeps `place` until then.
+    /// Puts the result of `work`, if it has one, into the outbound queue, and keeps `place` until
+    /// then.
     fn answer(
         &self,
         key: Option<String>,

@@ -1,8 +1,9 @@
-//! The threads of the process. Each has an event loop of its own and the connections of its clients; the first one has the
-//! databases and the bus, too.
+//! The threads of the process. Each has an event loop of its own and the connections of its
+//! clients; the first one has the databases and the bus, too.
 //!
-//! So a message that comes in on the first thread is written, acknowledged and delivered without waking another thread: waking
-//! and sleeping are a fifth of what a message costs at a moderate pace.
+//! So a message that comes in on the first thread is written, acknowledged and delivered without
+//! waking another thread: waking and sleeping are a fifth of what a message costs at a moderate
+//! pace.
 
 use std::io;
 use tokio::runtime::{Builder, Handle, Runtime, RuntimeMetrics};
@@ -32,7 +33,8 @@ impl Threads {
             .map(Self)
     }
 
-    /// The event loop of the databases and the bus. A pool of `mysql_async` must not be used by several single-threaded runtimes.
+    /// The event loop of the databases and the bus. A pool of `mysql_async` must not be used by
+    /// several single-threaded runtimes.
     #[must_use]
     pub fn store(&self) -> &Handle {
         &self.0[0].handle

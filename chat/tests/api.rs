@@ -829,7 +829,8 @@ fn properties(
     (all, required)
 }
 
-/// docs/asyncapi.json is what the types say, and what PROTOCOL.md shows fits it. `CHAT_WRITE_DOCS=1` writes it anew.
+/// docs/asyncapi.json is what the types say, and what PROTOCOL.md shows fits it.
+/// `CHAT_WRITE_DOCS=1` writes it anew.
 #[test]
 fn the_asyncapi_file_the_protocol_page_and_the_types_say_the_same() {
     let document = chat::http::asyncapi_document();
@@ -905,7 +906,8 @@ fn described_metrics() -> Vec<(String, String, String)> {
     found
 }
 
-/// docs/REFERENCE.md lists the settings and metrics as they are in the code. `CHAT_WRITE_DOCS=1` writes it anew.
+/// docs/REFERENCE.md lists the settings and metrics as they are in the code. `CHAT_WRITE_DOCS=1`
+/// writes it anew.
 #[test]
 fn the_reference_page_lists_every_setting_and_metric() {
     let mut page = String::from(

@@ -1,4 +1,5 @@
-//! Clients that mean no good, on raw sockets: each gets its answer, and the process lives with its memory bounded.
+//! Clients that mean no good, on raw sockets: each gets its answer, and the process lives with its
+//! memory bounded.
 
 #![allow(missing_docs, clippy::wildcard_enum_match_arm)]
 
@@ -303,7 +304,8 @@ async fn who_has_no_good_token_or_forges_a_sender_gets_nowhere() {
     .unwrap();
     assert_eq!(in_the_url.status().as_u16(), 401);
 
-    // A sender that is named in the frame is not looked at, and a dialog of others cannot be named at all.
+    // A sender that is named in the frame is not looked at, and a dialog of others cannot be named
+    // at all.
     let (mut seven, mut forty_two) = (
         Socket::of(&instance, 7).await,
         Socket::of(&instance, 42).await,
@@ -378,7 +380,8 @@ async fn reads_that_nobody_waits_for_any_more_hold_up_nobody() {
     assert_eq!(page.last, 20);
 }
 
-/// One budget over all sessions and REST: a user who has spent it is refused, with the time to wait; other users are not.
+/// One budget over all sessions and REST: a user who has spent it is refused, with the time to
+/// wait; other users are not.
 #[tokio::test(flavor = "multi_thread")]
 async fn who_asks_for_too_much_work_is_told_when_to_come_again_and_others_notice_nothing() {
     let databases = Databases::new(Kind::Sqlite, 2).await;

@@ -61,7 +61,8 @@ async fn others_hear_it_in_order_and_the_publisher_does_not(a: Arc<dyn Bus>, b: 
     assert_eq!(numbers(&heard_b), expected);
     assert_eq!(numbers(&heard_a), Vec::<String>::new(), "no echo");
 
-    // Who has left receives nothing more. Another listener says when the bus has carried what came after.
+    // Who has left receives nothing more. Another listener says when the bus has carried what came
+    // after.
     drop(listening_b);
     let (sink_c, heard_c) = sink();
     let _listening_c = b.listen(user(9), sink_c);
@@ -83,7 +84,8 @@ async fn others_hear_it_in_order_and_the_publisher_does_not(a: Arc<dyn Bus>, b: 
     drop(listening_a);
 }
 
-/// An instance can ask whether another one subscribes; once a subscription is confirmed, it receives.
+/// An instance can ask whether another one subscribes; once a subscription is confirmed, it
+/// receives.
 async fn who_listens_is_found_and_who_has_left_is_not(a: Arc<dyn Bus>, b: Arc<dyn Bus>) {
     assert_eq!(a.ask(user(7)).await, Some(false));
     let (sink_b, heard_b) = sink();

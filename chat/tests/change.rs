@@ -114,8 +114,9 @@ const AT_ONCE: usize = 3;
 /// The dialogs that lie where the change is.
 const PINNED: [(u64, u64); 4] = [(1, 2), (2, 4), (3, 5), (5, 6)];
 
-/// A service on which little has to move: two heavy shards, and a light one that four dialogs are pinned to. The instance with
-/// the fault is the coordinator; the traffic goes through the other, which has a file of its own.
+/// A service on which little has to move: two heavy shards, and a light one that four dialogs are
+/// pinned to. The instance with the fault is the coordinator; the traffic goes through the other,
+/// which has a file of its own.
 struct Stage {
     service: Service,
     faulty: testkit::instance::Instance,
@@ -176,7 +177,8 @@ impl Stage {
         std::fs::copy(&self.service.file, &self.others_file).unwrap();
     }
 
-    /// Waits for the fault; then the other finishes, up to `version`. A stopped one continues after it.
+    /// Waits for the fault; then the other finishes, up to `version`. A stopped one continues after
+    /// it.
     async fn strikes(&mut self, place: &str, fault: Fault, version: u64) {
         match fault {
             Fault::Kill => drop(self.faulty.ended().await),
@@ -227,8 +229,8 @@ impl Stage {
 /// A shard is added, and four dialogs go there.
 async fn while_a_shard_is_added(place: &str, pass: u32, fault: Fault) {
     println!("{place} {fault:?}");
-    // One message at a time where some wait until the locks of the stopped instance are free: longer than a send may take, and
-    // what is refused is repeated by each for itself.
+    // One message at a time where some wait until the locks of the stopped instance are free:
+    // longer than a send may take, and what is refused is repeated by each for itself.
     let burst = if fault == Fault::Kill { 4 } else { 1 };
     let mut stage = Stage::set(place, pass, fault, burst).await;
     stage.service.pin(&PINNED, "shard4");
@@ -244,7 +246,8 @@ async fn while_a_shard_is_added(place: &str, pass: u32, fault: Fault) {
 /// A dead shard is declared down, and returns.
 async fn while_a_shard_is_down_and_returns(place: &str, pass: u32, fault: Fault) {
     println!("{place} {fault:?}");
-    // One message at a time: what is refused while the shard is dead is repeated by each for itself.
+    // One message at a time: what is refused while the shard is dead is repeated by each for
+    // itself.
     let mut stage = Stage::set(place, pass, fault, 1).await;
     stage.proxy.set(Mode::Cut);
     stage.service.pins.clear();
@@ -356,7 +359,8 @@ async fn a_dead_shard_that_is_declared_down_is_taken_over_and_merged_when_it_ret
     // One at a time: what is refused while the shard is dead is repeated by each for itself.
     let talk = Talk::begin(&[&one, &two], 12, 1, rand::random::<u32>().into());
     talk.goes_on(200).await;
-    // Texts of 16,000 bytes, 1.6 MB: they are merged in more than one transaction, for their bytes and not for their number.
+    // Texts of 16,000 bytes, 1.6 MB: they are merged in more than one transaction, for their bytes
+    // and not for their number.
     let (api, long) = (one.api(1).await, "𝄞".repeat(4000));
     let (to, mut large) = (peer_on(&one, "shard2").await, Vec::new());
     for n in 0..100 {
@@ -519,7 +523,8 @@ async fn a_shard_that_is_slow_and_stalls_holds_nobody_else_up() {
     let api = one.api(1).await;
     let (mut of_slow, mut quick_ones) = (0, 0);
     for n in 0..20 {
-        // While one send to the slow shard is under way, others come and go; none of them is refused.
+        // While one send to the slow shard is under way, others come and go; none of them is
+        // refused.
         let key = format!("slow{n}");
         let late = api.send(slow, &key, "to the slow one");
         tokio::pin!(late);
@@ -583,7 +588,8 @@ async fn a_dead_shard_is_waited_for_by_name() {
     service.settled(&one, 1).await;
 }
 
-/// The messages of a lost shard are forgotten: the gap stays known, wherever its slots move, and no read waits for the shard.
+/// The messages of a lost shard are forgotten: the gap stays known, wherever its slots move, and no
+/// read waits for the shard.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_given_up_is_told_wherever_its_slot_moves() {
     let _room = ROOM.acquire().await.unwrap();

@@ -153,7 +153,8 @@ fn loses(what: &'static str) -> (Loses, Arc<AtomicBool>) {
     (Arc::new(loses), on)
 }
 
-/// 7 is on an instance that receives every event, 42 on one whose bus loses those that `what` selects.
+/// 7 is on an instance that receives every event, 42 on one whose bus loses those that `what`
+/// selects.
 async fn with_losses(loses: Loses) -> (Databases, Instance, Instance, Lossy) {
     let databases = Databases::new(Kind::Sqlite, 2).await;
     let file = databases.shards_file();
@@ -429,7 +430,8 @@ async fn presence_is_seen_from_every_instance_and_does_not_flap() {
         assert_eq!(socket.next().await, presence(42, true));
     }
     assert!(is_online(&one, 42).await && is_online(&two, 42).await && !is_online(&two, 43).await);
-    // One tab is closed, and the other; and one comes back within the grace period: no event. The next event is the end.
+    // One tab is closed, and the other; and one comes back within the grace period: no event. The
+    // next event is the end.
     drop(first);
     drop(second);
     tokio::time::sleep(Duration::from_secs(2)).await;

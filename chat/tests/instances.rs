@@ -75,7 +75,8 @@ async fn talk_across(kind: Kind) {
         Socket::of(&two, 7).await,
         Socket::of(&two, 42).await,
     );
-    // Interest takes a moment to reach the bus: a first message in each direction, repeated until it is received.
+    // Interest takes a moment to reach the bus: a first message in each direction, repeated until
+    // it is received.
     for round in 0u64..20 {
         seven
             .send_text(&format!("a{round}"), 42, &format!("to 42, {round}"))
@@ -214,8 +215,8 @@ async fn a_retried_send_is_stored_once_through_whichever_instance() {
     assert_eq!(databases.total("SELECT COUNT(*) FROM messages").await, 1);
 }
 
-/// The COMMIT is done, its answer is withheld, and the instance is killed: the client has no answer. The retry through the other
-/// instance gets the one place there is.
+/// The COMMIT is done, its answer is withheld, and the instance is killed: the client has no
+/// answer. The retry through the other instance gets the one place there is.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_instance_killed_between_commit_and_acknowledgement_has_stored_once() {
     let databases = Databases::new(Kind::Mysql, 1).await;
@@ -260,8 +261,8 @@ async fn an_instance_killed_between_commit_and_acknowledgement_has_stored_once()
     );
 }
 
-/// The connection breaks in the answer to COMMIT: the instance does not know, asks again with the same keys, and everybody
-/// is told the truth.
+/// The connection breaks in the answer to COMMIT: the instance does not know, asks again with the
+/// same keys, and everybody is told the truth.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_answer_to_commit_that_is_lost_doubles_nothing() {
     for kind in [Kind::Mysql, Kind::Mariadb] {
@@ -300,7 +301,8 @@ async fn an_answer_to_commit_that_is_lost_doubles_nothing() {
     }
 }
 
-/// A database that hangs or dies: its dialogs are refused within a second, the others go on, and it comes back by itself.
+/// A database that hangs or dies: its dialogs are refused within a second, the others go on, and it
+/// comes back by itself.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dead_shard_hurts_only_its_own_dialogs_and_comes_back_by_itself() {
     for (mode, name) in [(Mode::Cut, "dies"), (Mode::Hang, "hangs")] {
@@ -361,14 +363,16 @@ async fn a_dead_shard_hurts_only_its_own_dialogs_and_comes_back_by_itself() {
     }
 }
 
-/// A full machine opens connections slowly. While what is asked on others is answered, the shard is not dead.
+/// A full machine opens connections slowly. While what is asked on others is answered, the shard is
+/// not dead.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_shard_that_answers_is_not_down_because_a_connection_takes_long_to_open() {
     let databases = Databases::new(Kind::Mysql, 1).await;
     let server = std::env::var("CHAT_TEST_MYSQL").unwrap();
     let proxy = Proxy::to(server.rsplit('@').next().unwrap().to_owned()).await;
     let file = databases.shards_file_with(&[databases.url_through(0, proxy.port)]);
-    // Those who wait for a new connection do not see one that comes free meanwhile: each time one or two come to their turn.
+    // Those who wait for a new connection do not see one that comes free meanwhile: each time one
+    // or two come to their turn.
     let settings = [
         ("STORE__LANES", "8"),
         ("STORE__LANES_MIN", "8"),
@@ -400,7 +404,8 @@ async fn a_shard_that_answers_is_not_down_because_a_connection_takes_long_to_ope
         }));
     }
     assert!(refused.iter().all(|code| *code == ErrorCode::Overloaded));
-    // More transactions at once than there are connections for writing: those without one come to their turn.
+    // More transactions at once than there are connections for writing: those without one come to
+    // their turn.
     for n in 1.. {
         let (api, key) = (instance.api(1000 + n).await, n.to_string());
         let sends = join_all((100..112).map(|peer| api.send(peer, &key, "x"))).await;
@@ -609,8 +614,8 @@ async fn a_client_goes_on_through_a_restart_of_its_instance_and_loses_nothing() 
     );
 }
 
-/// An instance that shuts down says so, and one that is killed is missed: both are reasons to compare sessions with the shards. An
-/// instance that is alive is never taken for gone.
+/// An instance that shuts down says so, and one that is killed is missed: both are reasons to
+/// compare sessions with the shards. An instance that is alive is never taken for gone.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_instance_that_leaves_or_is_killed_is_noticed_by_the_others() {
     let databases = Databases::new(Kind::Sqlite, 1).await;

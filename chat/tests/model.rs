@@ -1,10 +1,12 @@
-//! The protocol of slot ownership, explored: every order of events within small bounds, on the transition functions that the
-//! server itself uses.
+//! The protocol of slot ownership, explored: every order of events within small bounds, on the
+//! transition functions that the server itself uses.
 //!
-//! One slot with one dialog, three shards, one or two coordinators that may stop anywhere, writers that try any shard, and
-//! topologies that reach each shard at its own time. Each guard of the protocol is then turned off alone, and must be missed.
+//! One slot with one dialog, three shards, one or two coordinators that may stop anywhere, writers
+//! that try any shard, and topologies that reach each shard at its own time. Each guard of the
+//! protocol is then turned off alone, and must be missed.
 //!
-//! `./test -p chat --test model -- --nocapture` prints how many states were explored, and how each switch was caught.
+//! `./test -p chat --test model -- --nocapture` prints how many states were explored, and how each
+//! switch was caught.
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::needless_range_loop)]
 
@@ -27,7 +29,8 @@ fn index(name: &str) -> usize {
     NAMES.iter().position(|known| *known == name).unwrap()
 }
 
-/// A message: its seq as (generation, n), and its key. `duplicate` if another one with the key was there when it was merged.
+/// A message: its seq as (generation, n), and its key. `duplicate` if another one with the key was
+/// there when it was merged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 struct Message {
     seq: (u32, u8),
@@ -128,11 +131,13 @@ struct Coordinator {
 struct State {
     shards: Vec<Shard>,
     coordinators: Vec<Coordinator>,
-    /// Keys that were acknowledged, and by whom: a shard that was declared down may not know it yet.
+    /// Keys that were acknowledged, and by whom: a shard that was declared down may not know it
+    /// yet.
     acknowledged: u8,
 }
 
-/// Documents: 0 all active; 1 A is down and its slots are claimed; 2 the failover is over; 3 A is back.
+/// Documents: 0 all active; 1 A is down and its slots are claimed; 2 the failover is over; 3 A is
+/// back.
 const JUDGING: u8 = 1;
 
 #[derive(Clone)]
@@ -308,7 +313,8 @@ fn writes(bounds: &Bounds, state: &State, next: &mut Vec<(String, State)>) {
             // A repeat is found by its key and stores nothing.
             if shard.log.messages.iter().any(|message| message.key == key) {
                 if bounds.off(Switch::StopAtError) {
-                    // The unique key refuses it when the last seq is raised already, and COMMIT follows.
+                    // The unique key refuses it when the last seq is raised already, and COMMIT
+                    // follows.
                     let mut after = state.clone();
                     after.shards[i].log.last.1 += 1;
                     next.push((format!("{} stores half of {key} again", NAMES[i]), after));
@@ -334,9 +340,10 @@ fn writes(bounds: &Bounds, state: &State, next: &mut Vec<(String, State)>) {
     }
 }
 
-/// The seqs that writers may have drafted for the next message of an owner. They may remember anything, of any time: what the
-/// transaction compares makes all but one of them fail. A last seq that is not compared may be any; a term that is not
-/// compared may be one of an earlier generation.
+/// The seqs that writers may have drafted for the next message of an owner. They may remember
+/// anything, of any time: what the transaction compares makes all but one of them fail. A last seq
+/// that is not compared may be any; a term that is not compared may be one of an earlier
+/// generation.
 fn drafts(bounds: &Bounds, shard: &Shard) -> BTreeSet<(u32, u8)> {
     let (last, generation) = (shard.log.last, shard.row.generation);
     let generations = if bounds.off(Switch::TermOfDrafts) {
@@ -644,7 +651,8 @@ fn idle(bounds: &Bounds, state: &State, topology: u8, go: &mut impl FnMut(String
     for shard in &state.shards {
         if shard.topology > topology {
             let mut after = state.clone();
-            // The caller sets where it is; which topology it goes by is set here, by finding itself.
+            // The caller sets where it is; which topology it goes by is set here, by finding
+            // itself.
             let c = state
                 .coordinators
                 .iter()
@@ -985,9 +993,10 @@ fn a_shard_that_was_alive_returns_and_is_merged() {
     });
 }
 
-/// Each guard is turned off alone; the exploration must find what it was good for. Two are not among
-/// them, because the others already do their work within these bounds: that copies only add and raise (an attempt is not joined by another
-/// coordinator), and that a slot is claimed once a generation (no slot moves during a failover). They stay as second nets.
+/// Each guard is turned off alone; the exploration must find what it was good for. Two are not
+/// among them, because the others already do their work within these bounds: that copies only add
+/// and raise (an attempt is not joined by another coordinator), and that a slot is claimed once a
+/// generation (no slot moves during a failover). They stay as second nets.
 #[test]
 fn every_guard_is_missed_when_it_is_turned_off() {
     let moves = |off| Bounds {

@@ -1,5 +1,5 @@
-//! What an operator relies on: the commands and admin routes, tokens signed elsewhere, a load balancer in front, limits under load, a
-//! shutdown that a load balancer can follow.
+//! What an operator relies on: the commands and admin routes, tokens signed elsewhere, a load
+//! balancer in front, limits under load, a shutdown that a load balancer can follow.
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::wildcard_enum_match_arm)]
 

@@ -251,7 +251,8 @@ async fn a_tab_shows_who_is_there_who_is_typing_and_what_was_read() {
     page.close().await.unwrap();
 }
 
-/// For how long the connection of a page is cut again and again, in seconds; a minute and more when asked for.
+/// For how long the connection of a page is cut again and again, in seconds; a minute and more when
+/// asked for.
 fn flap_seconds() -> u64 {
     let asked = std::env::var("CHAT_TEST_FLAP_SECONDS").ok();
     asked.and_then(|seconds| seconds.parse().ok()).unwrap_or(12)

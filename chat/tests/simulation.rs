@@ -1,8 +1,9 @@
-//! The service itself (cluster, dispatch, writers, changes, reads), on shards in memory, under a clock that jumps from event to
-//! event, with everything that can go wrong going wrong by a seed: lines that stall and break before or after a commit, shards
-//! that die and return, instances that die in the middle of anything or hang and go on, files that reach instances late or
-//! never, edits that contradict each other. At the end all faults are repaired, and every acknowledged message must exist exactly once,
-//! in acknowledgement order.
+//! The service itself (cluster, dispatch, writers, changes, reads), on shards in memory, under a
+//! clock that jumps from event to event, with everything that can go wrong going wrong by a seed:
+//! lines that stall and break before or after a commit, shards that die and return, instances that
+//! die in the middle of anything or hang and go on, files that reach instances late or never, edits
+//! that contradict each other. At the end all faults are repaired, and every acknowledged message
+//! must exist exactly once, in acknowledgement order.
 //!
 //! ```text
 //! cargo test --release -p chat --test simulation                    a few seeds
@@ -249,9 +250,11 @@ struct World {
     /// Read marks that an instance published after higher ones.
     published_late: Arc<Mutex<Vec<String>>>,
     wrong: RefCell<Vec<String>>,
-    /// Whether shards are declared down in this run: then one that is alive may acknowledge what others do not see yet.
+    /// Whether shards are declared down in this run: then one that is alive may acknowledge what
+    /// others do not see yet.
     downs: bool,
-    /// Whether shards are forgotten, too. If not, none is removed: in the end every message must return.
+    /// Whether shards are forgotten, too. If not, none is removed: in the end every message must
+    /// return.
     forgets: bool,
     logs: Cell<bool>,
 }
@@ -514,7 +517,8 @@ impl World {
         }
     }
 
-    /// Marks a dialog as read several times at once, up to any of its messages and beyond, as the devices of a user do.
+    /// Marks a dialog as read several times at once, up to any of its messages and beyond, as the
+    /// devices of a user do.
     async fn marks(&self, me: UserId, dialog: DialogId) {
         let with = dialog.counterpart(me).get();
         let seqs: Vec<u64> = {
@@ -542,7 +546,8 @@ impl World {
         }
     }
 
-    /// Sends a message again that was acknowledged long ago, as a client does that missed the answer.
+    /// Sends a message again that was acknowledged long ago, as a client does that missed the
+    /// answer.
     async fn repeat_an_old_one(&self, me: UserId) {
         let ours: Vec<Acknowledged> = {
             let all = self.acknowledged.borrow();
@@ -565,7 +570,8 @@ impl World {
                 .iter()
                 .any(|one| one.key == again.key && one.seq == stored.place.seq)
         {
-            // Only an owner that cannot see the first one stores a second: where the first one's shard was declared down.
+            // Only an owner that cannot see the first one stores a second: where the first one's
+            // shard was declared down.
             if !self.downs {
                 self.is_wrong(format!("{again:?} again: {}", stored.place.seq));
             }
@@ -871,7 +877,8 @@ impl World {
         let started = join_all((0..self.files.len()).map(|i| self.start(i)));
         let started = timeout(RECOVERY, started).await;
         started.map_err(|_| "it does not start".to_owned())?;
-        // An instance that starts with a file that is not in effect has not edited it: so the file is saved again.
+        // An instance that starts with a file that is not in effect has not edited it: so the file
+        // is saved again.
         for text in &self.files {
             text.lock().unwrap().push_str("# repaired\n");
         }
@@ -924,7 +931,8 @@ impl World {
         None
     }
 
-    /// Every acknowledged message exists exactly once, in acknowledgement order, on the owner of its slot.
+    /// Every acknowledged message exists exactly once, in acknowledgement order, on the owner of
+    /// its slot.
     async fn check(self: &Rc<Self>) {
         let topology = self.topology().unwrap();
         let servers = self.servers();
@@ -965,7 +973,8 @@ impl World {
             let key = keyed.get(&(one.dialog, one.author, one.key.clone()));
             let there = log.get(&(one.dialog, one.seq));
             let fits = there.is_some_and(|there| {
-                // A message that took a twin's place may have become the twin of a third: the chain ends at the key.
+                // A message that took a twin's place may have become the twin of a third: the chain
+                // ends at the key.
                 let first = |seq: Seq| log.get(&(one.dialog, seq))?.duplicate_of;
                 let chain = std::iter::successors(Some(one.seq), |seq| first(*seq));
                 let end = chain.take(log.len()).last();
@@ -997,7 +1006,8 @@ impl World {
         self.check_marks(&log);
     }
 
-    /// Read marks have not gone back, none is beyond the last message, and none was published after a higher one.
+    /// Read marks have not gone back, none is beyond the last message, and none was published after
+    /// a higher one.
     fn check_marks(&self, log: &BTreeMap<(DialogId, Seq), chat::store::CopiedMessage>) {
         let servers = self.servers();
         for ((dialog, user), seq) in self.read_marks.borrow().iter() {
@@ -1023,7 +1033,8 @@ impl World {
         }
     }
 
-    /// A message that was acknowledged before another was sent has a lower seq; so has one sent before it in the same burst.
+    /// A message that was acknowledged before another was sent has a lower seq; so has one sent
+    /// before it in the same burst.
     fn check_order(&self, sent: &[Acknowledged]) {
         let mut dialogs = BTreeMap::<DialogId, Vec<&Acknowledged>>::new();
         for one in sent {
@@ -1038,7 +1049,8 @@ impl World {
                             && one.at_once
                             && two.at_once
                             && one.key < two.key);
-                    // A live shard that was declared down continues its own generation until it has the new topology.
+                    // A live shard that was declared down continues its own generation until it has
+                    // the new topology.
                     let apart = self.downs && two.seq.generation() < one.seq.generation();
                     if in_order && one.seq >= two.seq && !apart {
                         self.is_wrong(format!("{one:?} is after {two:?}"));
@@ -1191,7 +1203,8 @@ fn no_prefix_of_a_file_changes_anything() {
     }));
 }
 
-/// With a guard turned off, something goes wrong before long: the check can fail, and the guard is needed.
+/// With a guard turned off, something goes wrong before long: the check can fail, and the guard is
+/// needed.
 #[test]
 fn each_guard_that_is_turned_off_is_missed() {
     // Begun where each was missed last: any other change of what happens by chance moves that.

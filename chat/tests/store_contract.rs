@@ -1,4 +1,5 @@
-//! What every store must do, on SQLite, MySQL and MariaDB alike, and on the store in memory that simulations use.
+//! What every store must do, on SQLite, MySQL and MariaDB alike, and on the store in memory that
+//! simulations use.
 
 #![allow(missing_docs, clippy::wildcard_enum_match_arm)]
 
@@ -227,7 +228,8 @@ async fn a_key_is_stored_once(kind: Kind) {
     let first = message("7_42", 7, "k", "hello");
     let stored = write(&store, std::slice::from_ref(&first)).await;
     assert_eq!(seqs(&stored), [(1, false)]);
-    // Alone, among others, suspected and not, with another text, by the other author, and twice in one batch.
+    // Alone, among others, suspected and not, with another text, by the other author, and twice in
+    // one batch.
     assert_eq!(
         seqs(&write(&store, std::slice::from_ref(&first)).await),
         [(1, true)]
@@ -421,7 +423,8 @@ async fn a_draft_is_stored_as_it_is_or_not_at_all(kind: Kind) {
     assert_eq!(stored, Ok(vec![(6, false)]));
 }
 
-/// The longest texts that settings allow, as many as a transaction takes, in both ways to store them.
+/// The longest texts that settings allow, as many as a transaction takes, in both ways to store
+/// them.
 async fn a_transaction_of_the_largest_size_is_stored(kind: Kind) {
     let (_databases, store) = initialized(kind).await;
     let text = "\u{1f980}".repeat(16_383);
@@ -766,7 +769,8 @@ async fn read_marks_move_many_at_once_alone_and_with_messages(kind: Kind) {
     };
     assert_eq!((unread(9).await, unread(42).await), (1, 0));
 
-    // With messages: of a dialog that gets one in the same batch up to that one, of others as they are; or not at all.
+    // With messages: of a dialog that gets one in the same batch up to that one, of others as they
+    // are; or not at all.
     let append = async |batch: &[NewMessage], draft: Draft, marks: &[NewMark]| {
         let mut draft = draft;
         draft
@@ -1148,7 +1152,8 @@ async fn a_slot_moves_step_by_step_and_takes_no_other_step(kind: Kind) {
     assert_eq!(marked, [MarkOutcome::NotOwner(Some(SlotState::None))]);
     assert_eq!(read_by(&a, &one, slot, 42).await, 3);
 
-    // What is left is seen, kept for a while, and then goes; and nothing comes back before it has gone.
+    // What is left is seen, kept for a while, and then goes; and nothing comes back before it has
+    // gone.
     assert_eq!(a.leftovers(&one, Duration::ZERO).await.unwrap(), [slot]);
     let minute = Duration::from_secs(60);
     assert_eq!(a.leftovers(&one, minute).await.unwrap(), [], "too early");
@@ -1201,7 +1206,8 @@ async fn what_a_lost_shard_held_comes_in_once_and_in_its_place(kind: Kind) {
         topology_ref,
     } = pair(kind).await;
     let (one, two, slot) = (identity(), of("shard2"), Slot::of(dialog("7_42")));
-    // The lost shard has 1 to 4. The owner has 1 and 2 of an earlier stay, 4 under another seq, and one of its own.
+    // The lost shard has 1 to 4. The owner has 1 and 2 of an earlier stay, 4 under another seq, and
+    // one of its own.
     let lost: Vec<_> = (1..=4)
         .map(|n| message("7_42", 7, &format!("k{n}"), &format!("text {n}")))
         .collect();
@@ -1342,7 +1348,8 @@ async fn one_at_a_time_has_the_turn(kind: Kind) {
         return; // Its servers take a turn away after a time only, which is what simulations are about.
     }
     if let Some(address) = databases.url(0).strip_prefix("mysql://root@") {
-        // Every instance asks every second: that opens no more connections than the pool of reads has.
+        // Every instance asks every second: that opens no more connections than the pool of reads
+        // has.
         let address = address.split('/').next().unwrap().to_owned();
         let proxy = Proxy::to(address).await;
         let url = databases.url_through(0, proxy.port);
@@ -1363,8 +1370,9 @@ async fn one_at_a_time_has_the_turn(kind: Kind) {
     .await;
 }
 
-/// Another transaction holds the lock of a slot for longer than a transaction waits: the error is the same wherever in a text of
-/// several statements it happens, and repeating the transaction later helps.
+/// Another transaction holds the lock of a slot for longer than a transaction waits: the error is
+/// the same wherever in a text of several statements it happens, and repeating the transaction
+/// later helps.
 async fn a_lock_that_is_held_is_a_conflict_and_nothing_else(kind: Kind) {
     let Pair {
         _databases: databases,
@@ -1439,8 +1447,9 @@ mod held_locks {
     }
 }
 
-/// A page costs what is on it, wherever it is in however long a dialog, whatever the optimizer believes; and so do the first page of
-/// an inbox, a part of a move, repeats, messages, read marks and heads.
+/// A page costs what is on it, wherever it is in however long a dialog, whatever the optimizer
+/// believes; and so do the first page of an inbox, a part of a move, repeats, messages, read marks
+/// and heads.
 async fn a_page_reads_no_more_rows_than_are_on_it(kind: Kind) {
     const LENGTH: u64 = 4000;
     const PAGE: u32 = 50;
@@ -1578,7 +1587,8 @@ async fn a_page_reads_no_more_rows_than_are_on_it(kind: Kind) {
     conn.disconnect().await.unwrap();
 }
 
-/// Makes the optimizer believe that there is next to nothing, as in tables that were small a moment ago.
+/// Makes the optimizer believe that there is next to nothing, as in tables that were small a moment
+/// ago.
 async fn lie(conn: &mut mysql_async::Conn) {
     conn.query_drop(
         "UPDATE mysql.innodb_table_stats SET n_rows = 1, clustered_index_size = 1 WHERE database_name = DATABASE();

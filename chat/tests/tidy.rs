@@ -85,7 +85,8 @@ fn a_module_imports_only_modules_above_it() {
         let order = order(&root().join(folder).join(declares));
         let place = |name: &str| order.iter().position(|module| module == name);
         for (module, path, text) in sources_of(folder) {
-            // lib.rs itself is above all modules, and the files of a program may use all of the library.
+            // lib.rs itself is above all modules, and the files of a program may use all of the
+            // library.
             let Some(own) = place(&module) else { continue };
             for name in names_after(&text, "crate::") {
                 assert!(
@@ -277,11 +278,38 @@ fn compose_gives_the_services_what_they_need() {
             "{service} {needs}"
         );
     }
-    // A file that is mounted by itself goes stale at the first rename-on-save: the folder is mounted.
+    // A file that is mounted by itself goes stale at the first rename-on-save: the folder is
+    // mounted.
     assert!(
         !compose.contains("shards.toml:/"),
         "mount the folder of shards.toml, not the file"
     );
     let dockerfile = std::fs::read_to_string(root().join("Dockerfile")).unwrap();
     assert!(!dockerfile.contains("# syntax="));
+}
+
+/// One width for code and comments; rustfmt does not wrap comments.
+#[test]
+fn comments_are_as_wide_as_code() {
+    for folder in [
+        "chat/src",
+        "chat/wire/src",
+        "chat/tests",
+        "chat-client/src",
+        "testkit/src",
+        "bench/src",
+    ] {
+        for (_, path, _) in sources_of(folder) {
+            let text = std::fs::read_to_string(&path).unwrap();
+            for (number, line) in text.lines().enumerate() {
+                let is_comment = line.trim_start().starts_with("//");
+                assert!(
+                    !is_comment || line.chars().count() <= 100,
+                    "{}:{}",
+                    path.display(),
+                    number + 1
+                );
+            }
+        }
+    }
 }

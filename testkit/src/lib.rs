@@ -1,10 +1,11 @@
-//! The base of tests and benches: fresh databases on real servers, instances as processes, proxies that break
-//! connections, a shard in memory.
+//! The base of tests and benches: fresh databases on real servers, instances as processes, proxies
+//! that break connections, a shard in memory.
 //!
 //! `./test` starts the servers and sets their addresses; a test that misses one fails.
 
 #![allow(
     missing_docs,
+    clippy::missing_errors_doc,
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::wildcard_enum_match_arm

@@ -1,5 +1,6 @@
-//! A shard in memory, for simulations: whole transactions, one after the other, at the end of a line that may be slow, break,
-//! or be dead. The contract of the stores is tested on it too, so it behaves like the real ones.
+//! A shard in memory, for simulations: whole transactions, one after the other, at the end of a
+//! line that may be slow, break, or be dead. The contract of the stores is tested on it too, so it
+//! behaves like the real ones.
 
 use async_trait::async_trait;
 use chat::domain::dialog::{DialogId, Key, Seq, Timestamp, UserId};

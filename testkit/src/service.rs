@@ -13,7 +13,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tokio::task::JoinHandle;
 
-/// Settings for changes in tests: no limits that protect against single users, and rows of slots that left go at once.
+/// Settings for changes in tests: no limits that protect against single users, and rows of slots
+/// that left go at once.
 pub const QUICK: [(&str, &str); 6] = [
     ("LIMITS__SENDS_PER_SECOND", "100000"),
     ("LIMITS__SENDS_BURST", "100000"),
@@ -119,7 +120,8 @@ impl Service {
         Instance::start(&self.file, &settings).await
     }
 
-    /// Waits until `version` is in effect at an instance, every slot is on its target, and no rows are left behind.
+    /// Waits until `version` is in effect at an instance, every slot is on its target, and no rows
+    /// are left behind.
     pub async fn settled(&self, instance: &Instance, version: u64) {
         self.settled_within(instance, version, Duration::from_secs(180))
             .await;
@@ -272,9 +274,9 @@ impl Talk {
     }
 }
 
-/// Checks all invariants: every acknowledged key is stored once, at its seq; logs are complete and in order, the
-/// same through every instance for both users; every slot is owned once; no row is where it does not belong; each key that
-/// is repeated, through any instance, gets the same answer.
+/// Checks all invariants: every acknowledged key is stored once, at its seq; logs are complete and
+/// in order, the same through every instance for both users; every slot is owned once; no row is
+/// where it does not belong; each key that is repeated, through any instance, gets the same answer.
 pub async fn check(
     service: &Service,
     instances: &[&Instance],

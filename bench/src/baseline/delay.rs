@@ -1,4 +1,5 @@
-//! A slow network before a server: what the server says is passed on a fixed time later, however much is on its way.
+//! A slow network before a server: what the server says is passed on a fixed time later, however
+//! much is on its way.
 
 use clap::Args;
 use std::collections::VecDeque;

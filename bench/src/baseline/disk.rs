@@ -1,5 +1,5 @@
-//! How long the disk takes meanwhile: a machine that is shared, or busy with what was deleted before, takes its time, and a latency that
-//! waits for a commit cannot be better.
+//! How long the disk takes meanwhile: a machine that is shared, or busy with what was deleted
+//! before, takes its time, and a latency that waits for a commit cannot be better.
 
 use std::fs::File;
 use std::io::Write;

@@ -1,4 +1,5 @@
-//! The plainest way to put messages into the same table: prepared multi-row INSERTs, each its own transaction.
+//! The plainest way to put messages into the same table: prepared multi-row INSERTs, each its own
+//! transaction.
 
 use clap::Args;
 use mysql_async::prelude::Queryable;
@@ -7,7 +8,8 @@ use std::time::{Duration, Instant};
 
 #[derive(Args)]
 pub struct Options {
-    /// mysql://…/database of every server; the database has the service's tables and may be written to.
+    /// mysql://…/database of every server; the database has the service's tables and may be written
+    /// to.
     #[arg(required = true)]
     urls: Vec<String>,
     /// Rows of a transaction.
@@ -73,8 +75,8 @@ pub struct PacedOptions {
     chars: usize,
 }
 
-/// One row a transaction, at a steady pace, from server to server. Prints the rows, and the median and the 99th percentile of an
-/// INSERT in milliseconds.
+/// One row a transaction, at a steady pace, from server to server. Prints the rows, and the median
+/// and the 99th percentile of an INSERT in milliseconds.
 pub async fn paced(options: PacedOptions) -> anyhow::Result<()> {
     let mut servers = Vec::new();
     for url in &options.urls {
@@ -123,7 +125,8 @@ fn row(dialog: u64, number: u64, connection: u64, chars: usize) -> Vec<Value> {
     ]
 }
 
-/// Connection `c` of `n` writes the dialogs whose number is `c` modulo `n`, so that none waits for another.
+/// Connection `c` of `n` writes the dialogs whose number is `c` modulo `n`, so that none waits for
+/// another.
 async fn insert(
     url: String,
     connection: u64,
@@ -145,7 +148,8 @@ async fn insert(
     while Instant::now() < until {
         let mut params: Vec<Value> = Vec::with_capacity(rows * 8);
         for _ in 0..rows {
-            // A step that is coprime to the number of dialogs visits them all, in no order of theirs.
+            // A step that is coprime to the number of dialogs visits them all, in no order of
+            // theirs.
             let dialog =
                 number.wrapping_mul(7919) % (dialogs / connections) * connections + connection;
             number += 1;

@@ -56,12 +56,14 @@ pub(super) async fn marks(
                 sends += 1;
             }
             60..95 => {
-                // Through REST the answer says where the mark is now; through the socket everyone receives it.
+                // Through REST the answer says where the mark is now; through the socket everyone
+                // receives it.
                 let length = traffic.get(&dialog).map_or(0, Vec::len) as u64;
                 if length == 0 {
                     continue;
                 }
-                // What goes through a socket is on its way for a while: beyond the end might not be beyond it any more.
+                // What goes through a socket is on its way for a while: beyond the end might not be
+                // beyond it any more.
                 let asks = chance.below(2) == 0;
                 let seq = 1 + chance.below(if asks { length + 3 } else { length });
                 let known = read.entry((me, dialog.clone())).or_default();
@@ -87,7 +89,8 @@ pub(super) async fn marks(
                 reconnections += 1;
             }
             _ => {
-                // What is expected at the end must be right at any moment, too. Marks through sockets are still on their way: those only lag.
+                // What is expected at the end must be right at any moment, too. Marks through
+                // sockets are still on their way: those only lag.
                 let inbox = Api::new(service.access((n % 2) as u16), me)
                     .await?
                     .inbox(100, None)

@@ -1,5 +1,6 @@
-//! The proof that every device receives every message once and in order: on real servers, while the bus loses messages, instances are
-//! killed and asked to stop, readers stop, and crowds reconnect at once.
+//! The proof that every device receives every message once and in order: on real servers, while the
+//! bus loses messages, instances are killed and asked to stop, readers stop, and crowds reconnect
+//! at once.
 
 mod lossy;
 mod killed;
@@ -36,7 +37,8 @@ enum Scenario {
     Killed,
     /// A client stops reading while much is sent to it.
     Slow,
-    /// Sends, read marks and reconnections at random, with a shard added on the way: inboxes must agree with the logs.
+    /// Sends, read marks and reconnections at random, with a shard added on the way: inboxes must
+    /// agree with the logs.
     Marks,
     /// An instance with many sessions is asked to go.
     Handover,

@@ -44,7 +44,8 @@ pub(super) async fn slow(
     let with_reader = traffic.p99(from, until, |_| true);
     answered(&traffic).await?;
 
-    // The user who does not read: connects, takes the welcome, and then nothing more from the socket.
+    // The user who does not read: connects, takes the welcome, and then nothing more from the
+    // socket.
     let stuck = users.user(500_000);
     let mut socket = socket(&service.access(0), stuck).await?;
     socket.next().await.context("no welcome")??;
@@ -57,7 +58,8 @@ pub(super) async fn slow(
             peak = peak.max(service.resident_mib(0)?);
             if closed.is_none() && service.metric(0, slow).await? > 0.0 {
                 closed = Some(Instant::now());
-                // A client that reads again finds the frames in the buffers, and the close frame with its reason.
+                // A client that reads again finds the frames in the buffers, and the close frame
+                // with its reason.
                 while let Some(Ok(frame)) = socket.next().await {
                     if let tokio_tungstenite::tungstenite::Message::Close(Some(close)) = frame {
                         code = Some(u16::from(close.code));

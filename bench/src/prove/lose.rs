@@ -7,7 +7,8 @@ use chat_client::Api;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-/// Of the dialogs so far, how many pages of the newest messages and how many inboxes say that something may be missing.
+/// Of the dialogs so far, how many pages of the newest messages and how many inboxes say that
+/// something may be missing.
 pub(super) async fn gaps(service: &Service, log: &Log) -> anyhow::Result<(usize, usize)> {
     let dialogs: BTreeSet<(u64, u64)> = locked(&log.sent)
         .iter()

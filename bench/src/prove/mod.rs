@@ -1,6 +1,7 @@
-//! The proof: users write at a steady rate while shards are added, drained and removed, or declared down and brought back, and
-//! while processes are killed in the middle of it. Afterwards everything is compared with what was acknowledged: through every
-//! instance, for both users, and straight in the shards' tables; and every key is sent once more.
+//! The proof: users write at a steady rate while shards are added, drained and removed, or declared
+//! down and brought back, and while processes are killed in the middle of it. Afterwards everything
+//! is compared with what was acknowledged: through every instance, for both users, and straight in
+//! the shards' tables; and every key is sent once more.
 
 mod change;
 mod lose;
@@ -27,11 +28,14 @@ use talk::talk;
 /// What happens to the shards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Scenario {
-    /// A fifth is added, the second drained and removed; the coordinator is killed three times, and a shard once.
+    /// A fifth is added, the second drained and removed; the coordinator is killed three times, and
+    /// a shard once.
     Change,
-    /// One dies, is declared down, and returns; another is declared down although it is alive, and returns.
+    /// One dies, is declared down, and returns; another is declared down although it is alive, and
+    /// returns.
     Lose,
-    /// Their servers are stopped for 20 seconds, made read-only, and left with eight connections, one after the other.
+    /// Their servers are stopped for 20 seconds, made read-only, and left with eight connections,
+    /// one after the other.
     Hurt,
 }
 
@@ -85,7 +89,8 @@ struct Log {
     sent: Mutex<Vec<Sent>>,
     under_way: AtomicU64,
     repeated: AtomicU64,
-    /// Repeats that were stored again, because the shard that alone had the first was declared down.
+    /// Repeats that were stored again, because the shard that alone had the first was declared
+    /// down.
     apart: AtomicU64,
     wrong: Mutex<Vec<String>>,
     connected: AtomicU64,
@@ -104,7 +109,8 @@ async fn prove(service: &mut Service, options: &Arc<Options>) -> anyhow::Result<
     service.start_servers()?;
     service.save(&[(1, ""), (2, ""), (3, ""), (4, "")])?;
     let faults = match options.scenario {
-        // The coordinator dies while copying, the next one with a slot sealed, and one more while purging.
+        // The coordinator dies while copying, the next one with a slot sealed, and one more while
+        // purging.
         Scenario::Change => ["copied=kill@80", "sealed=kill@80"],
         Scenario::Lose | Scenario::Hurt => ["", ""],
     };
@@ -170,8 +176,9 @@ struct Outcome {
 }
 
 impl Log {
-    /// What came of sending a key again: the same seq. But where the shard that alone had the first was declared down, it is
-    /// stored once more, in a later generation; and it is a duplicate when that shard returns.
+    /// What came of sending a key again: the same seq. But where the shard that alone had the first
+    /// was declared down, it is stored once more, in a later generation; and it is a duplicate when
+    /// that shard returns.
     fn again(&self, key: &str, before: u64, again: anyhow::Result<u64>) {
         match again {
             Ok(now) if now == before => {}

@@ -1,4 +1,5 @@
-//! Events that instances publish for a user: a line with the kind and the ids, and the frame for the user's sessions, encoded once.
+//! Events that instances publish for a user: a line with the kind and the ids, and the frame for
+//! the user's sessions, encoded once.
 
 use crate::domain::dialog::{DialogId, Seq, UserId};
 use bytes::Bytes;
@@ -16,7 +17,8 @@ pub enum BusEvent {
         /// The frame `message`.
         frame: ByteString,
     },
-    /// The last seq of the dialog. Sent after a burst: if its last message is lost, no later message reveals the gap.
+    /// The last seq of the dialog. Sent after a burst: if its last message is lost, no later
+    /// message reveals the gap.
     LastSeq {
         /// The dialog.
         dialog: DialogId,

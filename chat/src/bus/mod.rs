@@ -1,6 +1,8 @@
-//! What instances publish to each other: one contract, two buses. `tests/bus_contract.rs` runs the same cases on both.
+//! What instances publish to each other: one contract, two buses. `tests/bus_contract.rs` runs the
+//! same cases on both.
 //!
-//! A bus is a hint and may lose anything: the shard is the truth. Nothing here waits, and nothing rests on an answer.
+//! A bus is a hint and may lose anything: the shard is the truth. Nothing here waits, and nothing
+//! rests on an answer.
 
 pub mod event;
 

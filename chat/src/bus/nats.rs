@@ -1,4 +1,5 @@
-//! The bus between instances: NATS core, one subject a user. An instance receives only the events of its own users.
+//! The bus between instances: NATS core, one subject a user. An instance receives only the events
+//! of its own users.
 
 use super::{Bus, BusState, Listening, Loss, Sink, Topic};
 use crate::metrics::Metrics;
@@ -43,7 +44,8 @@ const ANSWER: Duration = Duration::from_secs(1);
 const LOSSES: usize = 16;
 
 impl NatsBus {
-    /// Connects the service with that id to `nats://…`, and retries in the background: the start does not depend on the server.
+    /// Connects the service with that id to `nats://…`, and retries in the background: the start
+    /// does not depend on the server.
     ///
     /// # Errors
     /// If the URL is not one.
@@ -131,8 +133,9 @@ impl NatsBus {
 
 impl Bus for NatsBus {
     fn publish(&self, topic: Topic, payload: Bytes) {
-        // Away, the client would keep it for a while and then throw it away; and its queue, once full, would make us wait.
-        // `unconstrained`: a batch publishes more than a task of tokio may do in one turn, and would seem to meet a full queue.
+        // Away, the client would keep it for a while and then throw it away; and its queue, once
+        // full, would make us wait. `unconstrained`: a batch publishes more than a task of tokio
+        // may do in one turn, and would seem to meet a full queue.
         let handed_over = self.connected.load(Ordering::Relaxed)
             && matches!(
                 unconstrained(self.client.publish(self.subject(topic), payload)).now_or_never(),
@@ -154,7 +157,8 @@ impl Bus for NatsBus {
                 Ok(deliveries) => deliveries,
                 Err(e) => return tracing::warn!(reason = %e, "bus: cannot listen"),
             };
-            // The server handles our commands in order: once it has answered that this subject has no subscriber, it has our subscription.
+            // The server handles our commands in order: once it has answered that this subject has
+            // no subscriber, it has our subscription.
             let asking = client.clone();
             let mut round_trip = async move {
                 let _ = timeout(ANSWER, asking.request(unused, Bytes::new())).await;
@@ -169,7 +173,8 @@ impl Bus for NatsBus {
                     delivery = deliveries.next() => {
                         let Some(delivery) = delivery else { return };
                         if let Some(asked) = delivery.reply {
-                            // Somebody asks whether we listen. If the answer is lost, they ask again.
+                            // Somebody asks whether we listen. If the answer is lost, they ask
+                            // again.
                             let _ = client.publish(asked, Bytes::new()).await;
                             continue;
                         }
@@ -199,7 +204,8 @@ impl Bus for NatsBus {
             match timeout(ANSWER, client.request(subject, Bytes::new())).await {
                 Ok(Ok(_)) => Some(true),
                 Ok(Err(e)) if e.kind() == RequestErrorKind::NoResponders => Some(false),
-                // An instance that does not answer has no reachable session; but this one may be disconnected itself.
+                // An instance that does not answer has no reachable session; but this one may be
+                // disconnected itself.
                 Ok(Err(_)) | Err(_) => connected.load(Ordering::Relaxed).then_some(false),
             }
         })

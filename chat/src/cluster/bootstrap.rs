@@ -1,4 +1,5 @@
-//! The start: databases that are empty become the shards of a new service, all others are checked to be the shards of this one.
+//! The start: databases that are empty become the shards of a new service, all others are checked
+//! to be the shards of this one.
 
 use crate::config;
 use crate::domain::ring::ALGORITHM;
@@ -13,7 +14,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::runtime::Handle;
 
-/// Why the shards could not be taken into service. Each is one line: what is wrong, where, and how to fix it.
+/// Why the shards could not be taken into service. Each is one line: what is wrong, where, and how
+/// to fix it.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// It may pass by itself.
@@ -56,8 +58,8 @@ pub fn stores(settings: &config::Store, runtime: &Handle) -> StoreFactory {
     })
 }
 
-/// How often the databases are read at least before an error is believed, and the pause after the first time. Another instance
-/// may be initializing them meanwhile.
+/// How often the databases are read at least before an error is believed, and the pause after the
+/// first time. Another instance may be initializing them meanwhile.
 const LOOKS: u32 = 4;
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
@@ -217,7 +219,8 @@ fn identify(
     let newest = all.max_by_key(|meta| (meta.topology_version, meta.topology_phase));
     match newest {
         Some(meta) if meta.topology_phase > Phase::Initializing => existing(meta, &empty),
-        // A shard that does not answer may belong to an existing service: only all of them together are a new one.
+        // A shard that does not answer may belong to an existing service: only all of them together
+        // are a new one.
         _ if !unreachable.is_empty() => Err(StartError::Wait(format!(
             "cannot start: {}, and the identity of every shard must be checked first",
             unreachable.join(", ")
@@ -297,8 +300,9 @@ fn read_topology(meta: &Meta) -> Result<Topology, StartError> {
     topology.map_err(|e| StartError::Fatal(format!("{}: {e}", meta.shard_name)))
 }
 
-/// Initializes every shard in name order, then advances all of them to the normal phase. If instances do so at the same time, the
-/// first shard decides between them. If one dies halfway, the next to start finishes it. Returns the id of the service.
+/// Initializes every shard in name order, then advances all of them to the normal phase. If
+/// instances do so at the same time, the first shard decides between them. If one dies halfway, the
+/// next to start finishes it. Returns the id of the service.
 async fn initialize_all(
     stores: &Stores,
     topology: &Topology,

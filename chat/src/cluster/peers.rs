@@ -1,5 +1,5 @@
-//! The other instances: each announces itself a few times a second, with the topology that it has adopted. One that announces
-//! its shutdown, or is silent for [`HEARTBEAT_TIMEOUT`], is gone.
+//! The other instances: each announces itself a few times a second, with the topology that it has
+//! adopted. One that announces its shutdown, or is silent for [`HEARTBEAT_TIMEOUT`], is gone.
 
 use super::Cluster;
 use crate::bus::{Bus, BusState, Listening, Topic};
@@ -96,7 +96,8 @@ struct Other {
 }
 
 impl Peers {
-    /// Sends heartbeats and receives those of the other instances, until the last handle is dropped.
+    /// Sends heartbeats and receives those of the other instances, until the last handle is
+    /// dropped.
     #[must_use]
     pub fn start(cluster: &Cluster, bus: Arc<dyn Bus>, runtime: &Handle) -> Self {
         let inner = Arc::new(Inner {
@@ -160,7 +161,8 @@ impl Peers {
         })
     }
 
-    /// Tells the other instances that this one was disconnected from the bus: they did not receive what it published meanwhile.
+    /// Tells the other instances that this one was disconnected from the bus: they did not receive
+    /// what it published meanwhile.
     pub fn announce_reconnected(&self, disconnected: Duration) {
         let millis = u64::try_from(disconnected.as_millis()).unwrap_or(u64::MAX);
         self.inner.announce(Status::Reconnected(millis));

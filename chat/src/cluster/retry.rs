@@ -15,7 +15,8 @@ pub struct OwnerRetry {
 }
 
 impl OwnerRetry {
-    /// Waits until the next attempt may begin, which is at once for the first; `false` if there were enough.
+    /// Waits until the next attempt may begin, which is at once for the first; `false` if there
+    /// were enough.
     pub async fn next(&mut self) -> bool {
         if self.begun == ATTEMPTS {
             return false;

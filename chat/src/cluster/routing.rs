@@ -1,7 +1,8 @@
 //! All shards, and the known owner of each slot.
 //!
-//! The owners that are known here are hints: the slot's row in the shard decides (see [`crate::domain::ownership`]). A wrong hint
-//! costs a rejected write and a query of the shards, nothing else.
+//! The owners that are known here are hints: the slot's row in the shard decides (see
+//! [`crate::domain::ownership`]). A wrong hint costs a rejected write and a query of the shards,
+//! nothing else.
 
 use super::bootstrap::{self, IfEmpty, Opened, StartError, StoreFactory};
 use crate::config;
@@ -30,13 +31,16 @@ struct Inner {
     settings: config::Store,
     open: StoreFactory,
     runtime: Handle,
-    /// The topology that this instance has adopted, and its shards. Every message reads it, hence without a lock.
+    /// The topology that this instance has adopted, and its shards. Every message reads it, hence
+    /// without a lock.
     view: ArcSwap<TopologyView>,
     /// Every shard that this process has opened, by number: owners are named by it.
     shards_by_number: ArcSwap<Vec<Shard>>,
-    /// By name, the URL in the file and the shard that was opened for it. Locked while the view or the shards by number change.
+    /// By name, the URL in the file and the shard that was opened for it. Locked while the view or
+    /// the shards by number change.
     opened: Mutex<BTreeMap<String, (StoreUrl, Shard)>>,
-    /// For each slot the number of its owner, as far as known; with [`SEALED`] where it was last seen handing over.
+    /// For each slot the number of its owner, as far as known; with [`SEALED`] where it was last
+    /// seen handing over.
     owners: Vec<AtomicU16>,
     refreshing: tokio::sync::Mutex<()>,
     /// The number of finished rounds of asking all shards.
@@ -82,18 +86,20 @@ impl TopologyView {
 /// No shard is known to own the slot.
 const NOBODY: u16 = SEALED - 1;
 
-/// Beside the number of a shard: it takes no writes for the slot, but is read there until the next owner is known.
+/// Beside the number of a shard: it takes no writes for the slot, but is read there until the next
+/// owner is known.
 const SEALED: u16 = 1 << 15;
 
 /// Up to this number of slots are asked for one by one; for more, reading all rows costs less.
 const FINDING: usize = 8;
 
 impl Cluster {
-    /// Takes the shards of a file into service. A shard that does not answer begins with an open circuit breaker, unless the
-    /// service is new: its initialization needs all shards.
+    /// Takes the shards of a file into service. A shard that does not answer begins with an open
+    /// circuit breaker, unless the service is new: its initialization needs all shards.
     ///
     /// # Errors
-    /// [`StartError`]: `Wait` while a database that is needed does not answer, `Fatal` for what must be fixed first.
+    /// [`StartError`]: `Wait` while a database that is needed does not answer, `Fatal` for what
+    /// must be fixed first.
     pub async fn start(
         file: &ShardsFile,
         open: StoreFactory,
@@ -138,11 +144,13 @@ impl Cluster {
         Ok(cluster)
     }
 
-    /// Opens the shards of a file that are not open yet, or that have another URL than before. A shard of the topology under
-    /// another URL must be the one that it was. What is no longer in the file stays open: it may still be needed.
+    /// Opens the shards of a file that are not open yet, or that have another URL than before. A
+    /// shard of the topology under another URL must be the one that it was. What is no longer in
+    /// the file stays open: it may still be needed.
     ///
     /// # Errors
-    /// `Fatal` for a URL that cannot be one or leads elsewhere, `Wait` for one that does not answer; all stays as it was.
+    /// `Fatal` for a URL that cannot be one or leads elsewhere, `Wait` for one that does not
+    /// answer; all stays as it was.
     pub async fn open(&self, file: &ShardsFile) -> Result<(), StartError> {
         let mut opened = Vec::new();
         for (name, shard) in &file.shards {
@@ -197,8 +205,8 @@ impl Cluster {
             cluster_id: self.inner.cluster_id.clone(),
             shard_name: name.to_owned(),
         };
-        // After thirty thousand shards a process has no numbers left. Then the last one is used again, and known owners are wrong,
-        // which costs refused writes.
+        // After thirty thousand shards a process has no numbers left. Then the last one is used
+        // again, and known owners are wrong, which costs refused writes.
         let number = u16::try_from(shards_by_number.len())
             .map_or(NOBODY - 1, |number| number.min(NOBODY - 1));
         let shard = Shard::new(
@@ -248,7 +256,8 @@ impl Cluster {
         self.update_view(|_| (topology_ref, topology))
     }
 
-    /// Changes the view, under the lock of opened shards: otherwise one of two concurrent changes could be lost.
+    /// Changes the view, under the lock of opened shards: otherwise one of two concurrent changes
+    /// could be lost.
     fn update_view(
         &self,
         next: impl FnOnce(&TopologyView) -> (TopologyRef, Topology),
@@ -322,8 +331,8 @@ impl Cluster {
         self.inner.noted.subscribe()
     }
 
-    /// The shard to try for a slot: its known owner, or else the target shard, which refuses if it is not the owner. `None` if this
-    /// instance's file lacks that shard.
+    /// The shard to try for a slot: its known owner, or else the target shard, which refuses if it
+    /// is not the owner. `None` if this instance's file lacks that shard.
     #[must_use]
     pub fn route(&self, slot: Slot) -> Option<Shard> {
         self.known_owner(slot).or_else(|| {
@@ -332,7 +341,8 @@ impl Cluster {
         })
     }
 
-    /// Asks all shards for the owner of a slot. While many owners are asked for, this is [`Cluster::refresh`].
+    /// Asks all shards for the owner of a slot. While many owners are asked for, this is
+    /// [`Cluster::refresh`].
     pub async fn find(&self, slot: Slot) {
         let Ok(_one) = self.inner.finding.try_acquire() else {
             return self.refresh().await;
@@ -361,8 +371,8 @@ impl Cluster {
 
     /// Asks all shards for the slots that they own. Callers at the same time share one round.
     pub async fn refresh(&self) {
-        // A caller that waits here must not share the round in progress, which may have asked before the caller was refused.
-        // Two callers that wait share the next one.
+        // A caller that waits here must not share the round in progress, which may have asked
+        // before the caller was refused. Two callers that wait share the next one.
         let seen = self.inner.rounds.load(Ordering::Acquire);
         let _turn = self.inner.refreshing.lock().await;
         if self.inner.rounds.load(Ordering::Acquire) > seen + 1 {
@@ -405,7 +415,8 @@ impl Cluster {
     }
 }
 
-/// Notes the answers of shards about a slot: the numbers of its owner and of the shard that hands it over.
+/// Notes the answers of shards about a slot: the numbers of its owner and of the shard that hands
+/// it over.
 fn note(
     slot: &AtomicU16,
     owned: Option<u16>,

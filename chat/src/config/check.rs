@@ -1,4 +1,5 @@
-//! The range of each setting, and settings that depend on each other. All faults are reported, one line each.
+//! The range of each setting, and settings that depend on each other. All faults are reported, one
+//! line each.
 
 use super::Settings;
 use config::Config;

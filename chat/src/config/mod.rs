@@ -1,4 +1,5 @@
-//! Settings: defaults, then `chat.toml`, then the environment (`CHAT__LIMITS__TEXT_CHARS=…`). Units are in the names.
+//! Settings: defaults, then `chat.toml`, then the environment (`CHAT__LIMITS__TEXT_CHARS=…`). Units
+//! are in the names.
 
 mod check;
 
@@ -17,18 +18,21 @@ pub struct Settings {
     pub listen: SocketAddr,
     /// Where operators connect: metrics and admin routes.
     pub admin_listen: SocketAddr,
-    /// The token of operators, in `Authorization: Bearer …`; must be set when `admin_listen` is not a loopback address.
+    /// The token of operators, in `Authorization: Bearer …`; must be set when `admin_listen` is not
+    /// a loopback address.
     pub admin_token: Option<Secret>,
     /// The file that names the shards.
     pub shards_file: PathBuf,
     /// `nats://host:port`; without it this is the only instance.
     pub nats_url: Option<Secret>,
-    /// One process with everything in files, and a route that mints tokens on loopback. Set by `serve --embedded`.
+    /// One process with everything in files, and a route that mints tokens on loopback. Set by
+    /// `serve --embedded`.
     #[serde(default)]
     pub embedded: bool,
     /// A demonstration on this machine: the sample secret is accepted.
     pub demo: bool,
-    /// Behind a proxy that appends the client's address to `X-Forwarded-For`: count connections by that.
+    /// Behind a proxy that appends the client's address to `X-Forwarded-For`: count connections by
+    /// that.
     pub trust_forwarded_for: bool,
     /// How long to wait at the start for shards that the initialization needs, in milliseconds.
     pub start_wait_ms: u64,
@@ -60,8 +64,8 @@ pub struct Auth {
     pub audience: Option<String>,
     /// If set, a token must name it in `iss`.
     pub issuer: Option<String>,
-    /// Origins of pages that may open a WebSocket, compared exactly, e.g. `https://chat.example.org`. The server's own
-    /// page is always allowed.
+    /// Origins of pages that may open a WebSocket, compared exactly, e.g.
+    /// `https://chat.example.org`. The server's own page is always allowed.
     #[serde(default)]
     pub allowed_origins: Vec<String>,
 }
@@ -121,7 +125,8 @@ pub struct Store {
     pub read_connections: usize,
     /// How long a connection may take to open, in milliseconds.
     pub connect_ms: u64,
-    /// How long a transaction or a read may take, in milliseconds. A shard that exceeds it counts as unreachable.
+    /// How long a transaction or a read may take, in milliseconds. A shard that exceeds it counts
+    /// as unreachable.
     pub answer_ms: u64,
     /// How long a send may take altogether, in milliseconds.
     pub send_ms: u64,
@@ -133,11 +138,14 @@ pub struct Store {
 pub struct Resharding {
     /// Slots that move at once.
     pub slots_at_once: usize,
-    /// How long a slot may take no writes, in milliseconds; an attempt that needs longer is made again.
+    /// How long a slot may take no writes, in milliseconds; an attempt that needs longer is made
+    /// again.
     pub freeze_ms: u64,
-    /// How long the rows of a slot stay after it has moved, in milliseconds: longer than any read may last.
+    /// How long the rows of a slot stay after it has moved, in milliseconds: longer than any read
+    /// may last.
     pub purge_after_ms: u64,
-    /// How long the other instances may take to adopt a topology, in milliseconds. Slots move without those that need longer.
+    /// How long the other instances may take to adopt a topology, in milliseconds. Slots move
+    /// without those that need longer.
     pub peers_wait_ms: u64,
     /// Whether moves take one slot at a time, with rests, where users write.
     pub throttle: bool,
@@ -191,7 +199,8 @@ impl fmt::Debug for Secret {
 pub const DEFAULTS: &str = include_str!("defaults.toml");
 
 impl Settings {
-    /// Reads the settings: defaults, then the file if it is there (or was named), then the environment.
+    /// Reads the settings: defaults, then the file if it is there (or was named), then the
+    /// environment.
     ///
     /// # Errors
     /// A line for each setting that is wrong: its name, its value and what it must be.

@@ -1,4 +1,5 @@
-//! Reads messages that a session has missed from the shards: after a lost event, and after a reconnection.
+//! Reads messages that a session has missed from the shards: after a lost event, and after a
+//! reconnection.
 
 use crate::budget::cost;
 use crate::bus::event::BusEvent;
@@ -30,7 +31,8 @@ pub struct CatchUp {
     pub subscriber: Arc<Subscriber>,
     /// The user of the session.
     pub me: UserId,
-    /// The number of missed messages of a dialog that are sent. If more are missed, the client is asked to reload the dialog.
+    /// The number of missed messages of a dialog that are sent. If more are missed, the client is
+    /// asked to reload the dialog.
     pub replay: u64,
     /// The number of dialogs that a session tracks.
     pub replay_dialogs: usize,
@@ -46,11 +48,13 @@ const OVERTAKEN: Duration = Duration::from_millis(20);
 /// The pause before a shard that does not answer is read again.
 const TRY_AGAIN: Duration = Duration::from_millis(500);
 
-/// How long a `resume` waits for missed messages before it is answered. The rest follows when it can be read.
+/// How long a `resume` waits for missed messages before it is answered. The rest follows when it
+/// can be read.
 const RESUME_LIMIT: Duration = Duration::from_secs(5);
 
 impl CatchUp {
-    /// Reads the missing messages of the dialogs that are queued for it, one dialog after the other.
+    /// Reads the missing messages of the dialogs that are queued for it, one dialog after the
+    /// other.
     pub async fn dialog(self, dialog: DialogId) {
         let mut waited = false;
         while let Some(gap) = self.subscriber.gap(dialog) {
@@ -152,8 +156,8 @@ impl CatchUp {
         self.subscriber.found(dialog, gap, seq, frame).await
     }
 
-    /// Whether more messages are missed than are sent, as far as this is known without reading. Across generations it is not:
-    /// the messages are read and counted.
+    /// Whether more messages are missed than are sent, as far as this is known without reading.
+    /// Across generations it is not: the messages are read and counted.
     fn too_far(&self, from: Seq, to: Seq) -> bool {
         from.generation() == to.generation() && to.get() - from.get() > self.replay
     }
@@ -176,7 +180,8 @@ impl CatchUp {
             }));
     }
 
-    /// Takes the positions of the client, sends the messages above them, and answers with the positions after that.
+    /// Takes the positions of the client, sends the messages above them, and answers with the
+    /// positions after that.
     pub async fn resume(
         self,
         id: Option<String>,

@@ -1,7 +1,9 @@
-//! Fan-out of events: to the sessions on this instance first, then to the other instances over the bus.
+//! Fan-out of events: to the sessions on this instance first, then to the other instances over the
+//! bus.
 //!
-//! The bus may lose any event. The next message of the dialog reveals the loss of one before it. The last message of a burst has
-//! no next one, so the position of the dialog is published again a few times after it (`hints`).
+//! The bus may lose any event. The next message of the dialog reveals the loss of one before it.
+//! The last message of a burst has no next one, so the position of the dialog is published again a
+//! few times after it (`hints`).
 
 use crate::bus::event::BusEvent;
 use crate::bus::{Bus, BusState, Loss, Topic};
@@ -62,8 +64,8 @@ impl Delivery {
         }
     }
 
-    /// Sends a committed message to both users of the dialog. It is encoded once for all receivers; the session that sent it
-    /// gets `sent` instead.
+    /// Sends a committed message to both users of the dialog. It is encoded once for all receivers;
+    /// the session that sent it gets `sent` instead.
     fn message(&self, committed: &Stored<'_>) {
         let (message, place) = (committed.message, committed.place);
         let dialog = message.dialog;

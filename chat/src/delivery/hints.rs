@@ -1,8 +1,8 @@
-//! Hints: the position of a dialog, published again after a burst. The loss of the last message before a silence is not revealed by
-//! a next one.
+//! Hints: the position of a dialog, published again after a burst. The loss of the last message
+//! before a silence is not revealed by a next one.
 //!
-//! A hint is cheap because it is not a message. All hints that are due go out as one publication to all instances; each instance
-//! looks up whether one of the users has a session there.
+//! A hint is cheap because it is not a message. All hints that are due go out as one publication to
+//! all instances; each instance looks up whether one of the users has a session there.
 
 use crate::bus::event::BusEvent;
 use crate::bus::{Bus, BusState, Listening, Sink, Topic};
@@ -34,7 +34,8 @@ const TURN: usize = 1024;
 
 const STRIPES: usize = 64;
 
-/// Dialogs of a stripe, at most. After a long time without a bus there may be more: those are compared with the shards when the bus is back.
+/// Dialogs of a stripe, at most. After a long time without a bus there may be more: those are
+/// compared with the shards when the bus is back.
 const DIALOGS: usize = 4096;
 
 /// A handle; a clone is a few references.
@@ -60,7 +61,8 @@ struct Burst {
 }
 
 impl Hints {
-    /// Publishes hints for events of this instance, and applies the hints of other instances to the sessions of `registry`.
+    /// Publishes hints for events of this instance, and applies the hints of other instances to the
+    /// sessions of `registry`.
     pub fn start(registry: Registry, bus: Arc<dyn Bus>, runtime: &Handle) -> Self {
         let inner = Arc::new(Inner {
             enabled: bus.state() != BusState::Standalone,
@@ -110,7 +112,8 @@ impl Inner {
         change(burst);
     }
 
-    /// Returns the number of dialogs and the hints that are due; removes dialogs whose last hint has been published.
+    /// Returns the number of dialogs and the hints that are due; removes dialogs whose last hint
+    /// has been published.
     fn due(&self, stripe: &Mutex<HashMap<DialogId, Burst>>) -> (usize, Vec<BusEvent>) {
         let mut due = Vec::new();
         let mut stripe = lock(stripe);
@@ -136,7 +139,8 @@ fn lock(stripe: &Mutex<HashMap<DialogId, Burst>>) -> MutexGuard<'_, HashMap<Dial
     stripe.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Publishes due hints while there are other instances. While the bus is disconnected, due hints wait.
+/// Publishes due hints while there are other instances. While the bus is disconnected, due hints
+/// wait.
 async fn hint(hints: Weak<Inner>, bus: Arc<dyn Bus>) {
     let mut publication = BytesMut::new();
     let mut looked_at = 0;

@@ -1,4 +1,5 @@
-//! From a stored message to the screens: what a session is sent, in which order, and how losses are noticed.
+//! From a stored message to the screens: what a session is sent, in which order, and how losses are
+//! noticed.
 
 pub mod outbound_queue;
 pub mod sequencer;

@@ -8,8 +8,8 @@ use tokio::sync::Notify;
 
 /// The queue between the senders of frames and the writer of a session.
 ///
-/// A frame is encoded once and shared by all its receivers. When the queue is full the session is closed as a slow reader, so that
-/// no sender waits for it and no other session is affected.
+/// A frame is encoded once and shared by all its receivers. When the queue is full the session is
+/// closed as a slow reader, so that no sender waits for it and no other session is affected.
 pub struct OutboundQueue {
     limit_bytes: usize,
     state: Mutex<State>,
@@ -71,14 +71,16 @@ impl OutboundQueue {
         self.filled.notify_one();
     }
 
-    /// Adds a frame unless many frames are queued: for events that are worthless later, such as `typing`.
+    /// Adds a frame unless many frames are queued: for events that are worthless later, such as
+    /// `typing`.
     pub fn push_if_idle(&self, frame: &ByteString) {
         if self.state().bytes <= self.limit_bytes / 4 {
             self.push(frame.clone());
         }
     }
 
-    /// Adds a frame when half of the queue is free: for answers to the session's own requests, which can wait.
+    /// Adds a frame when half of the queue is free: for answers to the session's own requests,
+    /// which can wait.
     ///
     /// # Cancel safety
     /// Dropped before it is done, it has added nothing.
@@ -104,7 +106,8 @@ impl OutboundQueue {
         }
     }
 
-    /// Closes the session after the frames that are queued now or until it ends. The first reason is kept.
+    /// Closes the session after the frames that are queued now or until it ends. The first reason
+    /// is kept.
     pub fn close(&self, reason: Close) {
         let mut state = self.state();
         if state.close.is_none() {

@@ -1,9 +1,11 @@
-//! Presence: a user is online while any instance has a session of that user. Nothing is stored, so nothing can be stale: an instance
-//! that needs the presence of a user publishes a question, and the instances with a session of that user answer.
+//! Presence: a user is online while any instance has a session of that user. Nothing is stored, so
+//! nothing can be stale: an instance that needs the presence of a user publishes a question, and
+//! the instances with a session of that user answer.
 //!
-//! A session watches users. It receives their presence at once and then every change: online when the first session begins on any
-//! instance; offline when no instance has answered for the grace period. Watched users are asked for again at intervals, because events
-//! on the bus may be lost, and an instance that is killed sends none.
+//! A session watches users. It receives their presence at once and then every change: online when
+//! the first session begins on any instance; offline when no instance has answered for the grace
+//! period. Watched users are asked for again at intervals, because events on the bus may be lost,
+//! and an instance that is killed sends none.
 
 use crate::bus::{Bus, Listening, Topic};
 use crate::delivery::encode;
@@ -56,8 +58,8 @@ struct Watched {
 }
 
 impl Presence {
-    /// No user is watched at first. A user without a session counts as online for `grace`: a page is reloaded, or a device changes
-    /// its network.
+    /// No user is watched at first. A user without a session counts as online for `grace`: a page
+    /// is reloaded, or a device changes its network.
     #[must_use]
     pub fn start(registry: Registry, bus: Arc<dyn Bus>, runtime: &Handle, grace: Duration) -> Self {
         let inner = Arc::new(Inner {
@@ -151,7 +153,8 @@ impl Inner {
     }
 
     async fn ask_for_all(inner: &Arc<Self>, over: Duration) {
-        // Includes users without a watch just now: a watcher that returns gets the last known state.
+        // Includes users without a watch just now: a watcher that returns gets the last known
+        // state.
         let users: Vec<UserId> = inner.watched().keys().copied().collect();
         let chunks = users.len().div_ceil(AT_ONCE).max(1) as u32;
         for users in users.chunks(AT_ONCE) {
@@ -213,7 +216,8 @@ async fn find_out(inner: Weak<Inner>, user: UserId) {
             Some(false) if watched.seen.elapsed() >= grace => watched.notify(user, false),
             // The user was online meanwhile, and may have left once more.
             Some(false) => continue,
-            // This instance is cut off from the others. The state is unknown until the bus is back and all users are asked for.
+            // This instance is cut off from the others. The state is unknown until the bus is back
+            // and all users are asked for.
             None => {}
         }
         watched.in_doubt = false;
@@ -307,7 +311,8 @@ impl Watch {
         }
         let (asking, mut effective) = (Arc::downgrade(inner), watched.listening.effective());
         inner.runtime.spawn(async move {
-            // Subscribes first and asks then: in the other order, a user who comes online in between would be missed.
+            // Subscribes first and asks then: in the other order, a user who comes online in
+            // between would be missed.
             let _ = effective.wait_for(|effective| *effective).await;
             let Some(inner) = asking.upgrade() else {
                 return;
@@ -329,7 +334,8 @@ impl Watch {
         if let Some(watched) = self.presence.inner.watched().get_mut(&user) {
             watched.watchers.remove(&self.session);
             if watched.watchers.is_empty() {
-                // The subscription is kept for a while: a page that is reloaded watches the same users again.
+                // The subscription is kept for a while: a page that is reloaded watches the same
+                // users again.
                 watched.left = Some(Instant::now());
             }
         }

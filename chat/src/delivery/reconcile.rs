@@ -1,6 +1,7 @@
-//! Compares the messages that sessions here were sent with the shards, whenever some may have been lost: this instance was
-//! disconnected from the bus, a subscription was too slow, another instance died between a commit and its publication, or a shard
-//! returned that had committed a message without answering.
+//! Compares the messages that sessions here were sent with the shards, whenever some may have been
+//! lost: this instance was disconnected from the bus, a subscription was too slow, another instance
+//! died between a commit and its publication, or a shard returned that had committed a message
+//! without answering.
 
 use super::fan_out::Delivery;
 use super::presence::Presence;
@@ -21,7 +22,8 @@ use tokio_util::task::AbortOnDropHandle;
 /// Clock skew, heartbeats and answers: messages that are older by so much are compared too.
 const MARGIN: Duration = Duration::from_secs(30);
 
-/// Older messages are not compared. A session that misses some of them notices by the seq of the next message.
+/// Older messages are not compared. A session that misses some of them notices by the seq of the
+/// next message.
 const OLDEST: Duration = Duration::from_secs(60 * 60);
 
 /// Users whose dialogs one query reads.
@@ -30,7 +32,8 @@ const USERS_AT_ONCE: usize = 256;
 /// Between two queries, so that they do not delay sends.
 const BETWEEN: Duration = Duration::from_millis(10);
 
-/// Instances wait for a random time up to this before they compare, so that they do not all ask at once.
+/// Instances wait for a random time up to this before they compare, so that they do not all ask at
+/// once.
 const JITTER: Duration = Duration::from_millis(250);
 
 /// Between two looks at which shards answer.
@@ -41,7 +44,8 @@ pub struct Reconcile {
     _tasks: Vec<AbortOnDropHandle<()>>,
 }
 
-/// Messages may be lost: the age of the oldest of them. Requests that arrive before the comparison begins are combined.
+/// Messages may be lost: the age of the oldest of them. Requests that arrive before the comparison
+/// begins are combined.
 #[derive(Clone, Default)]
 struct ReconcileRequest(Arc<(Mutex<Duration>, Notify)>);
 
@@ -128,7 +132,8 @@ async fn watch_peers(mut events: Receiver<PeerEvent>, request: ReconcileRequest)
     }
 }
 
-/// A shard may have committed messages without answering. Their senders repeat them, unless they are gone too.
+/// A shard may have committed messages without answering. Their senders repeat them, unless they
+/// are gone too.
 async fn watch_shards(cluster: Cluster, request: ReconcileRequest) {
     let mut down: BTreeSet<String> = BTreeSet::new();
     let mut since = Instant::now();

@@ -73,13 +73,14 @@ impl Registry {
         }
     }
 
-    /// Registers a callback for the first session of a user (`true`) and the end of the last one (`false`). Only the first
-    /// registration counts.
+    /// Registers a callback for the first session of a user (`true`) and the end of the last one
+    /// (`false`). Only the first registration counts.
     pub fn on_presence_change(&self, callback: Arc<dyn Fn(UserId, bool) + Send + Sync>) {
         let _ = self.inner.on_presence_change.set(callback);
     }
 
-    /// Registers a callback for messages to users of this instance that other instances have stored. Only the first registration counts.
+    /// Registers a callback for messages to users of this instance that other instances have
+    /// stored. Only the first registration counts.
     pub fn on_remote_message(&self, callback: Arc<dyn Fn(DialogId, Seq) + Send + Sync>) {
         let _ = self.inner.on_remote_message.set(callback);
     }
@@ -90,7 +91,8 @@ impl Registry {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds a session of `user`, after `welcome` has written its first frame. The session is removed when the guard is dropped.
+    /// Adds a session of `user`, after `welcome` has written its first frame. The session is
+    /// removed when the guard is dropped.
     ///
     /// # Errors
     /// [`TooMany`].
@@ -154,7 +156,8 @@ impl Registry {
         }
     }
 
-    /// Gives an event to every session of `user` on this instance; the session that sent the message gets its answer instead.
+    /// Gives an event to every session of `user` on this instance; the session that sent the
+    /// message gets its answer instead.
     pub fn deliver(&self, user: UserId, event: &BusEvent, origin: Option<&Origin>) {
         if let Some(present) = self.stripe(user).get(&user) {
             for (session, subscriber) in &present.sessions {
@@ -240,8 +243,8 @@ pub struct Joined {
 }
 
 impl Joined {
-    /// Waits until the bus subscription of the user is active. A read from the shards after that, together with the events of the bus,
-    /// misses no message.
+    /// Waits until the bus subscription of the user is active. A read from the shards after that,
+    /// together with the events of the bus, misses no message.
     pub fn listening(&self) -> impl Future<Output = ()> + Send + 'static + use<> {
         let mut effective = self.effective.clone();
         async move {

@@ -1,8 +1,9 @@
 //! The order of each dialog for one session: messages without a gap, and none twice.
 //!
-//! Live events may be lost, repeated or out of order. For each dialog the sequencer keeps the position up to which the session has
-//! every message. The next message is sent on. A message ahead of the next one is held until the messages in between arrive;
-//! those that do not arrive are read from the shard. The answer to the send that stored a message (`sent`) takes the place of the
+//! Live events may be lost, repeated or out of order. For each dialog the sequencer keeps the
+//! position up to which the session has every message. The next message is sent on. A message ahead
+//! of the next one is held until the messages in between arrive; those that do not arrive are read
+//! from the shard. The answer to the send that stored a message (`sent`) takes the place of the
 //! message in that order.
 
 use crate::domain::dialog::{DialogId, Seq, Timestamp, UserId};
@@ -28,26 +29,31 @@ pub struct Sequencer {
     held_bytes: usize,
     /// Dialogs that must be read, in the order in which this was noticed.
     due: VecDeque<DialogId>,
-    /// No event is lost between the shards and this session: the first message of a dialog that arrives has no earlier one missing.
+    /// No event is lost between the shards and this session: the first message of a dialog that
+    /// arrives has no earlier one missing.
     lossless: bool,
-    /// In a dialog of which no message was sent yet, messages stored before this time are not sent unless they are requested.
+    /// In a dialog of which no message was sent yet, messages stored before this time are not sent
+    /// unless they are requested.
     since: Timestamp,
     clock: u64,
 }
 
 /// One dialog.
 struct Stream {
-    /// The session has every message up to here. `None` while the messages since the session's begin are looked up.
+    /// The session has every message up to here. `None` while the messages since the session's
+    /// begin are looked up.
     last: Option<Seq>,
     /// The highest seq that is known to be stored.
     head: Seq,
     /// Messages ahead of `last`.
     held: BTreeMap<Seq, Held>,
     reading: Reading,
-    /// The highest seq that was sent before the client set its position. An answer up to here cannot take the place of its message:
-    /// the client has seen the message, and has forgotten its text.
+    /// The highest seq that was sent before the client set its position. An answer up to here
+    /// cannot take the place of its message: the client has seen the message, and has forgotten its
+    /// text.
     sent: Seq,
-    /// Counts the positions that the client has set. A message that was read for an earlier position is dropped.
+    /// Counts the positions that the client has set. A message that was read for an earlier
+    /// position is dropped.
     epoch: u32,
     /// The read marks that the session has.
     reads: Vec<(UserId, Seq)>,
@@ -83,12 +89,14 @@ pub struct Gap {
 pub enum Start {
     /// Above this seq: the session has every message up to it.
     After(Seq),
-    /// At the first message stored at this time or later, by the shard's clock: no message of the dialog was sent yet.
+    /// At the first message stored at this time or later, by the shard's clock: no message of the
+    /// dialog was sent yet.
     Since(Timestamp),
 }
 
 impl Sequencer {
-    /// Tracks no dialog at first. `since` is when the session began; `lossless` says that live messages are never lost.
+    /// Tracks no dialog at first. `since` is when the session began; `lossless` says that live
+    /// messages are never lost.
     #[must_use]
     pub fn new(bounds: Bounds, since: Timestamp, lossless: bool) -> Self {
         Self {
@@ -102,8 +110,8 @@ impl Sequencer {
         }
     }
 
-    /// A live message, or the answer to a send of this session (`own`). `send` gets the frames that can be sent now.
-    /// Returns whether a dialog must be read.
+    /// A live message, or the answer to a send of this session (`own`). `send` gets the frames that
+    /// can be sent now. Returns whether a dialog must be read.
     pub fn on_message(
         &mut self,
         dialog: DialogId,
@@ -147,8 +155,9 @@ impl Sequencer {
         self.want(dialog)
     }
 
-    /// The answer to a send whose message was stored before, and that message as `frame`. The answer is sent at once and never takes
-    /// the place of the message: a client that received the message, or an answer, has forgotten its text.
+    /// The answer to a send whose message was stored before, and that message as `frame`. The
+    /// answer is sent at once and never takes the place of the message: a client that received the
+    /// message, or an answer, has forgotten its text.
     pub fn on_repeat(
         &mut self,
         dialog: DialogId,
@@ -170,7 +179,8 @@ impl Sequencer {
         self.on_message(dialog, seq, frame, false, send)
     }
 
-    /// `head` is known to be stored, by a hint or a comparison. Returns whether the dialog must be read.
+    /// `head` is known to be stored, by a hint or a comparison. Returns whether the dialog must be
+    /// read.
     pub fn on_last_seq(&mut self, dialog: DialogId, head: Seq) -> bool {
         let stream = stream(&mut self.streams, &mut self.clock, dialog, None);
         if stream.last.is_some_and(|last| head <= last) {
@@ -180,7 +190,8 @@ impl Sequencer {
         self.want(dialog)
     }
 
-    /// The client has every message up to `seq` and requests the later ones. Returns the epoch that begins with it.
+    /// The client has every message up to `seq` and requests the later ones. Returns the epoch that
+    /// begins with it.
     pub fn position(&mut self, dialog: DialogId, seq: Seq, send: impl FnMut(ByteString)) -> u32 {
         let stream = stream(&mut self.streams, &mut self.clock, dialog, None);
         stream.sent = stream
@@ -193,12 +204,14 @@ impl Sequencer {
         stream.epoch
     }
 
-    /// The client was connected until `since`: in dialogs of which no message was sent yet, messages stored from then on are missing.
+    /// The client was connected until `since`: in dialogs of which no message was sent yet,
+    /// messages stored from then on are missing.
     pub fn away_since(&mut self, since: Timestamp) {
         self.since = self.since.min(since);
     }
 
-    /// The client has been shown the dialog up to `seq`. If the dialog is not tracked yet, it is from there on.
+    /// The client has been shown the dialog up to `seq`. If the dialog is not tracked yet, it is
+    /// from there on.
     pub fn track(&mut self, dialog: DialogId, seq: Seq) {
         stream(&mut self.streams, &mut self.clock, dialog, Some(seq));
     }
@@ -233,7 +246,8 @@ impl Sequencer {
         None
     }
 
-    /// The messages that must be read for a dialog of [`Sequencer::next_gap`]; `None` if they have arrived meanwhile.
+    /// The messages that must be read for a dialog of [`Sequencer::next_gap`]; `None` if they have
+    /// arrived meanwhile.
     pub fn gap(&mut self, dialog: DialogId) -> Option<Gap> {
         let since = self.since;
         let stream = self.streams.get_mut(&dialog)?;
@@ -293,15 +307,16 @@ impl Sequencer {
         stream.last = Some(stream.last.map_or(end, |last| last.max(end)));
         let mut freed = stream.send_held(&mut send);
         if end < gap.head {
-            // The shard does not have the messages that were announced: they were forgotten with another shard. Held messages are sent.
+            // The shard does not have the messages that were announced: they were forgotten with
+            // another shard. Held messages are sent.
             freed += stream.send_all_held(&mut send);
             stream.head = stream.last.unwrap_or(end);
         }
         self.held_bytes -= freed;
     }
 
-    /// The client is asked to reload the dialog: it is tracked from `head` on. `false` if the client has set another
-    /// position meanwhile.
+    /// The client is asked to reload the dialog: it is tracked from `head` on. `false` if the
+    /// client has set another position meanwhile.
     pub fn skip_to(
         &mut self,
         dialog: DialogId,
@@ -346,7 +361,8 @@ impl Sequencer {
         self.streams.len() > self.bounds.dialogs
     }
 
-    /// Forgets the quarter of the dialogs without a message for the longest time. If one of them has a message again, those since `since` are read.
+    /// Forgets the quarter of the dialogs without a message for the longest time. If one of them
+    /// has a message again, those since `since` are read.
     pub fn forget_some(&mut self, since: Timestamp) {
         let mut idle: Vec<(u64, DialogId)> = self
             .streams
@@ -404,7 +420,8 @@ fn stream<'a>(
 }
 
 impl Stream {
-    /// Sends the messages that follow `last` and drops those below it. Returns the number of freed bytes.
+    /// Sends the messages that follow `last` and drops those below it. Returns the number of freed
+    /// bytes.
     fn send_held(&mut self, send: &mut impl FnMut(ByteString)) -> usize {
         let mut freed = 0;
         while let (Some(last), Some(entry)) = (self.last, self.held.first_entry()) {
@@ -685,8 +702,9 @@ mod tests {
         }
     }
 
-    /// A growing log whose events are lost, repeated and reordered, with sends of the session, reads that fail, and connections
-    /// that are lost: what was not answered is sent again, before or after the position.
+    /// A growing log whose events are lost, repeated and reordered, with sends of the session,
+    /// reads that fail, and connections that are lost: what was not answered is sent again, before
+    /// or after the position.
     #[test]
     fn whatever_is_lost_doubled_or_overtaken_the_client_has_the_log() {
         for seed in seeds(1000) {
@@ -757,7 +775,8 @@ mod tests {
                             sequencer = connect();
                             on_the_way.clear();
                             (client.resuming, level) = (true, None);
-                            // Events of before may still arrive, and answers that were lost are given again.
+                            // Events of before may still arrive, and answers that were lost are
+                            // given again.
                             for n in &client.unanswered {
                                 if chance.random_ratio(1, 4) {
                                     on_the_way.push_back((*n, false, false));

@@ -1,4 +1,5 @@
-//! The delivery state of one session: the order of its dialogs (the sequencer), and its queue of outgoing frames.
+//! The delivery state of one session: the order of its dialogs (the sequencer), and its queue of
+//! outgoing frames.
 
 use crate::bus::event::BusEvent;
 use crate::clock::now;
@@ -50,7 +51,8 @@ impl Subscriber {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Calls `work` with the sequencer. Its frames enter the queue in one piece: no other thread can send in between.
+    /// Calls `work` with the sequencer. Its frames enter the queue in one piece: no other thread
+    /// can send in between.
     fn with<T>(&self, work: impl FnOnce(&mut Sequencer, &mut dyn FnMut(ByteString)) -> T) -> T {
         let mut sequencer = self.sequencer();
         let done = work(&mut sequencer, &mut |frame| self.outbound.push(frame));
@@ -150,7 +152,8 @@ impl Subscriber {
         self.sequencer().gap(dialog)
     }
 
-    /// Sends a message that was read from a shard, once there is room; `false` if it is not needed any more.
+    /// Sends a message that was read from a shard, once there is room; `false` if it is not needed
+    /// any more.
     pub async fn found(&self, dialog: DialogId, gap: Gap, seq: Seq, frame: ByteString) -> bool {
         self.outbound.room().await;
         self.with(|sequencer, send| sequencer.found(dialog, gap.epoch, seq, frame, send))

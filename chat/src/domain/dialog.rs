@@ -1,4 +1,5 @@
-//! The types of a dialog: users, ids, seqs, texts. Input is parsed into them once; no later code checks again.
+//! The types of a dialog: users, ids, seqs, texts. Input is parsed into them once; no later code
+//! checks again.
 
 use siphasher::sip128::{Hasher128, SipHasher24};
 use std::fmt;
@@ -52,9 +53,11 @@ impl fmt::Display for UserId {
     }
 }
 
-/// A dialog. Its canonical text is what the placement hashes and the shards store: `min_max` between two users.
+/// A dialog. Its canonical text is what the placement hashes and the shards store: `min_max`
+/// between two users.
 ///
-/// Rooms and feeds will be further kinds; what depends on the kind (who is in it, how it is written) is asked here.
+/// Rooms and feeds will be further kinds; what depends on the kind (who is in it, how it is
+/// written) is asked here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct DialogId {
     low: UserId,
@@ -109,7 +112,8 @@ impl FromStr for DialogId {
     }
 }
 
-/// The place of a message in its dialog: `generation << 40 | n`, n dense from 1 within a generation.
+/// The place of a message in its dialog: `generation << 40 | n`, n dense from 1 within a
+/// generation.
 ///
 /// In generation 0, which lasts until a shard is declared down, that is plain 1, 2, 3 …
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
@@ -149,7 +153,8 @@ impl Seq {
         u32::try_from(self.0 / chat_wire::GENERATION).unwrap_or(u32::MAX)
     }
 
-    /// Whether `self` is what [`Seq::next`] may give after `before`: one more, or the first of a later generation.
+    /// Whether `self` is what [`Seq::next`] may give after `before`: one more, or the first of a
+    /// later generation.
     #[must_use]
     pub fn follows(self, before: Seq) -> bool {
         chat_wire::follows(before.0, self.0)
@@ -209,7 +214,8 @@ impl Text {
 
     /// What the retry of a key is compared by: it outlives an edit or a deletion of the text.
     ///
-    /// SipHash-2-4-128 with the zero key. Collisions matter only to an author who sends two texts under one key.
+    /// SipHash-2-4-128 with the zero key. Collisions matter only to an author who sends two texts
+    /// under one key.
     #[must_use]
     pub fn hash(&self) -> TextHash {
         let mut hasher = SipHasher24::new();

@@ -1,4 +1,5 @@
-//! What happens to a slot when a move was interrupted or a shard was declared down: decided from the shards' rows alone.
+//! What happens to a slot when a move was interrupted or a shard was declared down: decided from
+//! the shards' rows alone.
 
 use super::ownership::{SlotRow, SlotState};
 use std::collections::BTreeMap;
@@ -29,14 +30,16 @@ pub fn resolve_sealed(source: &str, term: u64, target: &SlotRow) -> SealedOutcom
 /// The steps of a failover for one slot.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FailoverPlan {
-    /// The shard that claims the slot; `None` if it has an owner, or a move between live shards will give it one.
+    /// The shard that claims the slot; `None` if it has an owner, or a move between live shards
+    /// will give it one.
     pub claim: Option<String>,
     /// Rows of moves from or to shards that are down, which are fenced.
     pub fence: Vec<(String, SlotRow)>,
 }
 
-/// Plans the failover of one slot: `live` are its rows on all shards that are not down, `target` is the shard on the ring. A live
-/// owner keeps the slot. Without one, the shard that was sealed for a dead shard claims it, or else the target.
+/// Plans the failover of one slot: `live` are its rows on all shards that are not down, `target` is
+/// the shard on the ring. A live owner keeps the slot. Without one, the shard that was sealed for a
+/// dead shard claims it, or else the target.
 #[must_use]
 pub fn plan_failover(live: &BTreeMap<String, SlotRow>, target: &str) -> FailoverPlan {
     let owner = live.iter().find(|(_, row)| row.state == SlotState::Owner);

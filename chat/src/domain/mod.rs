@@ -1,5 +1,6 @@
-//! The rules: dialogs, slots, placement, topology, ownership. Pure: no async, no clock, no randomness, no file. The store, the
-//! coordinator, the model and the simulation use the same functions.
+//! The rules: dialogs, slots, placement, topology, ownership. Pure: no async, no clock, no
+//! randomness, no file. The store, the coordinator, the model and the simulation use the same
+//! functions.
 
 pub mod dialog;
 pub mod slot;

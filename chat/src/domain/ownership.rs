@@ -1,7 +1,7 @@
 //! Ownership of a slot: the row that a shard keeps for each of the 4096 slots, and what it permits.
 //!
-//! Safety depends on this row alone. A write holds a shared lock on it and must see `owner`; no file, no map in memory and no
-//! clock decides. `docs/SHARDING.md` describes the states and steps.
+//! Safety depends on this row alone. A write holds a shared lock on it and must see `owner`; no
+//! file, no map in memory and no clock decides. `docs/SHARDING.md` describes the states and steps.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -76,7 +76,8 @@ impl fmt::Display for SlotState {
     }
 }
 
-/// The part of a slot's row that sends and reads use, read under its lock or in the snapshot of a read.
+/// The part of a slot's row that sends and reads use, read under its lock or in the snapshot of a
+/// read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SlotView {
     /// The state of the slot on the shard.
@@ -91,8 +92,8 @@ pub struct SlotView {
     pub peer: Option<String>,
 }
 
-/// The term under which a shard owns a slot, with the generation that seqs have under it. A term never has two generations: a
-/// claim, which begins one, raises the term.
+/// The term under which a shard owns a slot, with the generation that seqs have under it. A term
+/// never has two generations: a claim, which begins one, raises the term.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Term {
     /// [`SlotRow::term`].
@@ -129,7 +130,8 @@ impl SlotView {
 pub struct SlotRow {
     /// The state of the slot on the shard.
     pub state: SlotState,
-    /// Never falls on a shard. Every attempt to move the slot has a term above those of source and target.
+    /// Never falls on a shard. Every attempt to move the slot has a term above those of source and
+    /// target.
     pub term: u64,
     /// Seqs of new messages are above `generation << 40`.
     pub generation: u32,
@@ -145,7 +147,8 @@ pub struct SlotRow {
     pub history: History,
 }
 
-/// Whether a slot has all messages that were ever acknowledged in it, and if not, which shards may have the others.
+/// Whether a slot has all messages that were ever acknowledged in it, and if not, which shards may
+/// have the others.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct History {
     /// Shards that were declared down and may have some of them. A shard that returns is merged.
@@ -168,7 +171,8 @@ pub const COMPLETE: &str = "complete";
 const MISSING: &str = "incomplete: ";
 const FORGOTTEN: &str = "forgotten: ";
 
-/// The value in the table: `complete`, or `incomplete: a b`, `forgotten: c`, or both with `; ` between.
+/// The value in the table: `complete`, or `incomplete: a b`, `forgotten: c`, or both with `; `
+/// between.
 impl fmt::Display for History {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.is_complete() {
@@ -251,7 +255,8 @@ impl SlotRow {
     /// The row after `step`. `holds_rows` is whether the shard has dialogs of the slot.
     ///
     /// # Errors
-    /// [`StepRejected`]: the row is not as the step expects. The caller must read the rows again before it decides again.
+    /// [`StepRejected`]: the row is not as the step expects. The caller must read the rows again
+    /// before it decides again.
     pub fn after(&self, step: &Step, holds_rows: bool) -> Result<SlotRow, StepRejected> {
         let mut row = self.clone();
         let to = |state: SlotState, row: &mut SlotRow| {
@@ -331,7 +336,8 @@ impl SlotRow {
                 self == seen && matches!(self.state, SlotState::Sealed | SlotState::Incoming)
             }
             Step::MergedIn => {
-                // Messages of another shard came in below the last seqs: a copy that was made before is not complete.
+                // Messages of another shard came in below the last seqs: a copy that was made
+                // before is not complete.
                 row.term += 1;
                 self.state == SlotState::Owner
             }
@@ -360,7 +366,8 @@ impl SlotRow {
         }
     }
 
-    /// The row after the shard has accepted a topology in which it was declared down since the one that it had.
+    /// The row after the shard has accepted a topology in which it was declared down since the one
+    /// that it had.
     #[must_use]
     pub fn fenced(&self) -> SlotRow {
         let mut row = self.clone();
@@ -390,10 +397,12 @@ impl SlotRow {
     }
 }
 
-/// A change of a slot's row, made in a transaction that holds the locks of the row and of the topology.
+/// A change of a slot's row, made in a transaction that holds the locks of the row and of the
+/// topology.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Step {
-    /// At the target: a copy begins. Only if the target has no rows of the slot: an older copy may be of another source.
+    /// At the target: a copy begins. Only if the target has no rows of the slot: an older copy may
+    /// be of another source.
     Prepare {
         /// The source.
         from: String,
@@ -409,7 +418,8 @@ pub enum Step {
         /// The term of the move.
         term: u64,
     },
-    /// At the target: it owns the slot. Only after the last changes were copied and compared while the source was sealed.
+    /// At the target: it owns the slot. Only after the last changes were copied and compared while
+    /// the source was sealed.
     Activate {
         /// The source.
         from: String,
@@ -427,7 +437,8 @@ pub enum Step {
         /// The term of the move.
         term: u64,
     },
-    /// At the source: the move failed. Only after the target was seen not to expect the slot any more.
+    /// At the source: the move failed. Only after the target was seen not to expect the slot any
+    /// more.
     Unseal {
         /// The target.
         to: String,

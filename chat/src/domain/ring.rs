@@ -1,7 +1,7 @@
 //! Placement: the target shard of each slot, by a consistent-hash ring.
 //!
-//! The hash is a contract with the data that is already stored: SipHash-2-4 with the zero key over bytes that are written in one
-//! call. `tests/data/placement.tsv` pins a thousand results.
+//! The hash is a contract with the data that is already stored: SipHash-2-4 with the zero key over
+//! bytes that are written in one call. `tests/data/placement.tsv` pins a thousand results.
 
 use super::dialog::DialogId;
 use super::slot::Slot;
@@ -13,7 +13,8 @@ use std::hash::{BuildHasher, Hash, Hasher};
 /// The name of this algorithm. Every shard stores it; a shard with another name is rejected.
 pub const ALGORITHM: &str = "siphash-2-4/4096/1000";
 
-/// Points on the ring per unit of weight. With 1000, four equal shards differ from their mean by about 3 %.
+/// Points on the ring per unit of weight. With 1000, four equal shards differ from their mean by
+/// about 3 %.
 pub const POINTS_PER_WEIGHT: u32 = 1000;
 
 /// SipHash-2-4 with the zero key, for the ring.
@@ -57,8 +58,9 @@ pub struct Placement {
 }
 
 impl Placement {
-    /// Places all slots on the shards of `weights` (name and weight), then applies `pins`: each names a dialog, and pins its
-    /// whole slot. `None` without a shard, or with a pin to a shard that is not in `weights`.
+    /// Places all slots on the shards of `weights` (name and weight), then applies `pins`: each
+    /// names a dialog, and pins its whole slot. `None` without a shard, or with a pin to a shard
+    /// that is not in `weights`.
     #[must_use]
     pub fn new(weights: &BTreeMap<String, u32>, pins: &[(DialogId, String)]) -> Option<Self> {
         let names: Vec<String> = weights.keys().cloned().collect();

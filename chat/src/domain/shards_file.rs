@@ -1,4 +1,5 @@
-//! The text of `shards.toml` -> [`ShardsFile`]: the shards, states, weights and pins that an operator asks for.
+//! The text of `shards.toml` -> [`ShardsFile`]: the shards, states, weights and pins that an
+//! operator asks for.
 
 use super::dialog::DialogId;
 use serde::{Deserialize, Serialize};
@@ -17,7 +18,8 @@ pub struct ShardsFile {
     pub shards: BTreeMap<String, ShardConfig>,
     /// Exceptions to the ring: the slot of a dialog, and the shard it is pinned to.
     pub pins: Vec<(DialogId, String)>,
-    /// An optional number that the operator raises with every edit, so that an older file is rejected.
+    /// An optional number that the operator raises with every edit, so that an older file is
+    /// rejected.
     pub version: Option<u64>,
     /// Permits declaring half of the active shards, or more, as down.
     pub force: bool,
@@ -49,7 +51,8 @@ pub enum DeclaredState {
     Down,
 }
 
-/// A shard's database: `mysql://user:password@host:port/database` or `sqlite:path`. `Debug` never prints the password.
+/// A shard's database: `mysql://user:password@host:port/database` or `sqlite:path`. `Debug` never
+/// prints the password.
 #[derive(Clone, PartialEq, Eq)]
 pub enum StoreUrl {
     /// A MySQL or MariaDB database.
@@ -134,11 +137,13 @@ struct FilePin {
 }
 
 impl ShardsFile {
-    /// Reads the text of a `shards.toml`; `env` returns the value of a variable that a URL names as `${VAR}`.
+    /// Reads the text of a `shards.toml`; `env` returns the value of a variable that a URL names as
+    /// `${VAR}`.
     ///
     /// # Errors
-    /// [`FileError`] with the line, for a text that is not TOML, an unknown key, a repeated or ill-formed name or URL, a
-    /// missing variable, a weight outside 1 … 100, a pin to a shard that is not active, or no active shard.
+    /// [`FileError`] with the line, for a text that is not TOML, an unknown key, a repeated or
+    /// ill-formed name or URL, a missing variable, a weight outside 1 … 100, a pin to a shard that
+    /// is not active, or no active shard.
     pub fn parse(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Self, FileError> {
         let lines = Lines(text);
         let file: File = toml::from_str(text).map_err(|e| FileError {

@@ -1,4 +1,5 @@
-//! The 4096 slots: a dialog belongs to one of them for ever. A slot is the unit that a shard owns and that moves.
+//! The 4096 slots: a dialog belongs to one of them for ever. A slot is the unit that a shard owns
+//! and that moves.
 
 use super::dialog::DialogId;
 use siphasher::sip::SipHasher24;

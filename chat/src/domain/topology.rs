@@ -1,5 +1,6 @@
-//! The cluster topology: the shards with their states, weights and pins, as every shard stores it. It is versioned, and each
-//! version names the versions that it was derived from. It contains no URL and no password.
+//! The cluster topology: the shards with their states, weights and pins, as every shard stores it.
+//! It is versioned, and each version names the versions that it was derived from. It contains no
+//! URL and no password.
 
 use super::dialog::DialogId;
 use super::ring::{ALGORITHM, Placement};
@@ -27,15 +28,16 @@ pub struct Topology {
     /// Names of removed shards. They are never given to another database.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub retired: BTreeSet<String>,
-    /// [`Topology::fingerprint`] of earlier files, the latest last: an instance that starts with an old file has not seen an
-    /// edit.
+    /// [`Topology::fingerprint`] of earlier files, the latest last: an instance that starts with an
+    /// old file has not seen an edit.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub earlier: Vec<String>,
     /// Slot moves are paused until the operator resumes them.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub paused: bool,
-    /// The topologies that this one was derived from, by version and hash, the latest last. A shard accepts it only if the
-    /// shard's own topology is among them, so that a decision made without knowing a topology cannot undo it.
+    /// The topologies that this one was derived from, by version and hash, the latest last. A shard
+    /// accepts it only if the shard's own topology is among them, so that a decision made without
+    /// knowing a topology cannot undo it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ancestors: Vec<(u64, String)>,
 }
@@ -66,7 +68,8 @@ pub struct Pin {
 /// How far a topology is carried out. Phases only go forward within a version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
-    /// Version 1, and some shards may not have it yet: an empty database is expected, and initialized.
+    /// Version 1, and some shards may not have it yet: an empty database is expected, and
+    /// initialized.
     Initializing,
     /// A shard was declared down: slots without an owner are being claimed, and no slot moves.
     Failover,
@@ -89,7 +92,8 @@ impl Phase {
     }
 }
 
-/// Identifies a topology. A control step is only taken on a shard that has the topology by which it was decided.
+/// Identifies a topology. A control step is only taken on a shard that has the topology by which it
+/// was decided.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TopologyRef {
     /// From 1.
@@ -162,8 +166,9 @@ fn refuse<T>(reason: String) -> Result<T, FileError> {
 }
 
 impl Topology {
-    /// The next topology and the phase that it begins in, if the operator may replace this one, which is in `phase`, by
-    /// `file`. `remaining` returns what a shard that is no longer in the file still holds.
+    /// The next topology and the phase that it begins in, if the operator may replace this one,
+    /// which is in `phase`, by `file`. `remaining` returns what a shard that is no longer in the
+    /// file still holds.
     ///
     /// # Errors
     /// [`FileError`] that says what prevents it.
@@ -212,7 +217,8 @@ impl Topology {
         }
     }
 
-    /// The shards that are no longer in the file. A shard may be removed when it is drained or forgotten.
+    /// The shards that are no longer in the file. A shard may be removed when it is drained or
+    /// forgotten.
     fn removable(
         &self,
         file: &ShardsFile,
@@ -262,8 +268,8 @@ impl Topology {
         Ok(newly_down)
     }
 
-    /// More than half of the active shards must remain. Then any two topologies that are derived from this one have a shard
-    /// in common, and at most one of them takes effect.
+    /// More than half of the active shards must remain. Then any two topologies that are derived
+    /// from this one have a shard in common, and at most one of them takes effect.
     fn check_majority(&self, next: &Topology, force: bool) -> Result<(), FileError> {
         let active = self.shards.iter();
         let active = active.filter(|(_, entry)| entry.state == DeclaredState::Active);
@@ -279,8 +285,8 @@ impl Topology {
         ))
     }
 
-    /// Whether it was derived from that topology, directly or not. One that is older than all remembered ancestors is taken
-    /// for an ancestor.
+    /// Whether it was derived from that topology, directly or not. One that is older than all
+    /// remembered ancestors is taken for an ancestor.
     #[must_use]
     pub fn descends_from(&self, version: u64, hash: &str) -> bool {
         let oldest = self.ancestors.first().map_or(0, |(oldest, _)| *oldest);
@@ -300,7 +306,8 @@ impl Topology {
         self.ancestors.drain(..surplus);
     }
 
-    /// Whether the content of `file` was in effect before: an instance that starts with it has not seen an edit.
+    /// Whether the content of `file` was in effect before: an instance that starts with it has not
+    /// seen an edit.
     #[must_use]
     pub fn remembers(&self, file: &Topology) -> bool {
         self.earlier.contains(&file.fingerprint())
@@ -349,7 +356,8 @@ impl Topology {
         serde_json::to_string(self).expect("a topology has only strings for keys")
     }
 
-    /// The target shard of every slot; `None` if no shard is active or a pin names a shard that is not.
+    /// The target shard of every slot; `None` if no shard is active or a pin names a shard that is
+    /// not.
     #[must_use]
     pub fn placement(&self) -> Option<Placement> {
         let weights = self
@@ -444,7 +452,8 @@ mod tests {
         ShardsFile::parse(&states.iter().map(entry).collect::<String>(), &|_| None).unwrap()
     }
 
-    /// Two topologies that are derived from one and declare different shards down must share a shard, or both would take effect.
+    /// Two topologies that are derived from one and declare different shards down must share a
+    /// shard, or both would take effect.
     #[test]
     fn more_than_half_of_the_active_shards_must_be_left() {
         let (down, draining) = ("state = \"down\"", "state = \"draining\"");

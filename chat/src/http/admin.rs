@@ -118,7 +118,8 @@ pub async fn locate(
     let dialog = DialogId::between(user(&a)?, user(&b)?);
     let slot = Slot::of(dialog);
     let cluster = app.context.messages.cluster();
-    // The owner that this instance remembers may be an earlier one, as long as nothing was sent there.
+    // The owner that this instance remembers may be an earlier one, as long as nothing was sent
+    // there.
     cluster.find(slot).await;
     Ok(web::Json(json!({
         "dialog": dialog.to_string(),

@@ -1,4 +1,5 @@
-//! The description of the WebSocket, as `/docs` is that of REST: AsyncAPI 3, made from the types of the frames.
+//! The description of the WebSocket, as `/docs` is that of REST: AsyncAPI 3, made from the types of
+//! the frames.
 
 use actix_web::HttpResponse;
 use chat_wire::{ClientFrame, PROTOCOL, ServerFrame};

@@ -1,4 +1,5 @@
-//! Tokens: JWTs of one pinned algorithm, in the `Authorization` header or, from a browser, as a subprotocol.
+//! Tokens: JWTs of one pinned algorithm, in the `Authorization` header or, from a browser, as a
+//! subprotocol.
 
 use crate::config;
 use crate::domain::dialog::UserId;
@@ -222,7 +223,8 @@ impl Authenticate for Tokens {
     }
 }
 
-/// The token of a request: from its header, or from the subprotocols a browser offers. Never from the URL.
+/// The token of a request: from its header, or from the subprotocols a browser offers. Never from
+/// the URL.
 #[must_use]
 pub fn token(request: &HttpRequest) -> Option<&str> {
     let header = request

@@ -1,7 +1,8 @@
 //! Reads WebSocket frames, and refuses a large one at its header.
 //!
-//! The codec of actix-http checks a frame's size only when all of it has arrived: a client that announces 16 GiB could fill
-//! the memory. Here the announced length is looked at as soon as the header is there.
+//! The codec of actix-http checks a frame's size only when all of it has arrived: a client that
+//! announces 16 GiB could fill the memory. Here the announced length is looked at as soon as the
+//! header is there.
 
 use actix_http::ws::{Codec, Frame, Item, ProtocolError};
 use actix_web::dev::Payload;
@@ -90,8 +91,8 @@ impl FrameReader {
         }
     }
 
-    /// Reads and forgets until the client closes or goes. After [`ReadError`] nothing is understood any more, and only its
-    /// going is noticed.
+    /// Reads and forgets until the client closes or goes. After [`ReadError`] nothing is understood
+    /// any more, and only its going is noticed.
     pub async fn discard(&mut self) {
         loop {
             match self.next().await {
@@ -168,7 +169,8 @@ fn utf8(bytes: Bytes) -> Result<ByteString, ReadError> {
     ByteString::try_from(bytes).map_err(|_| ReadError::InvalidText)
 }
 
-/// The payload length in the header of the frame that the buffer begins with (RFC 6455, 5.2), once it can be read.
+/// The payload length in the header of the frame that the buffer begins with (RFC 6455, 5.2), once
+/// it can be read.
 fn announced(buffer: &[u8]) -> Option<u64> {
     match buffer.get(1)? & 0x7f {
         126 => Some(u64::from(u16::from_be_bytes(

@@ -11,8 +11,8 @@ pub async fn live() -> &'static str {
     "ok\n"
 }
 
-/// Whether clients should be sent here: not while draining, nor without any usable shard. `degraded` says that it is of use
-/// but something is missing.
+/// Whether clients should be sent here: not while draining, nor without any usable shard.
+/// `degraded` says that it is of use but something is missing.
 pub async fn ready(app: web::Data<App>) -> HttpResponse {
     let mut reasons = Vec::new();
     let view = app.context.messages.cluster().view();

@@ -1,5 +1,5 @@
-//! Accepts connections and serves HTTP on them, on all threads: what `HttpServer` does, but over connections that can be cut, and
-//! on the threads that the rest of the process lives on.
+//! Accepts connections and serves HTTP on them, on all threads: what `HttpServer` does, but over
+//! connections that can be cut, and on the threads that the rest of the process lives on.
 
 use super::tcp::Connection;
 use crate::config::Limits;
@@ -56,7 +56,8 @@ pub fn listen(address: SocketAddr) -> io::Result<std::net::TcpListener> {
 }
 
 impl Listener {
-    /// Serves the routes that `configure` gives to those who connect. Each thread takes its turn with a connection.
+    /// Serves the routes that `configure` gives to those who connect. Each thread takes its turn
+    /// with a connection.
     ///
     /// # Errors
     /// If the listener cannot be used.
@@ -250,7 +251,8 @@ mod tests {
         server.stop().await;
     }
 
-    /// A connection that is only kept alive does not hold up the stop, and a request under way is answered.
+    /// A connection that is only kept alive does not hold up the stop, and a request under way is
+    /// answered.
     #[tokio::test]
     async fn a_stop_waits_for_requests_under_way_and_for_nothing_else() {
         let threads = Threads::start(1).unwrap();

@@ -20,8 +20,9 @@ pub struct Connection {
     handle: TcpHandle,
 }
 
-/// Cuts a connection. Closing a WebSocket waits until the client has read what was sent before; cutting the connection does
-/// not. It is a flag and not a second descriptor: a session costs one of them.
+/// Cuts a connection. Closing a WebSocket waits until the client has read what was sent before;
+/// cutting the connection does not. It is a flag and not a second descriptor: a session costs one
+/// of them.
 #[derive(Clone, Default)]
 pub struct TcpHandle(Rc<State>);
 
@@ -37,8 +38,8 @@ impl Connection {
     /// Sets the options of a new connection.
     pub fn new(stream: TcpStream, user_timeout: Duration) -> Self {
         let socket = SockRef::from(&stream);
-        // A client that vanished is noticed when what we send is not acknowledged for this long. If an option cannot be
-        // set the connection still works, and pings notice in the end.
+        // A client that vanished is noticed when what we send is not acknowledged for this long. If
+        // an option cannot be set the connection still works, and pings notice in the end.
         let _ = socket.set_tcp_user_timeout(Some(user_timeout));
         let _ = socket.set_tcp_nodelay(true);
         // What a client does not read must not gather in the kernel instead of in its queue.
@@ -138,8 +139,8 @@ mod tests {
         }
     }
 
-    /// A task that waits in `io` is woken by the cut, and gets its error. The runtime does not run between the two, so that no other
-    /// event of the socket wakes it.
+    /// A task that waits in `io` is woken by the cut, and gets its error. The runtime does not run
+    /// between the two, so that no other event of the socket wakes it.
     async fn is_cut<T>(
         mut io: impl FnMut(Pin<&mut Connection>, &mut Context<'_>) -> Poll<io::Result<T>>,
     ) {

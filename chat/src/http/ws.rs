@@ -26,7 +26,8 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(3);
 /// How long a session that is asked to leave may still wait for answers to what it asked before.
 const DRAIN_LIMIT: Duration = Duration::from_secs(6);
 
-/// `GET /v1/ws`. A rejected client gets an error frame and a close code, because a page cannot see the status of a failed handshake.
+/// `GET /v1/ws`. A rejected client gets an error frame and a close code, because a page cannot see
+/// the status of a failed handshake.
 pub async fn connect(
     request: HttpRequest,
     payload: web::Payload,
@@ -108,7 +109,8 @@ fn admit(
     Ok((identity, place))
 }
 
-/// Before it is worth asking again for a place among the connections, or among the sessions of a user.
+/// Before it is worth asking again for a place among the connections, or among the sessions of a
+/// user.
 const PLACE_RETRY: Duration = Duration::from_secs(5);
 
 /// Programs send no `Origin`. A page must be our own or be listed.
@@ -155,7 +157,8 @@ async fn run(
         }
     };
     context.metrics.sessions.inc();
-    // No span: it would live as long as the session, and the subscriber of logs keeps the memory of spans for ever.
+    // No span: it would live as long as the session, and the subscriber of logs keeps the memory of
+    // spans for ever.
     tracing::debug!(%user, "session begins");
     // The writer ends with a reason to close, the reader when the client has gone.
     let reason = tokio::select! {
@@ -182,7 +185,8 @@ async fn run(
     context.metrics.sessions.dec();
 }
 
-/// Sends the frames of the outbound queue, and pings. Returns the reason to close, or `None` if the client is gone.
+/// Sends the frames of the outbound queue, and pings. Returns the reason to close, or `None` if the
+/// client is gone.
 async fn write(
     app: &App,
     outbound: &OutboundQueue,
@@ -205,14 +209,16 @@ async fn write(
             },
             () = &mut ping => {
                 ping.as_mut().reset(Instant::now() + ping_every);
-                // No room means that the client does not read: it will not answer anything else either.
+                // No room means that the client does not read: it will not answer anything else
+                // either.
                 if matches!(socket.ping(b"").now_or_never(), Some(Err(_))) { return None }
             }
         }
     }
 }
 
-/// Reads frames until the client is gone. Reasons to close go through the outbound queue, behind the frames that wait there.
+/// Reads frames until the client is gone. Reasons to close go through the outbound queue, behind
+/// the frames that wait there.
 async fn read(
     app: &App,
     session: &mut Session,
@@ -276,7 +282,8 @@ async fn read(
     }
 }
 
-/// Sends a close frame and waits a little for the client to take it; cuts the line of one that does not.
+/// Sends a close frame and waits a little for the client to take it; cuts the line of one that does
+/// not.
 async fn close(
     app: &App,
     frames: &mut FrameReader,
@@ -290,8 +297,9 @@ async fn close(
         description: Some(reason.reason().to_owned()),
     };
     let taken = timeout(CLOSE_LIMIT, async {
-        // The client may be in the middle of sending: unread bytes would make the kernel reset the connection, and the close
-        // frame would be lost with it. If it was the client who closed, there is nothing to wait for.
+        // The client may be in the middle of sending: unread bytes would make the kernel reset the
+        // connection, and the close frame would be lost with it. If it was the client who closed,
+        // there is nothing to wait for.
         let last_received = async {
             if reason != Close::Normal {
                 frames.discard().await;

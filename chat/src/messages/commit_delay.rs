@@ -1,10 +1,12 @@
-//! How long a writer waits between two transactions, so that more sends gather for the next one (a commit delay).
+//! How long a writer waits between two transactions, so that more sends gather for the next one (a
+//! commit delay).
 //!
-//! A small transaction costs its shard much more for each send than a large one. Where a transaction takes no longer than usual that
-//! does not matter: the shard has time to spare, and waiting would only delay. Where it takes much longer, the shard or this
-//! machine is full, and sends wait for the processor instead: then the writer waits in proportion, fewer and larger transactions
-//! are made, and all sends are answered sooner. The shortest recent time is that of a shard without load, so a slow disk or
-//! a slow network causes no delay.
+//! A small transaction costs its shard much more for each send than a large one. Where a
+//! transaction takes no longer than usual that does not matter: the shard has time to spare, and
+//! waiting would only delay. Where it takes much longer, the shard or this machine is full, and
+//! sends wait for the processor instead: then the writer waits in proportion, fewer and larger
+//! transactions are made, and all sends are answered sooner. The shortest recent time is that of a
+//! shard without load, so a slow disk or a slow network causes no delay.
 
 use std::time::Duration;
 use tokio::time::Instant;

@@ -1,8 +1,9 @@
 //! How many transactions of a shard are in flight at once, found by measuring.
 //!
-//! One at a time makes the largest batches, and is best where a transaction costs the server more than it waits. Where it waits,
-//! for a slow disk or a slow network, more in flight commit more. So one more is tried now and then while sends are waiting,
-//! and kept if clearly more is committed; one fewer is kept if hardly less is (hill climbing on the throughput).
+//! One at a time makes the largest batches, and is best where a transaction costs the server more
+//! than it waits. Where it waits, for a slow disk or a slow network, more in flight commit more. So
+//! one more is tried now and then while sends are waiting, and kept if clearly more is committed;
+//! one fewer is kept if hardly less is (hill climbing on the throughput).
 
 use std::time::Duration;
 use tokio::time::Instant;
@@ -46,7 +47,8 @@ const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 impl InFlight {
-    /// Begins with `least`, and never has more than `most`. Nothing is tried where they are the same.
+    /// Begins with `least`, and never has more than `most`. Nothing is tried where they are the
+    /// same.
     #[must_use]
     pub fn new(least: usize, most: usize, now: Instant) -> Self {
         let most = most.max(1);

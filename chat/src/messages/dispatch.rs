@@ -1,7 +1,9 @@
-//! Routes each send and read mark to the writer of the shard that owns its slot, also while the slot moves.
+//! Routes each send and read mark to the writer of the shard that owns its slot, also while the
+//! slot moves.
 //!
-//! Sends of a slot keep their order on the way ([`crate::messages::slot_queue`]). Requests that a shard refuses because it does not
-//! own the slot any more are buffered, and so are later ones, until the new owner is known. Then all of them go there.
+//! Sends of a slot keep their order on the way ([`crate::messages::slot_queue`]). Requests that a
+//! shard refuses because it does not own the slot any more are buffered, and so are later ones,
+//! until the new owner is known. Then all of them go there.
 
 use crate::cluster::Cluster;
 use crate::config;
@@ -51,13 +53,14 @@ pub enum SubmitError {
 /// The time for which a send or read mark may be buffered in total.
 const BUFFER_LIMIT: Duration = Duration::from_secs(2);
 
-/// The pause between the first two lookups of the owner of a buffered slot, and the longest one between later lookups. The pause doubles,
-/// because hundreds of slots are buffered when a shard is lost. A notification of a new owner also triggers a lookup.
+/// The pause between the first two lookups of the owner of a buffered slot, and the longest one
+/// between later lookups. The pause doubles, because hundreds of slots are buffered when a shard is
+/// lost. A notification of a new owner also triggers a lookup.
 const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(160));
 
 impl Dispatch {
-    /// Starts a writer for each shard of the topology. `on_commit` is called for every message that is stored and every read mark
-    /// that moves.
+    /// Starts a writer for each shard of the topology. `on_commit` is called for every message that
+    /// is stored and every read mark that moves.
     #[must_use]
     pub fn start(
         cluster: Cluster,
@@ -80,8 +83,8 @@ impl Dispatch {
         }
     }
 
-    /// Adds a message to the queue of its slot, behind earlier ones. If it is queued, `answer` is called once; it must
-    /// not block.
+    /// Adds a message to the queue of its slot, behind earlier ones. If it is queued, `answer` is
+    /// called once; it must not block.
     ///
     /// # Errors
     /// [`SubmitError`].
@@ -105,7 +108,8 @@ impl Dispatch {
         Ok(())
     }
 
-    /// Adds a read mark to the queue of its slot. If it is queued, `answer` is called once; it must not block.
+    /// Adds a read mark to the queue of its slot. If it is queued, `answer` is called once; it must
+    /// not block.
     ///
     /// # Errors
     /// [`SubmitError`].
@@ -217,7 +221,8 @@ impl Inner {
 
     /// Releases a buffered slot to its owner, if that is known.
     fn release(self: &Arc<Self>, slot: Slot) -> bool {
-        // Not to an owner that is only assumed, nor to a shard that is handing over: refused requests would be buffered again.
+        // Not to an owner that is only assumed, nor to a shard that is handing over: refused
+        // requests would be buffered again.
         let owner = self.cluster.known_writable(slot);
         let Some(shard) = owner.filter(|shard| !shard.is_down()) else {
             return false;
@@ -251,7 +256,8 @@ async fn see_on(inner: Weak<Inner>, slot: Slot) {
     let (mut looked, mut pause) = (false, LOOK_AGAIN.0);
     loop {
         let Some(inner) = inner.upgrade() else { return };
-        // Only after a first lookup at the shards: until then the map names the shard that has just refused.
+        // Only after a first lookup at the shards: until then the map names the shard that has just
+        // refused.
         if (looked && inner.release(slot)) || inner.give_up_late(slot) {
             inner.metrics.slots_buffering.dec();
             return;

@@ -1,5 +1,5 @@
-//! History pages: read from the shard that owns the slot, checked for gaps, and shared by requests for the same page at the
-//! same time.
+//! History pages: read from the shard that owns the slot, checked for gaps, and shared by requests
+//! for the same page at the same time.
 
 use super::error::RequestError;
 use super::service::{Messages, page_limit};
@@ -57,7 +57,8 @@ impl Messages {
             let page = match (view.state, &view.peer) {
                 (SlotState::Owner, _) => page,
                 (SlotState::Sealed, Some(peer)) => {
-                    // It was not written to since it was sealed, unless the target has taken over already.
+                    // It was not written to since it was sealed, unless the target has taken over
+                    // already.
                     let Some(peer) = cluster.view().shard(peer).cloned() else {
                         return Err(RequestError::Unavailable);
                     };
@@ -98,7 +99,8 @@ impl Messages {
         Ok(page.await?)
     }
 
-    /// Limits a page to the requested number and to the bytes of an answer, and converts it to the wire format.
+    /// Limits a page to the requested number and to the bytes of an answer, and converts it to the
+    /// wire format.
     fn present(&self, dialog: DialogId, range: Range, limit: u32, page: &Page) -> HistoryPage {
         let mut budget = self.inner.limits.history_page_bytes;
         let mut fits = |message: &&StoredMessage| {
@@ -155,8 +157,9 @@ pub fn wire(dialog: DialogId, message: &StoredMessage) -> Message {
     }
 }
 
-/// Whether messages may be missing from a page that begins with `first`. While a slot lacks some, this is the case for every page
-/// except one within the generation that began with the loss, without its first message.
+/// Whether messages may be missing from a page that begins with `first`. While a slot lacks some,
+/// this is the case for every page except one within the generation that began with the loss,
+/// without its first message.
 fn may_lack(slot: &SlotView, range: Range, first: Option<Seq>, more: bool) -> bool {
     let begins_within = match (range, first) {
         (_, None) => false,
@@ -167,11 +170,12 @@ fn may_lack(slot: &SlotView, range: Range, first: Option<Seq>, more: bool) -> bo
     !(slot.complete || begins_within && of_this_generation)
 }
 
-/// Whether a page is complete: seqs are consecutive, so a gap is visible. `limit` is the number of messages that the shard was asked for.
+/// Whether a page is complete: seqs are consecutive, so a gap is visible. `limit` is the number of
+/// messages that the shard was asked for.
 fn is_contiguous(page: &Page, range: Range, limit: u32) -> bool {
     let seqs: Vec<Seq> = page.messages.iter().map(|message| message.seq).collect();
-    // While a shard that was declared down holds some of the messages, gaps are known and reported in the answer; messages stored
-    // after the loss have none.
+    // While a shard that was declared down holds some of the messages, gaps are known and reported
+    // in the answer; messages stored after the loss have none.
     if let Some(view) = page.slot.as_ref().filter(|view| !view.complete) {
         return seqs.windows(2).all(|pair| {
             let since = pair[0].generation() >= view.generation;
@@ -189,7 +193,8 @@ fn is_contiguous(page: &Page, range: Range, limit: u32) -> bool {
             Range::Before(before) => {
                 let reaches = match seqs.last() {
                     Some(last) => before.follows(*last) || *last == page.last_seq,
-                    // There are no messages below: the dialog is empty, or the bound is not above its first message.
+                    // There are no messages below: the dialog is empty, or the bound is not above
+                    // its first message.
                     None => page.last_seq == Seq::ZERO || before <= Seq::ZERO.next(0),
                 };
                 reaches && (!short || from_the_start)

@@ -16,8 +16,8 @@ impl Messages {
     /// A page of the dialogs of `me`, newest first, from all shards together.
     ///
     /// # Errors
-    /// [`RequestError`]. A shard that does not answer, or that was declared down and holds a part of its own, is no error: its name is
-    /// in `incomplete`.
+    /// [`RequestError`]. A shard that does not answer, or that was declared down and holds a part
+    /// of its own, is no error: its name is in `incomplete`.
     pub async fn inbox(
         &self,
         me: UserId,
@@ -56,7 +56,8 @@ impl Messages {
                 }
             }
             gathered.add(parts);
-            // Missing slots may have moved between two of the answers, or belong to a shard that does not answer.
+            // Missing slots may have moved between two of the answers, or belong to a shard that
+            // does not answer.
             let lies_there = |slot: Slot| match self.inner.cluster.known_owner(slot) {
                 Some(shard) => incomplete.iter().any(|name| name == shard.name()),
                 None => !incomplete.is_empty(),
@@ -93,8 +94,8 @@ fn parse_cursor(cursor: &str) -> Result<InboxCursor, RequestError> {
     ))
 }
 
-/// The parts of an inbox, merged slot by slot: the rows of each slot come from one answer, whichever shards have answered
-/// for it meanwhile.
+/// The parts of an inbox, merged slot by slot: the rows of each slot come from one answer,
+/// whichever shards have answered for it meanwhile.
 #[derive(Default)]
 struct Gathered {
     covered: SlotSet,
@@ -103,8 +104,8 @@ struct Gathered {
 }
 
 impl Gathered {
-    /// Takes each slot that is not covered yet from its owner, or, if there is none, from the shard where it is sealed: no owner had
-    /// taken it over when this request began.
+    /// Takes each slot that is not covered yet from its owner, or, if there is none, from the shard
+    /// where it is sealed: no owner had taken it over when this request began.
     fn add(&mut self, parts: Vec<ShardInbox>) {
         let mut parts: Vec<(ServedSlots, Vec<InboxRow>)> = parts
             .into_iter()
@@ -206,7 +207,8 @@ mod tests {
         let (others, the_slot) = (set(&|slot| slot != theirs), set(&|slot| slot == theirs));
         for (parts, missing, rows) in [
             (vec![part(all.clone(), none.clone(), 5)], 0, vec![5]),
-            // It moved between the two answers, so both shards report to own it: one of them is taken.
+            // It moved between the two answers, so both shards report to own it: one of them is
+            // taken.
             (
                 vec![
                     part(all.clone(), none.clone(), 5),
@@ -226,7 +228,8 @@ mod tests {
             ),
             // Sealed, and not taken over yet.
             (vec![part(others.clone(), the_slot, 5)], 0, vec![5]),
-            // Not owned by the shard that answered: it has no rows of the slot, which is read again from another shard.
+            // Not owned by the shard that answered: it has no rows of the slot, which is read again
+            // from another shard.
             (vec![part(others.clone(), none.clone(), 5)], 1, vec![]),
         ] {
             let mut gathered = Gathered::default();

@@ -1,7 +1,8 @@
-//! Reads the last seqs of dialogs: of a list of dialogs, or of the dialogs of users with recent messages.
+//! Reads the last seqs of dialogs: of a list of dialogs, or of the dialogs of users with recent
+//! messages.
 //!
-//! While a shard answers a query, further queries for it gather and are combined: thousands of clients that reconnect at once
-//! cause a few large queries.
+//! While a shard answers a query, further queries for it gather and are combined: thousands of
+//! clients that reconnect at once cause a few large queries.
 
 use crate::cluster::{Cluster, OwnerRetry};
 use crate::domain::dialog::{DialogId, Seq, UserId};
@@ -70,7 +71,8 @@ impl LastSeqReader {
         }
     }
 
-    /// The last seqs of these dialogs. Those on shards that do not answer are missing, and the shards named.
+    /// The last seqs of these dialogs. Those on shards that do not answer are missing, and the
+    /// shards named.
     pub async fn of_dialogs(&self, dialogs: &[DialogId]) -> KnownLastSeqs {
         let cluster = &self.inner.cluster;
         let mut left: BTreeSet<DialogId> = dialogs.iter().copied().collect();
@@ -104,7 +106,8 @@ impl LastSeqReader {
                     .collect();
                 for dialog in part {
                     let slot = Slot::of(*dialog);
-                    // The target of a sealed slot may own it already. If no shard answers as its owner, the source is right.
+                    // The target of a sealed slot may own it already. If no shard answers as its
+                    // owner, the source is right.
                     let counts = answer.slots.owned.contains(slot)
                         || (retry.is_last() && answer.slots.sealed.contains(slot));
                     if counts {
@@ -125,7 +128,8 @@ impl LastSeqReader {
         known
     }
 
-    /// The dialogs of these users with messages that are younger than `within`. Shards that do not answer are named.
+    /// The dialogs of these users with messages that are younger than `within`. Shards that do not
+    /// answer are named.
     pub async fn of_users(&self, users: &[UserId], within: Duration) -> KnownLastSeqs {
         let mut known = KnownLastSeqs::default();
         let mut retry = OwnerRetry::default();
@@ -152,7 +156,8 @@ impl LastSeqReader {
                     of_ours && u128::try_from(micros).unwrap_or(0) <= within.as_micros()
                 };
                 for head in answer.dialogs.iter().filter(ours) {
-                    // Two shards may answer for a slot that is changing hands: the higher seq is right.
+                    // Two shards may answer for a slot that is changing hands: the higher seq is
+                    // right.
                     let before = known.of.get(&head.dialog).map(|known| known.last_seq);
                     if before.is_none_or(|before: Seq| before < head.last_seq) {
                         known.of.insert(head.dialog, head.clone());

@@ -1,5 +1,6 @@
-//! Sends, history, inboxes and read marks: what sessions and REST call. The write path in reading order: [`Dispatch`] routes a
-//! message to the queue of its slot, a [`writer`] per shard batches the queues into transactions.
+//! Sends, history, inboxes and read marks: what sessions and REST call. The write path in reading
+//! order: [`Dispatch`] routes a message to the queue of its slot, a [`writer`] per shard batches
+//! the queues into transactions.
 
 pub mod slot_queue;
 mod concurrency;

@@ -1,4 +1,5 @@
-//! Requests for the same page share one read, as long as it has not begun: a read that has begun may not see the latest message.
+//! Requests for the same page share one read, as long as it has not begun: a read that has begun
+//! may not see the latest message.
 
 use crate::domain::dialog::{DialogId, UserId};
 use crate::metrics::Metrics;
@@ -40,7 +41,8 @@ impl PendingReads {
                     key: key.clone(),
                 };
                 let page = async move {
-                    // The permit comes when a connection is free: until then other requests may join.
+                    // The permit comes when a connection is free: until then other requests may
+                    // join.
                     let permit = shard.read_permit(Some(payer)).await;
                     drop(begins);
                     let permit = permit?;
@@ -49,7 +51,8 @@ impl PendingReads {
                     page.map(Arc::new)
                 };
                 let page = page.boxed().shared();
-                // Weak: when all requests that wait are dropped, so is the read, and its place in the queue.
+                // Weak: when all requests that wait are dropped, so is the read, and its place in
+                // the queue.
                 if let Some(weak) = page.downgrade() {
                     waiting.insert(key, weak);
                 }
@@ -60,7 +63,8 @@ impl PendingReads {
     }
 }
 
-/// Removes a read from the list when it begins, and when all requests that wait for it were dropped.
+/// Removes a read from the list when it begins, and when all requests that wait for it were
+/// dropped.
 struct LeavesList {
     pages: PendingReads,
     key: PageKey,

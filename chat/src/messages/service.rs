@@ -122,8 +122,9 @@ impl Messages {
         &self.inner.cluster
     }
 
-    /// Stores a message of `me` to `to`. Invalid requests are refused at once; otherwise the message is in the queue when this
-    /// returns, and `answer` is called once, when the send is settled. It must not block.
+    /// Stores a message of `me` to `to`. Invalid requests are refused at once; otherwise the
+    /// message is in the queue when this returns, and `answer` is called once, when the send is
+    /// settled. It must not block.
     ///
     /// # Errors
     /// [`RequestError`]. After a retryable one the same key may be sent again.
@@ -209,8 +210,9 @@ impl Messages {
         self.inner.dispatch.remote_message(dialog, seq);
     }
 
-    /// Marks the dialog of `me` with `with` as read up to `seq`: forward only, and not beyond the last message. A mark that has
-    /// moved is delivered to both users. Of several marks within a moment the highest is stored.
+    /// Marks the dialog of `me` with `with` as read up to `seq`: forward only, and not beyond the
+    /// last message. A mark that has moved is delivered to both users. Of several marks within a
+    /// moment the highest is stored.
     ///
     /// # Errors
     /// [`RequestError`].

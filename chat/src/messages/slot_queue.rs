@@ -1,8 +1,10 @@
-//! The queue of a slot: its sends in the order of their arrival, and its read marks. It stays with the slot when the slot moves.
+//! The queue of a slot: its sends in the order of their arrival, and its read marks. It stays with
+//! the slot when the slot moves.
 //!
-//! A slot is idle, ready for a writer to take from, in flight with a writer, or buffered because its owner is not known.
-//! It is in one of these states at a time. So its sends are stored in order, by one transaction after the other, and a read mark
-//! is never published after a higher one.
+//! A slot is idle, ready for a writer to take from, in flight with a writer, or buffered because
+//! its owner is not known. It is in one of these states at a time. So its sends are stored in
+//! order, by one transaction after the other, and a read mark is never published after a higher
+//! one.
 
 use crate::domain::dialog::{DialogId, UserId};
 use crate::domain::slot::Slot;
@@ -66,7 +68,8 @@ impl MarkJob {
     }
 }
 
-/// The receiver of an answer, with a deadline. If it is dropped without an answer, it answers with a timeout.
+/// The receiver of an answer, with a deadline. If it is dropped without an answer, it answers with
+/// a timeout.
 pub struct Reply<T> {
     /// After this the answer is a timeout.
     pub deadline: Instant,
@@ -258,8 +261,9 @@ impl SlotQueue {
         }
     }
 
-    /// Takes sends and read marks of a slot that is ready, until there are `most` of each in `into`. The slot is in flight from now on,
-    /// until [`SlotQueue::landed`]. `false` if it has more sends than `into` has room for.
+    /// Takes sends and read marks of a slot that is ready, until there are `most` of each in
+    /// `into`. The slot is in flight from now on, until [`SlotQueue::landed`]. `false` if it has
+    /// more sends than `into` has room for.
     pub fn take_off(&mut self, most: Most, into: &mut Taken) -> bool {
         self.stage = Stage::InFlight;
         while let Some(job) = self.jobs.front()
@@ -281,7 +285,8 @@ impl SlotQueue {
         }
     }
 
-    /// Takes the read marks of a slot without sends, as [`SlotQueue::take_off`]; `false` if it has sends meanwhile.
+    /// Takes the read marks of a slot without sends, as [`SlotQueue::take_off`]; `false` if it has
+    /// sends meanwhile.
     #[must_use]
     pub fn take_marks_off(&mut self, most: usize, into: &mut Taken) -> bool {
         let gathering = self.stage == Stage::Gathering;
@@ -292,7 +297,8 @@ impl SlotQueue {
         gathering
     }
 
-    /// The requests in flight are processed; `refused` are, in order, those whose shard does not own the slot.
+    /// The requests in flight are processed; `refused` are, in order, those whose shard does not
+    /// own the slot.
     #[must_use]
     pub fn landed(&mut self, refused: Taken, now: Instant) -> Then {
         let buffered = !refused.jobs.is_empty() || !refused.marks.is_empty();
@@ -323,8 +329,8 @@ impl SlotQueue {
         Then::TellWriter
     }
 
-    /// Takes out requests that have been buffered since before `buffered_before`, or whose deadline is over; `true` if the queue is empty
-    /// and the slot idle.
+    /// Takes out requests that have been buffered since before `buffered_before`, or whose deadline
+    /// is over; `true` if the queue is empty and the slot idle.
     pub fn give_up(&mut self, buffered_before: Instant, now: Instant, into: &mut Taken) -> bool {
         let (late, kept) = std::mem::take(&mut self.jobs)
             .into_iter()
@@ -347,7 +353,8 @@ impl SlotQueue {
         idle
     }
 
-    /// Takes out all requests, because no shard can process them. The caller drops them without the lock; that answers them.
+    /// Takes out all requests, because no shard can process them. The caller drops them without the
+    /// lock; that answers them.
     #[must_use]
     pub fn give_all_up(&mut self) -> Self {
         std::mem::take(self)

@@ -1,9 +1,10 @@
 //! Batches the sends for one shard into transactions.
 //!
-//! A writer is one task. While its transactions are in flight, sends of other slots are queued, so batches size themselves: an
-//! idle writer adds no delay, a busy one spreads the cost of a commit over many sends. The number of transactions in flight
-//! (`concurrency`) and the delay between two of them (`commit_delay`) are measured. Read marks go with the next batch of sends, or
-//! in a transaction of their own a moment later.
+//! A writer is one task. While its transactions are in flight, sends of other slots are queued, so
+//! batches size themselves: an idle writer adds no delay, a busy one spreads the cost of a commit
+//! over many sends. The number of transactions in flight (`concurrency`) and the delay between two
+//! of them (`commit_delay`) are measured. Read marks go with the next batch of sends, or in a
+//! transaction of their own a moment later.
 
 use crate::config;
 use crate::domain::dialog::{DialogId, UserId};
@@ -86,7 +87,8 @@ enum Ready {
 }
 
 impl Writer {
-    /// Starts the writer on the database runtime. It ends when the last clone is dropped and no slot is ready or in flight.
+    /// Starts the writer on the database runtime. It ends when the last clone is dropped and no
+    /// slot is ready or in flight.
     #[must_use]
     pub fn start(
         shard: Shard,
@@ -220,7 +222,8 @@ impl Work {
         }
     }
 
-    /// When the next transaction may begin, if there is one; when `closed`, read marks do not wait for sends.
+    /// When the next transaction may begin, if there is one; when `closed`, read marks do not wait
+    /// for sends.
     fn due(&self, closed: bool) -> Option<Instant> {
         let may = self.delay.until();
         if !self.ready.is_empty() {
@@ -254,7 +257,8 @@ impl Work {
             let Some((_, slot)) = self.gathering.pop_front() else {
                 break;
             };
-            // Sends may have been queued for the slot meanwhile, and have taken its read marks with them.
+            // Sends may have been queued for the slot meanwhile, and have taken its read marks with
+            // them.
             if self
                 .shared
                 .queues
@@ -275,7 +279,8 @@ impl Work {
         }
         let (line, begun) = (self.line.clone(), Instant::now());
         self.in_flight_batches.push(Box::pin(async move {
-            // After a panic in there, too, the slots go on, and dropped requests are answered with a timeout.
+            // After a panic in there, too, the slots go on, and dropped requests are answered with
+            // a timeout.
             let outcomes = AssertUnwindSafe(line.carry_out(taken)).catch_unwind().await;
             Landed {
                 slots,
@@ -293,7 +298,8 @@ impl Work {
         if landed.rows > 0 {
             let waiting = landed.waited_for || !self.ready.is_empty();
             self.in_flight.ended(landed.rows, waiting, now);
-            // A batch that was refused at once or timed out says nothing about the duration of a transaction.
+            // A batch that was refused at once or timed out says nothing about the duration of a
+            // transaction.
             if landed.outcomes.sends.iter().any(|(_, sent)| sent.is_ok()) {
                 self.delay.ended(landed.rows, landed.took, now);
             }
@@ -353,8 +359,8 @@ impl Work {
         } else {
             metrics.stored.inc();
         }
-        // A repeat is delivered again: the instance that stored it may have died before it published it. Receivers that have the
-        // message know it by its seq.
+        // A repeat is delivered again: the instance that stored it may have died before it
+        // published it. Receivers that have the message know it by its seq.
         (self.shared.on_commit)(Committed::Message(Stored {
             message: &job.message,
             place,
@@ -403,7 +409,8 @@ impl Line {
         outcomes
     }
 
-    /// Removes from `marks` those that were stored with the sends; sets `suspect` if others of them may have been stored.
+    /// Removes from `marks` those that were stored with the sends; sets `suspect` if others of them
+    /// may have been stored.
     async fn store_all(
         &self,
         jobs: Vec<Job>,
@@ -502,8 +509,8 @@ impl Line {
         }
     }
 
-    /// A transaction, repeated as a whole while that is safe and there is time. The keys stay the same, so that a commit without
-    /// an answer is found and not stored twice.
+    /// A transaction, repeated as a whole while that is safe and there is time. The keys stay the
+    /// same, so that a commit without an answer is found and not stored twice.
     async fn store(
         &self,
         batch: &Arc<Vec<NewMessage>>,
@@ -525,7 +532,8 @@ impl Line {
     /// Waits until a failed transaction may be tried again.
     async fn again(&self, e: ShardError, deadline: Option<Instant>) -> Result<(), ShardError> {
         let pause = match &e {
-            // Nothing is written. A machine under full load opens connections slowly: requests with time left are not refused for that.
+            // Nothing is written. A machine under full load opens connections slowly: requests with
+            // time left are not refused for that.
             ShardError::Busy(_) | ShardError::Failed(_, StoreError::Conflict(_)) => CONFLICT_PAUSE,
             ShardError::Failed(_, StoreError::Lost(_)) => {
                 self.seq_cache.clear();
@@ -555,7 +563,8 @@ impl Line {
         Ok(())
     }
 
-    /// Stores the batch in one round trip with the remembered state. If the shard's state differs, a second attempt reads it under locks.
+    /// Stores the batch in one round trip with the remembered state. If the shard's state differs,
+    /// a second attempt reads it under locks.
     async fn attempt(
         &self,
         batch: &Arc<Vec<NewMessage>>,

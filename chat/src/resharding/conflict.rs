@@ -1,10 +1,11 @@
-//! Two topologies that are proposed at the same time can each be accepted by some shards. The winner is decided by the topologies
-//! stored in the shards, never by the instance that checks: one that may have taken effect must not be lost, because slots may
-//! have been claimed under it.
+//! Two topologies that are proposed at the same time can each be accepted by some shards. The
+//! winner is decided by the topologies stored in the shards, never by the instance that checks: one
+//! that may have taken effect must not be lost, because slots may have been claimed under it.
 //!
-//! A topology is in effect when every shard that it does not declare down has accepted it, and a shard accepts only descendants of
-//! its own. So a topology that a competing one has blocked on one of its shards can never take effect. If both may have taken effect,
-//! they have a shard in common that has accepted neither, because each keeps more than half of the active shards
+//! A topology is in effect when every shard that it does not declare down has accepted it, and a
+//! shard accepts only descendants of its own. So a topology that a competing one has blocked on one
+//! of its shards can never take effect. If both may have taken effect, they have a shard in common
+//! that has accepted neither, because each keeps more than half of the active shards
 //! (`Topology::next`); that shard decides.
 
 use crate::domain::topology::Phase;
@@ -20,9 +21,11 @@ pub type Found = BTreeMap<String, (Meta, Topology)>;
 pub enum Resolution {
     /// One topology descends from all others.
     Agreed(Meta, Topology),
-    /// This topology is to be installed: it descends from all others and has the content of the one that may be in effect.
+    /// This topology is to be installed: it descends from all others and has the content of the one
+    /// that may be in effect.
     Settle(Meta, Topology),
-    /// Several may be in effect. This shard has none of them yet; the one that it accepts first wins.
+    /// Several may be in effect. This shard has none of them yet; the one that it accepts first
+    /// wins.
     Ask(String, Meta),
     /// Several may be in effect. One of these shards must answer first.
     Wait(Vec<String>),
@@ -174,7 +177,8 @@ mod tests {
             assert_eq!(resolution, Resolution::Agreed(meta, topology));
         }
 
-        // Both shards that the first one needs have it: it is in effect, and the one that `a` accepted instead never is.
+        // Both shards that the first one needs have it: it is in effect, and the one that `a`
+        // accepted instead never is.
         let kept = |shards: &[(&str, &(Meta, Topology))], of: &Topology| {
             let Some(Resolution::Settle(meta, topology)) = decide(&found(shards)) else {
                 panic!("{:?}", decide(&found(shards)));

@@ -1,5 +1,6 @@
-//! The coordinator carries a topology out: failover, then moves, merges and purges, in rounds. Each round begins with a read of all rows
-//! of all shards. Steps that an instance leaves unfinished are continued by the next round of any instance.
+//! The coordinator carries a topology out: failover, then moves, merges and purges, in rounds. Each
+//! round begins with a read of all rows of all shards. Steps that an instance leaves unfinished are
+//! continued by the next round of any instance.
 
 use super::failover::{self, Rows, owner_of};
 use super::install;
@@ -128,7 +129,8 @@ impl Coordinator {
         }
     }
 
-    /// Reads the state of all shards and performs the next steps. `true` if the next round should follow at once.
+    /// Reads the state of all shards and performs the next steps. `true` if the next round should
+    /// follow at once.
     async fn round(
         &self,
         lease: &mut CoordinatorLease,
@@ -179,7 +181,8 @@ impl Coordinator {
         busy |= self.purge(&view, &rows).await;
         if !busy {
             let report = self.progress.report();
-            // The slots of a shard that does not answer are not known, so they are not counted as left.
+            // The slots of a shard that does not answer are not known, so they are not counted as
+            // left.
             let done = report.slots_left == 0 && report.slots_to_merge == 0 && silent.is_empty();
             *quiet = done.then(Instant::now);
             self.progress.stage(
@@ -191,7 +194,8 @@ impl Coordinator {
         Ok(busy)
     }
 
-    /// Claims the slots of shards that are declared down; once every slot has an owner, ends the phase.
+    /// Claims the slots of shards that are declared down; once every slot has an owner, ends the
+    /// phase.
     async fn failover(
         &self,
         view: &TopologyView,
@@ -233,7 +237,8 @@ impl Coordinator {
         }
     }
 
-    /// Finishes steps that another instance left unfinished: sealed slots are resolved by evidence, abandoned copies are cancelled.
+    /// Finishes steps that another instance left unfinished: sealed slots are resolved by evidence,
+    /// abandoned copies are cancelled.
     async fn settle(&self, view: &TopologyView, rows: &Rows) -> bool {
         let mut busy = false;
         for (name, of_shard) in rows {
@@ -251,7 +256,8 @@ impl Coordinator {
                         settled.map(|_| true)
                     }
                     (SlotState::Incoming, from) => {
-                        // A copy that no instance continues: its source may have changed hands since.
+                        // A copy that no instance continues: its source may have changed hands
+                        // since.
                         let sealed_for_it = from
                             .and_then(|from| rows.get(from.name()))
                             .is_none_or(|source| source[slot.index()].is_sealed(name, row.term));
@@ -344,7 +350,8 @@ impl Coordinator {
             .await
     }
 
-    /// Records at the owners which shards have no messages of their own any more: merged ones and forgotten ones.
+    /// Records at the owners which shards have no messages of their own any more: merged ones and
+    /// forgotten ones.
     async fn record_merged(&self, view: &TopologyView, rows: &Rows) -> bool {
         let mut steps = Vec::new();
         for slot in Slot::all() {
@@ -478,7 +485,8 @@ impl Coordinator {
     }
 }
 
-/// The slots whose owner is not their target, by owner and target. A slot whose messages are to be merged waits.
+/// The slots whose owner is not their target, by owner and target. A slot whose messages are to be
+/// merged waits.
 fn slots_to_move(view: &TopologyView, rows: &Rows) -> BTreeMap<(String, String), Vec<Slot>> {
     let mut by_pair = BTreeMap::<(String, String), Vec<Slot>>::new();
     for slot in Slot::all() {
@@ -498,7 +506,8 @@ fn slots_to_move(view: &TopologyView, rows: &Rows) -> BTreeMap<(String, String),
     by_pair
 }
 
-/// All rows of the shards that answer, as evidence under the view's topology, and the names of the shards that do not answer.
+/// All rows of the shards that answer, as evidence under the view's topology, and the names of the
+/// shards that do not answer.
 async fn read_rows(view: &TopologyView) -> (Rows, Vec<String>) {
     let mut rows = Rows::new();
     let mut silent: Vec<String> = view.unconfigured().map(str::to_owned).collect();

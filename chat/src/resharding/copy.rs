@@ -44,7 +44,8 @@ impl Reader {
     /// The next chunk; `None` at the end.
     ///
     /// # Errors
-    /// [`MoveError::Shard`]; [`MoveError::Differs`] where the source lacks a message below a dialog's last seq.
+    /// [`MoveError::Shard`]; [`MoveError::Differs`] where the source lacks a message below a
+    /// dialog's last seq.
     pub async fn next(&mut self) -> Result<Option<Piece>, MoveError> {
         if self.group.is_empty() {
             self.group.extend(self.rest.by_ref().take(DIALOGS_AT_ONCE));
@@ -67,8 +68,8 @@ impl Reader {
         Ok(Some(Piece { above, chunk }))
     }
 
-    /// The dialog rows that may be written with these messages. A last seq is written when all messages up to it are there, so
-    /// that the target has no gap below it.
+    /// The dialog rows that may be written with these messages. A last seq is written when all
+    /// messages up to it are there, so that the target has no gap below it.
     fn advance(&mut self, messages: &[CopiedMessage]) -> Vec<DialogRow> {
         let mut reached = Vec::new();
         for (at, row) in &mut self.group {

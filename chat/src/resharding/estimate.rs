@@ -40,7 +40,8 @@ pub struct Plan {
     pub moves: Vec<(String, String, Amount)>,
     /// Messages by shard, before and after.
     pub shares: BTreeMap<String, (u64, u64)>,
-    /// Slots of shards that are declared down by it, which others would claim without their history.
+    /// Slots of shards that are declared down by it, which others would claim without their
+    /// history.
     pub claimed: u64,
     /// Shards that do not answer: its rows are not counted.
     pub silent: Vec<String>,
@@ -135,7 +136,8 @@ async fn slot_sizes(
     (sizes, silent)
 }
 
-/// The estimated duration of these moves, in seconds: by slots or by messages, whichever takes longer.
+/// The estimated duration of these moves, in seconds: by slots or by messages, whichever takes
+/// longer.
 fn seconds<'a>(moves: impl Iterator<Item = &'a Amount>) -> f64 {
     let (slots, messages) = moves.fold((0, 0), |(slots, messages), amount| {
         (slots + amount.slots, messages + amount.messages)

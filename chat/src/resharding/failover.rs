@@ -16,8 +16,8 @@ pub type Rows = BTreeMap<String, Vec<SlotRow>>;
 /// Steps that are taken at once.
 pub const AT_ONCE: usize = 16;
 
-/// Claims the slots that have no owner by `rows`, which must be those of all live shards. `true` if there was nothing to do: every
-/// slot has an owner, or moves between live shards.
+/// Claims the slots that have no owner by `rows`, which must be those of all live shards. `true` if
+/// there was nothing to do: every slot has an owner, or moves between live shards.
 ///
 /// # Errors
 /// [`MoveError`] of the first step that failed: read all rows again, and repeat.

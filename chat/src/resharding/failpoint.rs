@@ -1,4 +1,5 @@
-//! Places at which a test makes the process die or stop: `CHAT_FAILPOINTS=sealed=kill@3,copied=stop@1`.
+//! Places at which a test makes the process die or stop:
+//! `CHAT_FAILPOINTS=sealed=kill@3,copied=stop@1`.
 //!
 //! Without that variable a place costs one load of a pointer. It is read once.
 

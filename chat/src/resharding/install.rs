@@ -1,7 +1,9 @@
-//! Installs a topology: on every shard that it does not declare down, in name order, each in its own transaction.
+//! Installs a topology: on every shard that it does not declare down, in name order, each in its
+//! own transaction.
 //!
-//! If an instance dies halfway, the next one to check finishes the installation. Of two topologies that are proposed at the same
-//! time a shard accepts one; the instance whose topology loses begins again.
+//! If an instance dies halfway, the next one to check finishes the installation. Of two topologies
+//! that are proposed at the same time a shard accepts one; the instance whose topology loses begins
+//! again.
 
 use super::conflict::{self, Resolution};
 use super::failpoint::failpoint;
@@ -122,7 +124,8 @@ pub async fn pause(cluster: &Cluster, paused: bool) -> Result<(), InstallError> 
     ))
 }
 
-/// Installs `next` as the successor of the topology of `view`; `None` if another instance was faster.
+/// Installs `next` as the successor of the topology of `view`; `None` if another instance was
+/// faster.
 async fn install(
     cluster: &Cluster,
     view: &TopologyView,
@@ -141,7 +144,8 @@ async fn install(
         topology: next.to_json(),
     };
     failpoint("installing");
-    // New databases become shards of this service first, without slots. From then on an empty database of a shard was wiped.
+    // New databases become shards of this service first, without slots. From then on an empty
+    // database of a shard was wiped.
     for name in next
         .live()
         .filter(|name| !view.topology.shards.contains_key(*name))
@@ -238,7 +242,8 @@ fn foreign(shard: &Shard, there: &Meta) -> InstallError {
     ))
 }
 
-/// Every shard that the next topology does not declare down must answer, and be the database that it is expected to be.
+/// Every shard that the next topology does not declare down must answer, and be the database that
+/// it is expected to be.
 async fn check_members(
     cluster: &Cluster,
     view: &TopologyView,
@@ -282,8 +287,8 @@ async fn check_members(
     Ok(())
 }
 
-/// Reads the topologies of all shards, adopts the one that descends from all others, and installs it where it is missing. If no
-/// topology does, see [`conflict`].
+/// Reads the topologies of all shards, adopts the one that descends from all others, and installs
+/// it where it is missing. If no topology does, see [`conflict`].
 ///
 /// # Errors
 /// [`InstallError`].
@@ -340,8 +345,8 @@ pub async fn catch_up(cluster: &Cluster) -> Result<(), InstallError> {
 
 /// The topologies that the shards have stored, by name of the shard.
 async fn stored_topologies(cluster: &Cluster, view: &TopologyView) -> Vec<(String, Meta)> {
-    // Shards that are declared down too: one that returns may have accepted a topology that the others do not know. But not
-    // those that were removed: their servers may be gone for good.
+    // Shards that are declared down too: one that returns may have accepted a topology that the
+    // others do not know. But not those that were removed: their servers may be gone for good.
     let mut asked = cluster.all_opened();
     asked.retain(|shard| !view.topology.retired.contains(shard.name()));
     let reads = asked.into_iter().map(|shard| async move {
@@ -357,7 +362,8 @@ async fn stored_topologies(cluster: &Cluster, view: &TopologyView) -> Vec<(Strin
         .collect()
 }
 
-/// Stores the topology in a shard that does not have it yet. A shard that is down gets it in a later round.
+/// Stores the topology in a shard that does not have it yet. A shard that is down gets it in a
+/// later round.
 async fn complete(cluster: &Cluster, name: &str, meta: &Meta) -> Result<(), InstallError> {
     let Some(shard) = cluster.opened_shard(name).filter(|shard| !shard.is_down()) else {
         return Ok(());

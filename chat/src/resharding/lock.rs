@@ -1,4 +1,5 @@
-//! The coordinator lock: a named lock at the first shard that answers. It only avoids duplicate work; correctness does not depend on it.
+//! The coordinator lock: a named lock at the first shard that answers. It only avoids duplicate
+//! work; correctness does not depend on it.
 
 use crate::cluster::TopologyView;
 use crate::store::CoordinatorLock;

@@ -1,4 +1,5 @@
-//! A shard that was declared down returns: the messages that only it has are merged into the owners of its slots.
+//! A shard that was declared down returns: the messages that only it has are merged into the owners
+//! of its slots.
 
 use super::copy::{cut, dialog_rows_at, messages_at};
 use super::failpoint::failpoint;
@@ -18,7 +19,8 @@ const CHUNK_ROWS: u32 = 500;
 /// The number of dialogs that one query reads.
 const DIALOGS_AT_ONCE: usize = 32;
 
-/// Merges all rows of a fenced slot at `from` into its owner, then releases the slot. Returns the number of messages read.
+/// Merges all rows of a fenced slot at `from` into its owner, then releases the slot. Returns the
+/// number of messages read.
 ///
 /// # Errors
 /// [`MoveError`]. Messages that were merged stay; the others are merged by the next attempt.

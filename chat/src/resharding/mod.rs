@@ -1,8 +1,9 @@
-//! Changes of the shard set while the service runs: an edit of `shards.toml` becomes a topology, a topology becomes slot moves.
+//! Changes of the shard set while the service runs: an edit of `shards.toml` becomes a topology, a
+//! topology becomes slot moves.
 //!
-//! Every instance follows its file and the topology in effect. One instance at a time holds the coordinator lock and carries a
-//! topology out; the lock avoids duplicate work, and safety does not depend on it: each step is a compare-and-set in a shard
-//! (`docs/SHARDING.md`).
+//! Every instance follows its file and the topology in effect. One instance at a time holds the
+//! coordinator lock and carries a topology out; the lock avoids duplicate work, and safety does not
+//! depend on it: each step is a compare-and-set in a shard (`docs/SHARDING.md`).
 
 mod failpoint;
 pub mod pace;

@@ -1,7 +1,7 @@
 //! Moves one slot from shard to shard, in the steps of `docs/SHARDING.md`.
 //!
-//! Everything up to the seal happens beside live traffic. From the seal to the activation the slot takes no writes; only the
-//! changes since the last pass are copied and compared then.
+//! Everything up to the seal happens beside live traffic. From the seal to the activation the slot
+//! takes no writes; only the changes since the last pass are copied and compared then.
 
 use super::copy::{Piece, Reader, dialog_rows_at, messages_at};
 use super::failpoint::failpoint;
@@ -154,7 +154,8 @@ impl Move {
         };
         let mut outcome = self.resolve_sealed(term).await?;
         if outcome == SealedOutcome::InProgress {
-            // Everything is compared again, within the time that a slot may be frozen; otherwise the attempt is undone.
+            // Everything is compared again, within the time that a slot may be frozen; otherwise
+            // the attempt is undone.
             match self.hand_over(sealed, term, &mut Done::new()).await {
                 Ok(_) => outcome = SealedOutcome::Completed,
                 Err(_) => {
@@ -183,7 +184,8 @@ impl Move {
         ))
     }
 
-    /// Undoes the attempt: at the target first; then, if the target does not expect the slot any more, at the source.
+    /// Undoes the attempt: at the target first; then, if the target does not expect the slot any
+    /// more, at the source.
     async fn take_back(&self, term: u64) {
         let cancel = Step::Cancel {
             from: self.from.name().to_owned(),
@@ -248,9 +250,11 @@ impl Move {
         }
     }
 
-    /// Copies what the source has now and the target has not; `until` bounds it while the slot is sealed.
+    /// Copies what the source has now and the target has not; `until` bounds it while the slot is
+    /// sealed.
     ///
-    /// A pipeline of three chunks: one is read, the one before is written, the one before that is read back and compared.
+    /// A pipeline of three chunks: one is read, the one before is written, the one before that is
+    /// read back and compared.
     async fn pass(
         &self,
         term: u64,

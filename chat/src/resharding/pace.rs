@@ -1,12 +1,13 @@
-//! The pace of moves, merges and purges: at full speed without live traffic, and slow enough to leave its latency alone
-//! with it.
+//! The pace of moves, merges and purges: at full speed without live traffic, and slow enough to
+//! leave its latency alone with it.
 
 use crate::store::Shard;
 use std::time::Duration;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-/// With live traffic, work is followed by a rest of this many times its duration: `REST`, and `REST_OF_STRAIN` for each multiple
-/// by which transactions of sends take longer than `UNFELT` times their usual duration.
+/// With live traffic, work is followed by a rest of this many times its duration: `REST`, and
+/// `REST_OF_STRAIN` for each multiple by which transactions of sends take longer than `UNFELT`
+/// times their usual duration.
 const REST: f64 = 1.0;
 const UNFELT: f64 = 1.05;
 const REST_OF_STRAIN: f64 = 20.0;
@@ -24,7 +25,8 @@ pub struct Pace {
 }
 
 impl Pace {
-    /// The duration of live transactions as a multiple of the usual one, at the shard with the highest; 0 without live traffic.
+    /// The duration of live transactions as a multiple of the usual one, at the shard with the
+    /// highest; 0 without live traffic.
     #[must_use]
     pub fn strain(&self, shards: &[&Shard]) -> f64 {
         if !self.throttle {

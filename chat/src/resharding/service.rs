@@ -47,7 +47,8 @@ pub struct Status {
 }
 
 impl Resharding {
-    /// Follows a file, of which `seen` was read, and carries topologies out, on the database runtime.
+    /// Follows a file, of which `seen` was read, and carries topologies out, on the database
+    /// runtime.
     #[must_use]
     pub fn start(
         cluster: &Cluster,

@@ -1,5 +1,6 @@
-//! Edits of `shards.toml`: seen by content, a few times a second. A watch on the file itself goes deaf when an editor saves by
-//! renaming, or when a mounted configuration is swapped. An edit counts once two reads in a row give the same.
+//! Edits of `shards.toml`: seen by content, a few times a second. A watch on the file itself goes
+//! deaf when an editor saves by renaming, or when a mounted configuration is swapped. An edit
+//! counts once two reads in a row give the same.
 
 use super::install::{self, InstallError};
 use crate::cluster::Cluster;
@@ -73,7 +74,8 @@ pub struct Watched {
 }
 
 impl Watched {
-    /// Watches a file whose content was `seen`: an edit between that read and the first one here counts like any other.
+    /// Watches a file whose content was `seen`: an edit between that read and the first one here
+    /// counts like any other.
     #[must_use]
     pub fn new(source: Source, seen: String) -> Self {
         Self {
@@ -109,7 +111,8 @@ pub(super) struct Follower {
 }
 
 impl Follower {
-    /// Proposes the content of the file when it has changed, and again while it waits. Runs for ever.
+    /// Proposes the content of the file when it has changed, and again while it waits. Runs for
+    /// ever.
     pub async fn run(self, source: Source, seen: String) {
         let env = |name: &str| std::env::var(name).ok();
         let parse = |text: &str| ShardsFile::parse(text, &env).map_err(|e| e.to_string());
@@ -146,7 +149,8 @@ impl Follower {
         }
     }
 
-    /// The state of a file without an edit: another instance may have installed another topology meanwhile, or this one again.
+    /// The state of a file without an edit: another instance may have installed another topology
+    /// meanwhile, or this one again.
     fn compared(&self, file: &ShardsFile) -> FileState {
         match self.cluster.view().topology.difference(&file.topology()) {
             None => FileState::InEffect,

@@ -1,5 +1,5 @@
-//! What a batch becomes, worked out without a database: which messages are stored under which seq, which are repeats, and
-//! which this shard may not take. Both stores write exactly what this says.
+//! What a batch becomes, worked out without a database: which messages are stored under which seq,
+//! which are repeats, and which this shard may not take. Both stores write exactly what this says.
 
 use super::{NewMark, NewMessage, Receipt, WriteOutcome};
 use crate::domain::dialog::{DialogId, Key, Seq, TextHash, Timestamp, UserId};
@@ -37,8 +37,8 @@ pub struct BatchPlan {
 }
 
 impl BatchPlan {
-    /// Plans a batch, given what was read under the locks: the rows of its `slots`, the `heads` (last seqs) of its dialogs,
-    /// the `keys` that are known to be stored, and the shard's time.
+    /// Plans a batch, given what was read under the locks: the rows of its `slots`, the `heads`
+    /// (last seqs) of its dialogs, the `keys` that are known to be stored, and the shard's time.
     #[must_use]
     pub fn new(
         batch: &[NewMessage],
@@ -116,21 +116,22 @@ impl BatchPlan {
         plan
     }
 
-    /// Neighbouring keys are inserted one after the other, and every transaction takes them in the same order.
+    /// Neighbouring keys are inserted one after the other, and every transaction takes them in the
+    /// same order.
     fn sort_rows(&mut self, batch: &[NewMessage]) {
         self.rows
             .sort_by_key(|row| (batch[row.index].slot, batch[row.index].dialog, row.seq));
     }
 }
 
-/// A batch whose seqs are worked out before the shard is asked. The shard stores it in one round trip, and only if everything
-/// that it was worked out from is so.
+/// A batch whose seqs are worked out before the shard is asked. The shard stores it in one round
+/// trip, and only if everything that it was worked out from is so.
 #[derive(Debug)]
 pub struct Draft {
     /// The term under which each slot of the batch must be owned.
     pub terms: BTreeMap<Slot, Term>,
-    /// The last seqs that dialogs must have. Of other dialogs the shard gives the seqs: theirs are numbered here from the
-    /// beginning of the generation, and shifted by [`Draft::settle`].
+    /// The last seqs that dialogs must have. Of other dialogs the shard gives the seqs: theirs are
+    /// numbered here from the beginning of the generation, and shifted by [`Draft::settle`].
     pub expected: HashMap<DialogId, Seq>,
     /// What to store.
     pub plan: BatchPlan,
@@ -139,7 +140,8 @@ pub struct Draft {
 }
 
 impl Draft {
-    /// Works out a batch from the `terms` of all its slots and the `expected` last seqs of some of its dialogs.
+    /// Works out a batch from the `terms` of all its slots and the `expected` last seqs of some of
+    /// its dialogs.
     #[must_use]
     pub fn new(
         batch: &[NewMessage],
@@ -166,8 +168,8 @@ impl Draft {
         last.get() - Seq::beginning(generation).get()
     }
 
-    /// What became of the batch, once it is stored: `now` by the shard's clock, and the `last` seqs that the shard gave to
-    /// dialogs whose were not expected.
+    /// What became of the batch, once it is stored: `now` by the shard's clock, and the `last` seqs
+    /// that the shard gave to dialogs whose were not expected.
     #[must_use]
     pub fn settle(
         self,

@@ -1,7 +1,9 @@
-//! What changes of the shard set ask of a database: topologies, rows of slots, copies, merges, purges.
+//! What changes of the shard set ask of a database: topologies, rows of slots, copies, merges,
+//! purges.
 //!
-//! Every step holds the lock of the row it changes and a shared lock on `meta`, and is only taken under the topology that it
-//! was decided by. What a step does to a row is not decided here but by [`SlotRow::after`].
+//! Every step holds the lock of the row it changes and a shared lock on `meta`, and is only taken
+//! under the topology that it was decided by. What a step does to a row is not decided here but by
+//! [`SlotRow::after`].
 
 use super::{Acceptance, Meta, ShardIdentity, StoreError, corrupt};
 use crate::domain::dialog::{DialogId, Key, Seq, TextHash, Timestamp, UserId};
@@ -31,7 +33,8 @@ pub struct CopiedMessage {
     pub text: String,
     /// When it was stored.
     pub at: Timestamp,
-    /// The seq of the message with the same key, where a shard that was wrongly declared down had stored it too.
+    /// The seq of the message with the same key, where a shard that was wrongly declared down had
+    /// stored it too.
     pub duplicate_of: Option<Seq>,
 }
 
@@ -59,7 +62,8 @@ pub struct Membership {
     pub joined_at: Timestamp,
 }
 
-/// A part of a slot on its way: messages in key order, and the heads of their dialogs as far as they are copied.
+/// A part of a slot on its way: messages in key order, and the heads of their dialogs as far as
+/// they are copied.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Chunk {
     /// In key order.
@@ -92,7 +96,8 @@ pub struct SlotSize {
     pub bytes: u64,
 }
 
-/// The turn to change shards: with it an instance saves the others' work; safety never rests on it. Dropped, it is free.
+/// The turn to change shards: with it an instance saves the others' work; safety never rests on it.
+/// Dropped, it is free.
 #[async_trait]
 pub trait CoordinatorLock: Send + Sync {
     /// Says that we are still there.
@@ -105,12 +110,12 @@ pub trait CoordinatorLock: Send + Sync {
 /// What changes of the shard set ask of a shard's database.
 #[async_trait]
 pub trait Control: Send + Sync + 'static {
-    /// Offers a topology; see [`Meta::offered`]. With [`Acceptance::Accept`] it is in effect here, and this shard fenced if
-    /// that was asked for, in one transaction.
+    /// Offers a topology; see [`Meta::offered`]. With [`Acceptance::Accept`] it is in effect here,
+    /// and this shard fenced if that was asked for, in one transaction.
     async fn accept(&self, identity: &ShardIdentity, new: &Meta) -> Result<Acceptance, StoreError>;
 
-    /// The rows of all slots, or of `only` one, ascending. With `doc` they are evidence: read while the shard had that
-    /// topology.
+    /// The rows of all slots, or of `only` one, ascending. With `doc` they are evidence: read while
+    /// the shard had that topology.
     async fn rows(
         &self,
         identity: &ShardIdentity,
@@ -118,8 +123,8 @@ pub trait Control: Send + Sync + 'static {
         only: Option<Slot>,
     ) -> Result<Vec<SlotRow>, StoreError>;
 
-    /// Takes a step with a slot's row, in one transaction under the locks of the topology and of the row, and returns the row
-    /// after it.
+    /// Takes a step with a slot's row, in one transaction under the locks of the topology and of
+    /// the row, and returns the row after it.
     async fn step(
         &self,
         identity: &ShardIdentity,
@@ -144,8 +149,8 @@ pub trait Control: Send + Sync + 'static {
         limit: u32,
     ) -> Result<Vec<CopiedMessage>, StoreError>;
 
-    /// Adds a part to a slot that is incoming from `from` under `term`: what is there already stays, heads and read marks only
-    /// rise.
+    /// Adds a part to a slot that is incoming from `from` under `term`: what is there already
+    /// stays, heads and read marks only rise.
     async fn copy_in(
         &self,
         identity: &ShardIdentity,
@@ -156,8 +161,8 @@ pub trait Control: Send + Sync + 'static {
         chunk: &Chunk,
     ) -> Result<Result<(), StepRejected>, StoreError>;
 
-    /// Adds a part of a shard that has returned to a slot that is owned here. A message whose key is stored already comes in as
-    /// its duplicate. Every message of the part is there afterwards.
+    /// Adds a part of a shard that has returned to a slot that is owned here. A message whose key
+    /// is stored already comes in as its duplicate. Every message of the part is there afterwards.
     async fn merge_in(
         &self,
         identity: &ShardIdentity,
@@ -173,7 +178,8 @@ pub trait Control: Send + Sync + 'static {
         grace: Duration,
     ) -> Result<Vec<Slot>, StoreError>;
 
-    /// Deletes at most `limit` messages of a slot that is `none` here and was released at least `grace` ago.
+    /// Deletes at most `limit` messages of a slot that is `none` here and was released at least
+    /// `grace` ago.
     async fn purge(
         &self,
         identity: &ShardIdentity,
@@ -190,8 +196,8 @@ pub trait Control: Send + Sync + 'static {
     async fn try_lock_coordinator(&self) -> Result<Option<Box<dyn CoordinatorLock>>, StoreError>;
 }
 
-/// Whether a shard may take a step that was decided by `doc`: it has the same topology, and a step of a failover is taken during one,
-/// any other when that is over.
+/// Whether a shard may take a step that was decided by `doc`: it has the same topology, and a step
+/// of a failover is taken during one, any other when that is over.
 ///
 /// # Errors
 /// [`StoreError::OtherTopology`].
@@ -316,7 +322,8 @@ pub fn missing<'a>(
     Ok(missing)
 }
 
-/// A message whose key is stored at another place already comes in without it, and says where that is.
+/// A message whose key is stored at another place already comes in without it, and says where that
+/// is.
 #[must_use]
 pub fn as_duplicate(message: &CopiedMessage, stored: Option<Seq>) -> CopiedMessage {
     match stored {

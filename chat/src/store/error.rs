@@ -5,7 +5,8 @@ use crate::domain::topology::TopologyRef;
 /// Why a store did not do what it was asked. Texts name no URL, no password and no message.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StoreError {
-    /// A deadlock or a lock wait that took too long: nothing was written, the whole transaction may be repeated.
+    /// A deadlock or a lock wait that took too long: nothing was written, the whole transaction may
+    /// be repeated.
     #[error("conflict: {0}")]
     Conflict(String),
     /// No connection: nothing was written.
@@ -14,10 +15,12 @@ pub enum StoreError {
     /// No connection in time: nothing was written. The database is dead, or it is slow.
     #[error("unreachable: {0}")]
     Slow(String),
-    /// All connections that this instance may have are in use: nothing was written, and it says nothing about the database.
+    /// All connections that this instance may have are in use: nothing was written, and it says
+    /// nothing about the database.
     #[error("busy: {0}")]
     Busy(String),
-    /// The connection broke in the middle: whether it was written is not known. Repeat it with the same keys.
+    /// The connection broke in the middle: whether it was written is not known. Repeat it with the
+    /// same keys.
     #[error("connection lost: {0}")]
     Lost(String),
     /// The database is not the one it should be.

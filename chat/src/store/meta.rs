@@ -3,8 +3,8 @@
 use super::StoreError;
 use crate::domain::topology::{Phase, Topology, TopologyRef};
 
-/// The identity of a shard. Every transaction and every read compares it, so that a URL that suddenly leads to another database
-/// is noticed at once.
+/// The identity of a shard. Every transaction and every read compares it, so that a URL that
+/// suddenly leads to another database is noticed at once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ShardIdentity {
     /// The service.

@@ -1,4 +1,5 @@
-//! The tables: `migrations/mysql` and `migrations/sqlite`, numbered alike, built into the binary and applied per shard.
+//! The tables: `migrations/mysql` and `migrations/sqlite`, numbered alike, built into the binary
+//! and applied per shard.
 
 use refinery::embed_migrations;
 

@@ -1,10 +1,13 @@
-//! A shard's database: one contract, two stores. `tests/store_contract.rs` runs the same cases on both.
+//! A shard's database: one contract, two stores. `tests/store_contract.rs` runs the same cases on
+//! both.
 //!
-//! - [`Store`]: the calls of sends and reads. [`Control`]: those of resharding. No method decides anything; the rules are pure
-//!   and are in [`crate::domain::ownership`] and [`BatchPlan`].
+//! - [`Store`]: the calls of sends and reads. [`Control`]: those of resharding. No method decides
+//!   anything; the rules are pure and are in [`crate::domain::ownership`] and [`BatchPlan`].
 //! - [`MysqlStore`] and [`SqliteStore`]: the two stores.
-//! - [`SeqCache`]: the last seqs that are remembered of a shard's dialogs, so that seqs can be assigned before it is asked.
-//! - [`Shard`]: a store with its name, its time limits and its circuit breaker, as everything above uses it.
+//! - [`SeqCache`]: the last seqs that are remembered of a shard's dialogs, so that seqs can be
+//!   assigned before it is asked.
+//! - [`Shard`]: a store with its name, its time limits and its circuit breaker, as everything above
+//!   uses it.
 
 mod error;
 mod meta;
@@ -49,8 +52,8 @@ use error::corrupt;
 /// What the service asks of a shard's database.
 ///
 /// # Cancel safety
-/// A future that is dropped may leave its transaction unfinished on its connection; the store never lets a later
-/// transaction continue it.
+/// A future that is dropped may leave its transaction unfinished on its connection; the store never
+/// lets a later transaction continue it.
 #[async_trait]
 pub trait Store: Send + Sync + 'static {
     /// Brings the tables up to this version's; several instances may do so at once.
@@ -65,18 +68,21 @@ pub trait Store: Send + Sync + 'static {
     /// The identity of this database; `None` if it was never initialized.
     async fn meta(&self) -> Result<Option<Meta>, StoreError>;
 
-    /// Makes an empty database a shard: `meta`, and all 4096 slots, of which it owns `owned`, in one transaction. Returns
-    /// the `meta` that is there afterwards, which is another's if another was faster.
+    /// Makes an empty database a shard: `meta`, and all 4096 slots, of which it owns `owned`, in
+    /// one transaction. Returns the `meta` that is there afterwards, which is another's if another
+    /// was faster.
     async fn initialize(&self, meta: &Meta, owned: &SlotSet) -> Result<Meta, StoreError>;
 
-    /// Takes the topology of `version` and `hash` on to `phase`; nothing happens where it is there already or further.
+    /// Takes the topology of `version` and `hash` on to `phase`; nothing happens where it is there
+    /// already or further.
     async fn advance(&self, version: u64, hash: &str, phase: Phase) -> Result<(), StoreError>;
 
     /// The slots this shard owns, and those it has sealed.
     async fn slots(&self, identity: &ShardIdentity) -> Result<ServedSlots, StoreError>;
 
-    /// Stores a batch and moves the draft's read marks in one transaction as it was drafted, or nothing of it: the transaction compares
-    /// the identity, the term of every slot, the last seq of every dialog that is expected to have one and the hour of its last message, and the keys.
+    /// Stores a batch and moves the draft's read marks in one transaction as it was drafted, or
+    /// nothing of it: the transaction compares the identity, the term of every slot, the last seq
+    /// of every dialog that is expected to have one and the hour of its last message, and the keys.
     async fn append(
         &self,
         identity: &ShardIdentity,
@@ -84,8 +90,9 @@ pub trait Store: Send + Sync + 'static {
         draft: Draft,
     ) -> Result<Appended, StoreError>;
 
-    /// Stores a batch in one transaction, and nothing of what is in slots of others. `suspect` says that some messages
-    /// may be stored already, so that their keys are looked up first; otherwise they are looked up on a duplicate key.
+    /// Stores a batch in one transaction, and nothing of what is in slots of others. `suspect` says
+    /// that some messages may be stored already, so that their keys are looked up first; otherwise
+    /// they are looked up on a duplicate key.
     async fn write(
         &self,
         identity: &ShardIdentity,
@@ -118,15 +125,16 @@ pub trait Store: Send + Sync + 'static {
         of: &LastSeqsOf,
     ) -> Result<LastSeqs, StoreError>;
 
-    /// Moves read marks forward in one transaction, each as [`NewMark::on`] says, and none in slots of others. A dialog and user
-    /// are among them once.
+    /// Moves read marks forward in one transaction, each as [`NewMark::on`] says, and none in slots
+    /// of others. A dialog and user are among them once.
     async fn mark_read(
         &self,
         identity: &ShardIdentity,
         marks: &[NewMark],
     ) -> Result<Vec<MarkOutcome>, StoreError>;
 
-    /// The size of the slots that this shard owns. Reads it all: for operators, not for every request.
+    /// The size of the slots that this shard owns. Reads it all: for operators, not for every
+    /// request.
     async fn counts(&self) -> Result<Counts, StoreError>;
 }
 

@@ -1,5 +1,5 @@
-//! The queue in front of the read connections of a shard: round robin by payer. A user with many requests waits behind their own
-//! ones, and every other user behind one of them at most.
+//! The queue in front of the read connections of a shard: round robin by payer. A user with many
+//! requests waits behind their own ones, and every other user behind one of them at most.
 
 use crate::domain::dialog::UserId;
 use std::collections::{HashMap, VecDeque};
@@ -88,7 +88,8 @@ impl ReadQueue {
 
 impl Drop for ReadPermit {
     fn drop(&mut self) {
-        // Handed to the next read that waits. If that is cancelled at this moment, it drops the permit and so hands it on.
+        // Handed to the next read that waits. If that is cancelled at this moment, it drops the
+        // permit and so hands it on.
         let state = self.state.clone();
         let next = lock(&self.state).next();
         if let Some(next) = next {

@@ -8,8 +8,8 @@ use crate::domain::slot::Slot;
 use std::collections::HashMap;
 use std::time::Duration;
 
-/// Bytes of messages that one transaction takes, by [`size`], but for a single message: as hex they are twice as many in a
-/// statement, and MariaDB takes statements of 16 MiB (`max_allowed_packet`).
+/// Bytes of messages that one transaction takes, by [`size`], but for a single message: as hex they
+/// are twice as many in a statement, and MariaDB takes statements of 16 MiB (`max_allowed_packet`).
 pub const TRANSACTION_BYTES: usize = 1 << 20;
 
 /// What a message with this text counts for in [`TRANSACTION_BYTES`].
@@ -77,8 +77,8 @@ impl NewMark {
         }
     }
 
-    /// What becomes of it, if the user has `read` so far and the dialog ends at `last_seq`: it goes forward only, and not beyond
-    /// the last message.
+    /// What becomes of it, if the user has `read` so far and the dialog ends at `last_seq`: it goes
+    /// forward only, and not beyond the last message.
     #[must_use]
     pub fn on(&self, read: Seq, last_seq: Seq) -> MarkOutcome {
         let seq = self.seq.min(last_seq).max(read);
@@ -236,7 +236,8 @@ pub struct InboxRow {
 /// Unread messages are counted up to here, which is shown as "99+".
 pub const UNREAD_CAP: u32 = 100;
 
-/// Where an inbox page begins: strictly below (`last_at`, `dialog`), which is how inboxes are ordered.
+/// Where an inbox page begins: strictly below (`last_at`, `dialog`), which is how inboxes are
+/// ordered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct InboxCursor {
     /// Of the last row of the page before.

@@ -1,7 +1,8 @@
-//! What is remembered of a shard, so that the seqs of a batch can be given before the shard is asked.
+//! What is remembered of a shard, so that the seqs of a batch can be given before the shard is
+//! asked.
 //!
-//! Nothing rests on it: the transaction that stores a [`Draft`] compares everything the draft was worked out from. What is
-//! remembered wrongly costs a round trip.
+//! Nothing rests on it: the transaction that stores a [`Draft`] compares everything the draft was
+//! worked out from. What is remembered wrongly costs a round trip.
 
 use super::batch_plan::Draft;
 use super::{BatchResult, NewMark, NewMessage, WriteOutcome};
@@ -24,7 +25,8 @@ pub struct SeqCache {
 #[derive(Default)]
 struct Stripe {
     terms: HashMap<Slot, Term>,
-    /// Two generations of heads: when the young are many, the old are forgotten, and the young are the old.
+    /// Two generations of heads: when the young are many, the old are forgotten, and the young are
+    /// the old.
     young: HashMap<DialogId, Remembered>,
     old: HashMap<DialogId, Remembered>,
 }
@@ -38,7 +40,8 @@ struct Remembered {
 
 const STRIPES: usize = 16;
 
-/// Young last seqs of a stripe. All in all a shard has at most two times sixteen times as many, of 48 bytes each.
+/// Young last seqs of a stripe. All in all a shard has at most two times sixteen times as many, of
+/// 48 bytes each.
 const YOUNG: usize = 4096;
 
 impl Default for SeqCache {
@@ -56,8 +59,8 @@ impl SeqCache {
         stripe.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Works out a batch by what is remembered; `None` if the term of a slot is not. Of the read marks, those go with it whose
-    /// slot's term is remembered.
+    /// Works out a batch by what is remembered; `None` if the term of a slot is not. Of the read
+    /// marks, those go with it whose slot's term is remembered.
     #[must_use]
     pub fn draft(&self, batch: &[NewMessage], marks: &[NewMark]) -> Option<Draft> {
         let shard_now = now().micros() + self.ahead.load(Ordering::Relaxed);
@@ -142,7 +145,8 @@ impl SeqCache {
         }
     }
 
-    /// Forgets everything: the connection was lost, and with it the certainty that the shard is as it was.
+    /// Forgets everything: the connection was lost, and with it the certainty that the shard is as
+    /// it was.
     pub fn clear(&self) {
         for stripe in &self.stripes {
             *stripe.lock().unwrap_or_else(PoisonError::into_inner) = Stripe::default();

@@ -61,8 +61,8 @@ impl ServedSlots {
     }
 }
 
-/// The slots that a shard answered for when they were last read, and the revision that they were read under: they are 4,096
-/// rows, and change only when a slot changes hands.
+/// The slots that a shard answered for when they were last read, and the revision that they were
+/// read under: they are 4,096 rows, and change only when a slot changes hands.
 #[derive(Default)]
 pub(super) struct ServedSlotsCache(Mutex<Option<(u64, ServedSlots)>>);
 

@@ -1,9 +1,10 @@
 //! A shard: a store with a name, an identity, time limits and a circuit breaker.
 //!
-//! The circuit breaker limits the effect of a dead shard to its own dialogs. Once the database does not answer, every call is refused
-//! at once, until a probe in the background gets an answer. A slow database is not dead: a slow call is cancelled only when a fresh
-//! connection gets no answer either, or at the time limit. A connection that does not open in time counts
-//! against a shard only if no other call was answered meanwhile.
+//! The circuit breaker limits the effect of a dead shard to its own dialogs. Once the database does
+//! not answer, every call is refused at once, until a probe in the background gets an answer. A
+//! slow database is not dead: a slow call is cancelled only when a fresh connection gets no answer
+//! either, or at the time limit. A connection that does not open in time counts against a shard
+//! only if no other call was answered meanwhile.
 
 use super::read_queue::{Busy, Payer, ReadPermit, ReadQueue};
 use super::{
@@ -91,7 +92,8 @@ struct Inner {
     timing: Timing,
     runtime: Handle,
     state: watch::Sender<Health>,
-    /// When a probe last got an answer. It is locked during a probe, so that callers that wait share one.
+    /// When a probe last got an answer. It is locked during a probe, so that callers that wait
+    /// share one.
     probed: tokio::sync::Mutex<Option<Instant>>,
     /// When any call last got an answer.
     answered: Mutex<Option<Instant>>,
@@ -104,7 +106,8 @@ struct Inner {
 /// The duration of transactions of sends, as live traffic observes it.
 #[derive(Default)]
 struct Felt {
-    /// The recent and the usual average, in seconds. The usual one does not rise while a slot moves.
+    /// The recent and the usual average, in seconds. The usual one does not rise while a slot
+    /// moves.
     late: f64,
     usual: f64,
     /// The number of transactions in that average, up to the number that `USUAL` weighs.
@@ -147,7 +150,8 @@ impl Drop for Moving {
 }
 
 impl Shard {
-    /// Opens a store that must have this identity. `number` distinguishes it from all others of this process.
+    /// Opens a store that must have this identity. `number` distinguishes it from all others of
+    /// this process.
     #[must_use]
     pub fn new(
         number: u16,
@@ -183,7 +187,8 @@ impl Shard {
         &self.inner.identity.shard_name
     }
 
-    /// Its number in this process; a shard that is opened again under another URL has another number.
+    /// Its number in this process; a shard that is opened again under another URL has another
+    /// number.
     #[must_use]
     pub fn number(&self) -> u16 {
         self.inner.number
@@ -233,8 +238,8 @@ impl Shard {
         Moving(self.clone())
     }
 
-    /// The recent duration of transactions of sends as a multiple of the usual one; 0 without transactions, and 1 while the usual
-    /// one is unknown.
+    /// The recent duration of transactions of sends as a multiple of the usual one; 0 without
+    /// transactions, and 1 while the usual one is unknown.
     #[must_use]
     pub fn strain(&self) -> f64 {
         let felt = self.felt();
@@ -281,8 +286,8 @@ impl Shard {
             if self.inner.store.ping().await.is_err() {
                 continue;
             }
-            // It may have been away since before a migration. And it must be the right database: one that was wiped
-            // meanwhile must not come back.
+            // It may have been away since before a migration. And it must be the right database:
+            // one that was wiped meanwhile must not come back.
             let fit = async {
                 self.inner.store.migrate().await?;
                 self.inner.store.slots(&self.inner.identity).await
@@ -324,7 +329,8 @@ impl Shard {
             .is_some_and(|at| at.elapsed() < self.inner.timing.connect)
     }
 
-    /// Whether a fresh connection is answered, or another call was answered meanwhile. Callers at the same time share one probe.
+    /// Whether a fresh connection is answered, or another call was answered meanwhile. Callers at
+    /// the same time share one probe.
     async fn probe(&self) -> Result<(), StoreError> {
         let mut probed = self.inner.probed.lock().await;
         if probed.is_some_and(|at| at.elapsed() < PATIENCE) {
@@ -429,6 +435,9 @@ impl Shard {
     }
 
     /// [`super::Store::append`]. Called on the database runtime, and executed in the caller's task.
+    ///
+    /// # Errors
+    /// [`ShardError`].
     pub async fn append(
         &self,
         batch: Arc<Vec<NewMessage>>,
@@ -440,6 +449,9 @@ impl Shard {
     }
 
     /// [`super::Store::write`]. Called on the database runtime, and executed in the caller's task.
+    ///
+    /// # Errors
+    /// [`ShardError`].
     pub async fn write(
         &self,
         batch: Arc<Vec<NewMessage>>,
@@ -469,6 +481,9 @@ impl Shard {
     }
 
     /// [`super::Store::page`]. The caller has a [permit](Shard::read_permit).
+    ///
+    /// # Errors
+    /// [`ShardError`].
     pub async fn page(
         &self,
         dialog: DialogId,
@@ -485,6 +500,9 @@ impl Shard {
     }
 
     /// [`super::Store::inbox`].
+    ///
+    /// # Errors
+    /// [`ShardError`].
     pub async fn inbox(
         &self,
         user: UserId,
@@ -499,13 +517,20 @@ impl Shard {
     }
 
     /// [`super::Store::last_seqs`].
+    ///
+    /// # Errors
+    /// [`ShardError`].
     pub async fn last_seqs(&self, of: LastSeqsOf) -> Result<LastSeqs, ShardError> {
         let _permit = self.read_permit(None).await?;
         self.call(move |inner| async move { inner.store.last_seqs(&inner.identity, &of).await })
             .await
     }
 
-    /// [`super::Store::mark_read`]. Called on the database runtime, and executed in the caller's task.
+    /// [`super::Store::mark_read`]. Called on the database runtime, and executed in the caller's
+    /// task.
+    ///
+    /// # Errors
+    /// [`ShardError`].
     pub async fn mark_read(&self, marks: &[NewMark]) -> Result<Vec<MarkOutcome>, ShardError> {
         let inner = &self.inner;
         self.batch(inner.store.mark_read(&inner.identity, marks))
@@ -541,6 +566,9 @@ impl Shard {
     }
 
     /// [`super::Control::sizes`]; it may take minutes.
+    ///
+    /// # Errors
+    /// [`ShardError`].
     pub async fn sizes(&self) -> Result<BTreeMap<Slot, SlotSize>, ShardError> {
         self.call_within(COUNTING_LIMIT, |inner| async move {
             inner.store.sizes(&inner.identity).await
@@ -549,12 +577,18 @@ impl Shard {
     }
 
     /// [`super::Store::slots`].
+    ///
+    /// # Errors
+    /// [`ShardError`].
     pub async fn slots(&self) -> Result<ServedSlots, ShardError> {
         self.call(move |inner| async move { inner.store.slots(&inner.identity).await })
             .await
     }
 
     /// [`super::Store::counts`].
+    ///
+    /// # Errors
+    /// [`ShardError`].
     pub async fn counts(&self) -> Result<Counts, ShardError> {
         self.call_within(
             COUNTING_LIMIT,

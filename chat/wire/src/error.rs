@@ -8,7 +8,8 @@ use std::fmt;
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum ErrorCode {
-    /// The frame or body is malformed: bad JSON, an unknown type, a missing field or one of the wrong type.
+    /// The frame or body is malformed: bad JSON, an unknown type, a missing field or one of the
+    /// wrong type.
     BadRequest,
     /// The token is missing, invalid or expired.
     Unauthenticated,

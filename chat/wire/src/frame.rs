@@ -11,14 +11,16 @@ use std::collections::BTreeMap;
 pub enum ClientFrame {
     /// Stores a message in the dialog with `to`, and delivers it.
     Send {
-        /// 1 to 64 bytes, chosen by the client, unique per author and dialog. A repeat is stored once.
+        /// 1 to 64 bytes, chosen by the client, unique per author and dialog. A repeat is stored
+        /// once.
         key: String,
         /// The user id of the recipient; the user's own id for notes to self.
         to: u64,
         /// 1 to 4,000 characters, stored exactly as sent.
         text: String,
     },
-    /// Requests a page of the dialog with `with`: below `before`, above `after`, or the newest messages.
+    /// Requests a page of the dialog with `with`: below `before`, above `after`, or the newest
+    /// messages.
     History {
         /// Repeated in the answer.
         #[serde(default)]
@@ -54,15 +56,17 @@ pub enum ClientFrame {
         /// The seq of the last message that was read. A smaller one than before has no effect.
         seq: u64,
     },
-    /// Requests all messages after these positions, and from then on live messages without a gap. Sent on a new connection and when a
-    /// dialog is opened.
+    /// Requests all messages after these positions, and from then on live messages without a gap.
+    /// Sent on a new connection and when a dialog is opened.
     Resume {
         /// Repeated in the answer.
         #[serde(default)]
         id: Option<String>,
-        /// For each dialog, the seq up to which the client has every message. Their number is limited by `resume_dialogs` of `welcome`.
+        /// For each dialog, the seq up to which the client has every message. Their number is
+        /// limited by `resume_dialogs` of `welcome`.
         positions: BTreeMap<String, u64>,
-        /// The `now` of the last `welcome` or `resumed`. In dialogs without a position, messages stored since then are sent.
+        /// The `now` of the last `welcome` or `resumed`. In dialogs without a position, messages
+        /// stored since then are sent.
         #[serde(default)]
         since: Option<String>,
     },
@@ -81,7 +85,8 @@ pub enum ClientFrame {
         /// User ids.
         users: Vec<u64>,
     },
-    /// Replaces the token of the session by a new one for the same user, before the old one expires.
+    /// Replaces the token of the session by a new one for the same user, before the old one
+    /// expires.
     Auth {
         /// The new token.
         token: String,
@@ -108,7 +113,8 @@ pub struct Message {
     pub to: u64,
     /// The text, exactly as it was sent.
     pub text: String,
-    /// The time of storing by the shard's clock, RFC 3339 in UTC with microseconds. It is for display; the order is by `seq`.
+    /// The time of storing by the shard's clock, RFC 3339 in UTC with microseconds. It is for
+    /// display; the order is by `seq`.
     pub at: String,
     /// The idempotency key that the author chose.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -150,7 +156,8 @@ pub struct Limits {
     /// Dialogs of a `resume`.
     #[serde(default)]
     pub resume_dialogs: u32,
-    /// Messages of a dialog that a `resume` replays; a client that is further behind must read the history.
+    /// Messages of a dialog that a `resume` replays; a client that is further behind must read the
+    /// history.
     #[serde(default)]
     pub resume_messages: u32,
     /// Users whose presence a session may watch.
@@ -159,7 +166,8 @@ pub struct Limits {
     /// The greatest age of `since` in a `resume`, in hours.
     #[serde(default)]
     pub resume_hours: u32,
-    /// Units of work of a user per second, over all sessions and REST; docs/PROTOCOL.md defines the unit.
+    /// Units of work of a user per second, over all sessions and REST; docs/PROTOCOL.md defines the
+    /// unit.
     #[serde(default)]
     pub work_per_second: u32,
     /// Units of work of a user at once.
@@ -217,14 +225,16 @@ pub enum ServerFrame {
         #[serde(flatten)]
         page: crate::InboxPage,
     },
-    /// The answer to `resume`, after the missed messages. Without a request, and without `id`, if the session lost its position in a dialog.
+    /// The answer to `resume`, after the missed messages. Without a request, and without `id`, if
+    /// the session lost its position in a dialog.
     Resumed {
         /// The request's id.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         id: Option<String>,
         /// For each dialog, the seq up to which the client has every message now.
         positions: BTreeMap<String, u64>,
-        /// Dialogs whose position is too far behind or beyond the last message: the client must read their history.
+        /// Dialogs whose position is too far behind or beyond the last message: the client must
+        /// read their history.
         resync: Vec<String>,
         /// The read marks of both participants in the dialogs of `positions`.
         reads: Vec<crate::ReadMark>,

@@ -1,9 +1,12 @@
-//! The frames of the `chat.v1` subprotocol, the bodies of the REST API, and the error codes both share.
+//! The frames of the `chat.v1` subprotocol, the bodies of the REST API, and the error codes both
+//! share.
 //!
-//! One JSON object a text frame, told apart by `type`. Unknown fields are ignored, so that either side may be newer.
-//! `docs/PROTOCOL.md` describes every frame in prose; a test of the server holds that page and these types together.
+//! One JSON object a text frame, told apart by `type`. Unknown fields are ignored, so that either
+//! side may be newer. `docs/PROTOCOL.md` describes every frame in prose; a test of the server holds
+//! that page and these types together.
 //!
-//! This crate knows serde and nothing else: the server, the Rust client and the tests all speak through it.
+//! This crate knows serde and nothing else: the server, the Rust client and the tests all speak
+//! through it.
 
 mod close;
 mod error;
@@ -21,13 +24,16 @@ pub use rest::{
 /// The WebSocket subprotocol a client offers and the server echoes.
 pub const PROTOCOL: &str = "chat.v1";
 
-/// A browser cannot set headers on a WebSocket: it offers `bearer.<jwt>` as a second subprotocol instead.
+/// A browser cannot set headers on a WebSocket: it offers `bearer.<jwt>` as a second subprotocol
+/// instead.
 pub const BEARER_PROTOCOL_PREFIX: &str = "bearer.";
 
-/// Seqs of a later generation begin above the next multiple of this; a generation begins when a shard is declared down.
+/// Seqs of a later generation begin above the next multiple of this; a generation begins when a
+/// shard is declared down.
 pub const GENERATION: u64 = 1 << 40;
 
-/// Whether a message with `seq` may be the next one of a dialog after `before`: one more, or the first of a later generation.
+/// Whether a message with `seq` may be the next one of a dialog after `before`: one more, or the
+/// first of a later generation.
 #[must_use]
 pub fn follows(before: u64, seq: u64) -> bool {
     seq == before + 1 || (seq % GENERATION == 1 && seq > before)

@@ -23,9 +23,10 @@ pub struct MysqlStore {
     pub(super) held: ServedSlotsCache,
 }
 
-/// Every session: ranges of keys estimated by statistics rather than by a dive into the index for each key; the isolation
-/// that the write path is built for; text exactly as it was sent; and an end to the locks of an instance that vanished
-/// without a word: MariaDB has a limit for idle transactions, MySQL one for idle sessions.
+/// Every session: ranges of keys estimated by statistics rather than by a dive into the index for
+/// each key; the isolation that the write path is built for; text exactly as it was sent; and an
+/// end to the locks of an instance that vanished without a word: MariaDB has a limit for idle
+/// transactions, MySQL one for idle sessions.
 const SETUP: [&str; 2] = [
     "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED",
     "SET SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION', time_zone = '+00:00', innodb_lock_wait_timeout = 1, \
@@ -38,7 +39,8 @@ pub(super) struct Connections {
     free: Semaphore,
 }
 
-/// Beside those of sends and of reads that wait for their turn: for the steps of changes, and looks at the slots.
+/// Beside those of sends and of reads that wait for their turn: for the steps of changes, and looks
+/// at the slots.
 const CONTROL_CONNECTIONS: usize = 8;
 
 /// How long a connection that is in use is waited for.
@@ -93,8 +95,8 @@ impl MysqlStore {
         })
     }
 
-    /// A connection, and its place among those that may be in use. That all are in use says nothing about the database: only a
-    /// connection that cannot be made does.
+    /// A connection, and its place among those that may be in use. That all are in use says nothing
+    /// about the database: only a connection that cannot be made does.
     pub(super) async fn connection<'a>(
         &self,
         of: &'a Connections,
@@ -116,7 +118,8 @@ impl MysqlStore {
         }
     }
 
-    /// Runs `work` on a connection, and puts the connection back only if it is fit to be used again.
+    /// Runs `work` on a connection, and puts the connection back only if it is fit to be used
+    /// again.
     async fn on<T>(
         &self,
         of: &Connections,
@@ -138,7 +141,8 @@ impl MysqlStore {
         result
     }
 
-    /// The slots that are answered for, in the snapshot that `conn` is in; read only if they have changed since they last were.
+    /// The slots that are answered for, in the snapshot that `conn` is in; read only if they have
+    /// changed since they last were.
     pub(super) async fn holding(
         &self,
         conn: &mut Conn,
@@ -168,8 +172,8 @@ impl MysqlStore {
     }
 }
 
-/// A connection that is in use. Unless it is taken out, when its transaction has ended, it is closed: whatever the transaction
-/// holds is let go when the server sees that.
+/// A connection that is in use. Unless it is taken out, when its transaction has ended, it is
+/// closed: whatever the transaction holds is let go when the server sees that.
 struct Lent<'a> {
     conn: Option<Conn>,
     pub(super) runtime: &'a Handle,

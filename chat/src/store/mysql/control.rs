@@ -265,7 +265,8 @@ impl Control for MysqlStore {
                 raise_last_seqs(slot, &chunk.dialogs)
             );
             conn.query_drop(sql).await.map_err(classify)?;
-            // The source is purged after this check: every row is here, and no other row in its place.
+            // The source is purged after this check: every row is here, and no other row in its
+            // place.
             let left = missing(chunk, &standing(conn, slot, &chunk.messages).await?)?.len();
             if left > 0 {
                 return Err(StoreError::Refused(format!(
@@ -378,7 +379,8 @@ impl Control for MysqlStore {
     }
 
     async fn try_lock_coordinator(&self) -> Result<Option<Box<dyn CoordinatorLock>>, StoreError> {
-        // Each instance asks every second: those that find the lock taken open no connection for it.
+        // Each instance asks every second: those that find the lock taken open no connection for
+        // it.
         let free = self
             .on_read(async |conn| {
                 let free: Option<Option<u8>> = conn
@@ -415,7 +417,8 @@ impl Control for MysqlStore {
 /// The name of the coordinator lock: names of locks are those of the whole server.
 const COORDINATOR_LOCK: &str = "CONCAT('chat.change.', DATABASE())";
 
-/// A connection that holds a lock by name; the server frees the lock when the connection ends, however it ends.
+/// A connection that holds a lock by name; the server frees the lock when the connection ends,
+/// however it ends.
 struct MysqlLock {
     conn: Conn,
     limit: Duration,
@@ -454,8 +457,8 @@ struct Taken {
     update: String,
 }
 
-/// Begins a transaction that holds the topology's lock and the row's, and sees whether the row permits the step; ends it if
-/// not.
+/// Begins a transaction that holds the topology's lock and the row's, and sees whether the row
+/// permits the step; ends it if not.
 async fn take(
     conn: &mut Conn,
     identity: &ShardIdentity,

@@ -6,12 +6,13 @@ pub(super) const DUPLICATE_KEY: u16 = 1062;
 
 pub(super) const NO_SUCH_TABLE: u16 = 1146;
 
-/// Server errors after which the whole transaction may simply be repeated: lock wait timeout, deadlock, and (MariaDB from
-/// 11.6) a row that changed since the snapshot.
+/// Server errors after which the whole transaction may simply be repeated: lock wait timeout,
+/// deadlock, and (MariaDB from 11.6) a row that changed since the snapshot.
 pub(super) const CONFLICTS: [u16; 3] = [1205, 1213, 1020];
 
-/// The server is going away or will not have us: 1040 too many connections, 1053 shutdown in progress, 1077 and 1079
-/// likewise, 1317 interrupted, 3169 and 4031 session killed or idle for too long.
+/// The server is going away or will not have us: 1040 too many connections, 1053 shutdown in
+/// progress, 1077 and 1079 likewise, 1317 interrupted, 3169 and 4031 session killed or idle for too
+/// long.
 pub(super) const GOING_AWAY: [u16; 7] = [1040, 1053, 1077, 1079, 1317, 3169, 4031];
 
 pub(super) fn classify(e: mysql_async::Error) -> StoreError {
@@ -22,7 +23,8 @@ pub(super) fn classify(e: mysql_async::Error) -> StoreError {
         mysql_async::Error::Server(e) if GOING_AWAY.contains(&e.code) => {
             StoreError::Lost(format!("error {}: {}", e.code, e.message))
         }
-        // The message may quote the statement, and with it the text of a message: the code and the state are enough.
+        // The message may quote the statement, and with it the text of a message: the code and the
+        // state are enough.
         mysql_async::Error::Server(e) => {
             StoreError::Refused(format!("error {} ({})", e.code, e.state))
         }
@@ -37,7 +39,8 @@ pub(super) fn classify(e: mysql_async::Error) -> StoreError {
 /// As [`classify`], while connecting: nothing can have been written yet.
 pub(super) fn unreachable(e: mysql_async::Error) -> StoreError {
     match e {
-        // Access denied, unknown database and the like name the user and the database, not the password.
+        // Access denied, unknown database and the like name the user and the database, not the
+        // password.
         mysql_async::Error::Server(e) => {
             StoreError::Unreachable(format!("error {}: {}", e.code, e.message))
         }

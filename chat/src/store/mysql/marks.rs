@@ -39,8 +39,9 @@ pub(super) async fn mark_read(
     Ok(settled.collect())
 }
 
-/// Two statements, in a transaction that has locked the slots: the first locks the rows in key order and returns them, for
-/// [`marked`]; the second moves them, where `owned` is so. Dialogs are read and not locked: last seqs only grow.
+/// Two statements, in a transaction that has locked the slots: the first locks the rows in key
+/// order and returns them, for [`marked`]; the second moves them, where `owned` is so. Dialogs are
+/// read and not locked: last seqs only grow.
 pub(super) fn push(sql: &mut String, marks: &[NewMark], owned: &str) {
     const LAST_SEQ: &str = "(SELECT d.last_seq FROM dialogs d WHERE d.slot = members.slot AND d.dialog = members.dialog)";
     let (mut keys, mut cases) = (KeyList::default(), String::new());

@@ -185,8 +185,8 @@ pub(super) fn comma(list: &str) -> &'static str {
 
 /// Keys of several columns, for `(…) IN (…)`.
 ///
-/// A single key is listed twice. MariaDB makes an equality of a list of one, and an UPDATE by the equality of several columns reads,
-/// and locks, the whole table.
+/// A single key is listed twice. MariaDB makes an equality of a list of one, and an UPDATE by the
+/// equality of several columns reads, and locks, the whole table.
 #[derive(Default)]
 pub(super) struct KeyList {
     list: String,

@@ -26,7 +26,8 @@ use tokio::time::timeout;
 impl Store for MysqlStore {
     async fn migrate(&self) -> Result<(), StoreError> {
         let (_place, mut guard) = self.connection(&self.writes, PATIENCE).await?;
-        // Instances that start together take turns. The lock belongs to this connection and goes with it.
+        // Instances that start together take turns. The lock belongs to this connection and goes
+        // with it.
         let locked: Option<u8> = guard
             .query_first("SELECT GET_LOCK(CONCAT('chat.migrate.', DATABASE()), 60)")
             .await
@@ -262,8 +263,9 @@ impl Store for MysqlStore {
                 format!("AND (d.last_at, d.dialog) < ({at}, '{dialog}')"),
             )
         });
-        // Hours are read whole, the newest first, until they hold a page; that of the cursor may hold what is above it. The last of
-        // them is found by a statement of its own: MariaDB makes no range of a subquery, and would read all that the user has.
+        // Hours are read whole, the newest first, until they hold a page; that of the cursor may
+        // hold what is above it. The last of them is found by a statement of its own: MariaDB makes
+        // no range of a subquery, and would read all that the user has.
         let earlier = until.replace("<=", "<");
         let sql = format!(
             "{SNAPSHOT}{};
@@ -363,7 +365,8 @@ impl Store for MysqlStore {
                 )
             }
         };
-        // In this order, whatever the optimizer believes: few rows are selected, and the others are found by their keys.
+        // In this order, whatever the optimizer believes: few rows are selected, and the others are
+        // found by their keys.
         let sql = format!(
             "{SNAPSHOT}{};
              SELECT k.dialog, k.last_seq, k.last_at, m.user_id, m.read_seq FROM ({selected}) k
@@ -411,7 +414,8 @@ impl Store for MysqlStore {
     }
 }
 
-/// What is unread of each dialog: the messages of others above the read mark, counted up to the cap. Ends the snapshot.
+/// What is unread of each dialog: the messages of others above the read mark, counted up to the
+/// cap. Ends the snapshot.
 async fn unread_counts(
     conn: &mut Conn,
     user: UserId,

@@ -1,5 +1,5 @@
-//! Batches of messages: [`append`] in one round trip, on what is remembered of the dialogs; [`write`] in two, on what the locks
-//! show.
+//! Batches of messages: [`append`] in one round trip, on what is remembered of the dialogs;
+//! [`write`] in two, on what the locks show.
 
 use super::error::{DUPLICATE_KEY, classify};
 use super::marks;
@@ -22,8 +22,9 @@ use std::fmt::Write as _;
 
 /// Stores a batch as drafted, or nothing.
 ///
-/// One text. A text stops at its first error, and each thing that the draft was worked out from is a statement or an expression
-/// that fails if it is not so: the error is the answer, and COMMIT is not reached.
+/// One text. A text stops at its first error, and each thing that the draft was worked out from is
+/// a statement or an expression that fails if it is not so: the error is the answer, and COMMIT is
+/// not reached.
 pub(super) async fn append(
     conn: &mut Conn,
     identity: &ShardIdentity,
@@ -40,7 +41,8 @@ pub(super) async fn append(
             let mut sets = sets.into_iter().skip(FENCE);
             let now = rows::<i64>(sets.next())?.pop();
             let now = Timestamp::from_micros(now.ok_or_else(|| corrupt("the fence"))?);
-            // Only the statements that ask for last seqs and for read marks have rows; and dialogs that are there have last seqs.
+            // Only the statements that ask for last seqs and for read marks have rows; and dialogs
+            // that are there have last seqs.
             let mut with_rows = sets.filter(|set| !set.is_empty());
             let last = match unremembered(&draft).next() {
                 Some(_) => heads_of(with_rows.next())?,
@@ -135,7 +137,8 @@ const OTHER_HEAD: u16 = 9002;
 /// The place of the fence among the statements of an append.
 const FENCE: usize = 1;
 
-/// Arithmetic that leaves the range of its type: the one error that an expression may raise on both servers at little cost.
+/// Arithmetic that leaves the range of its type: the one error that an expression may raise on both
+/// servers at little cost.
 const OUT_OF_RANGE: u16 = 1690;
 
 /// The largest BIGINT UNSIGNED.
@@ -154,7 +157,8 @@ fn append_text(identity: &ShardIdentity, batch: &[NewMessage], draft: &Draft) ->
     let _ = write!(sql, "{BEGIN}{}; ", fence_of_terms(identity, &draft.terms));
     push_heads(&mut sql, draft);
     sql.push_str(INSERT_MESSAGES);
-    // Of a dialog that nothing is remembered of, seqs are counted back from the head that this transaction has just raised.
+    // Of a dialog that nothing is remembered of, seqs are counted back from the head that this
+    // transaction has just raised.
     for (i, row) in draft.plan.rows.iter().enumerate() {
         let message = &batch[row.index];
         sql.push_str(if i == 0 { "" } else { "," });
@@ -194,8 +198,9 @@ fn append_text(identity: &ShardIdentity, batch: &[NewMessage], draft: &Draft) ->
     sql
 }
 
-/// Locks the slots' rows shared, and fails unless the database is who it must be and owns all of them under these terms. Its
-/// answer is the server's time, which later statements have as LAST_INSERT_ID().
+/// Locks the slots' rows shared, and fails unless the database is who it must be and owns all of
+/// them under these terms. Its answer is the server's time, which later statements have as
+/// LAST_INSERT_ID().
 fn fence_of_terms(identity: &ShardIdentity, terms: &BTreeMap<Slot, Term>) -> String {
     let mut by_term = BTreeMap::<u64, String>::new();
     for (slot, term) in terms {
@@ -230,8 +235,8 @@ fn unremembered(draft: &Draft) -> impl Iterator<Item = (Slot, DialogId)> {
     dialogs.filter(|(_, dialog)| !draft.expected.contains_key(dialog))
 }
 
-/// Locks and raises the dialogs, in key order; fails unless those whose last seq is expected have it, and have had a message in
-/// this hour. Makes those that are missing.
+/// Locks and raises the dialogs, in key order; fails unless those whose last seq is expected have
+/// it, and have had a message in this hour. Makes those that are missing.
 fn push_heads(sql: &mut String, draft: &Draft) {
     let mut dialogs = String::new();
     let mut members = String::new();
@@ -272,7 +277,8 @@ fn push_heads(sql: &mut String, draft: &Draft) {
         "IF(dialogs.last_seq = VALUES(last_seq) - {step} AND dialogs.last_at DIV {HOUR} = LAST_INSERT_ID() DIV {HOUR}, \
          VALUES(last_seq), {MAX} + dialogs.last_seq + 1)"
     );
-    // The two parts of the planned seq are the beginning of its generation and the number of its messages.
+    // The two parts of the planned seq are the beginning of its generation and the number of its
+    // messages.
     let given = "GREATEST(dialogs.last_seq, (VALUES(last_seq) >> 40) << 40) + (VALUES(last_seq) & 1099511627775)";
     let next = match (steps.is_empty(), unknown.is_empty()) {
         (_, true) => checked,
@@ -335,7 +341,8 @@ pub(super) async fn write(
             .await
         {
             Ok(()) => return Ok(receipt(plan)),
-            // The insert is undone, the transaction and its locks are not: now is the time to look the keys up.
+            // The insert is undone, the transaction and its locks are not: now is the time to look
+            // the keys up.
             Err(mysql_async::Error::Server(e)) if e.code == DUPLICATE_KEY && keys.is_empty() => {
                 keys = known_keys(conn, batch).await?;
             }
@@ -402,7 +409,8 @@ async fn lock(
         })
         .collect();
     if !missing.is_empty() {
-        // Somebody may create them at the same moment: what counts is what is there once we hold the lock.
+        // Somebody may create them at the same moment: what counts is what is there once we hold
+        // the lock.
         let mut rows = String::new();
         let mut members = String::new();
         for (slot, dialog) in missing {
@@ -480,7 +488,8 @@ fn insert(
         sql.push_str(comma);
         push_message(&mut sql, &batch[row.index], row.seq, &at);
     }
-    // The rows are there and locked, so a step of so much is as good as a value, and one statement serves all that take it.
+    // The rows are there and locked, so a step of so much is as good as a value, and one statement
+    // serves all that take it.
     let mut steps = BTreeMap::<u64, KeyList>::new();
     let mut dialogs = KeyList::default();
     for ((slot, dialog), seq) in &plan.heads {
@@ -506,7 +515,8 @@ fn insert(
     sql
 }
 
-/// Looks up every key of the batch. Only after the dialogs are locked: before, the answer may be old.
+/// Looks up every key of the batch. Only after the dialogs are locked: before, the answer may be
+/// old.
 async fn known_keys(
     conn: &mut Conn,
     batch: &[NewMessage],

@@ -45,7 +45,8 @@ impl SqliteStore {
     ) -> Result<T, StoreError> {
         let (path, writer) = (self.path.clone(), self.writer.clone());
         self.blocking(move || {
-            // A panic while it was held left no transaction behind: rusqlite rolls back when one is dropped.
+            // A panic while it was held left no transaction behind: rusqlite rolls back when one is
+            // dropped.
             let mut writer = writer.lock().unwrap_or_else(PoisonError::into_inner);
             let connection = match &mut *writer {
                 Some(connection) => connection,
@@ -123,7 +124,8 @@ pub(super) fn classify(e: &rusqlite::Error) -> StoreError {
         Some(ErrorCode::CannotOpen | ErrorCode::NotADatabase | ErrorCode::SystemIoFailure) => {
             StoreError::Unreachable(e.to_string())
         }
-        // Other messages name tables and columns at most: values are bound, never part of a statement.
+        // Other messages name tables and columns at most: values are bound, never part of a
+        // statement.
         _ => StoreError::Refused(e.to_string()),
     }
 }

@@ -220,7 +220,8 @@ impl Control for SqliteStore {
                 let stored = stored_at(&tx, slot, message)?;
                 insert_copied(&tx, slot, &as_duplicate(message, stored))?;
             }
-            // The source is purged after this check: every row is here, and no other row in its place.
+            // The source is purged after this check: every row is here, and no other row in its
+            // place.
             let left = missing(&chunk, &standing(&tx, slot, &chunk.messages)?)?.len();
             if left > 0 {
                 return Err(StoreError::Refused(format!(

@@ -36,7 +36,8 @@ impl Store for SqliteStore {
                 if migrated.is_ok() {
                     break;
                 }
-                // Another process may have been faster by a step: what it did is there the next time.
+                // Another process may have been faster by a step: what it did is there the next
+                // time.
                 std::thread::sleep(Duration::from_millis(20));
             }
             migrated.map_err(|e| StoreError::Refused(format!("migration: {e}")))
@@ -59,8 +60,8 @@ impl Store for SqliteStore {
 
     async fn meta(&self) -> Result<Option<Meta>, StoreError> {
         self.read_on(|snapshot| {
-            // A file of no tables is one that was never migrated. Only a statement looks whether the schema is still as this connection
-            // knows it: rusqlite's `table_exists` does not.
+            // A file of no tables is one that was never migrated. Only a statement looks whether
+            // the schema is still as this connection knows it: rusqlite's `table_exists` does not.
             let has_tables = snapshot
                 .prepare_cached(
                     "SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = 'meta'",
@@ -214,7 +215,8 @@ impl Store for SqliteStore {
                 .iter()
                 .map(|message| Ok((message.dialog, head(&tx, message.slot, message.dialog)?.0)))
                 .collect::<Result<_, StoreError>>()?;
-            // A look-up is a step in the same process: there is nothing to gain by waiting for the duplicate key.
+            // A look-up is a step in the same process: there is nothing to gain by waiting for the
+            // duplicate key.
             let keys = known_keys(&tx, &batch)?;
             let now = now();
             let plan = BatchPlan::new(&batch, &slots, &heads, &keys, now);
@@ -277,7 +279,8 @@ impl Store for SqliteStore {
             check_identity(snapshot, &identity)?;
             let slots = owned(snapshot, &held)?;
             let (at, dialog) = below.map_or((i64::MAX, String::new()), |below| (below.last_at.micros(), below.dialog.to_string()));
-            // Hours are read whole, the newest first, until they hold a page; that of the cursor may hold what is above it.
+            // Hours are read whole, the newest first, until they hold a page; that of the cursor
+            // may hold what is above it.
             let hour = Timestamp::from_micros(at).hour();
             let rows = snapshot
                 .prepare_cached(
