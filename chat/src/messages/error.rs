@@ -6,7 +6,7 @@ use crate::domain::dialog::{InvalidKey, InvalidText, InvalidUserId};
 use crate::store::ShardError;
 use std::time::Duration;
 
-/// What was asked for is not done, and why. [`crate::error`] gives each its code.
+/// What was asked for is not done, and why. `error.rs` gives each its code.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
 pub enum RequestError {
