@@ -211,7 +211,7 @@ fn expected(devices: &[Device], traffic: &Traffic) -> BTreeMap<u64, u64> {
 }
 
 /// How long it takes from `since` until every device has everything.
-pub async fn level(
+pub async fn caught_up(
     devices: &[Device],
     traffic: &Traffic,
     since: Instant,

@@ -201,7 +201,7 @@ async fn show(service: &mut Service, messages: u64, quiet: bool) -> anyhow::Resu
         slowest.as_millis()
     );
     println!(
-        "  read           {} messages in pages without a hole, {whole} times down to the first",
+        "  read           {} messages in pages without a gap, {whole} times down to the first",
         read.load(Ordering::Relaxed)
     );
     println!(

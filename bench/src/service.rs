@@ -316,17 +316,21 @@ impl Service {
                     .values()
                     .fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
                 if owned == 4096 && unfinished == 0 {
+                    let freeze = &status["work"]["freeze_ms"];
+                    let ms = |name: &str| freeze[name].as_f64().unwrap_or_default();
                     println!(
-                        "{:>6.1} s  version {version} is carried out; slots took no writes for {}",
+                        "{:>6.1} s  version {version} is complete; slots took no writes for p50 {:.1}, p99 {:.1}, at most {:.1} ms",
                         begun.elapsed().as_secs_f64(),
-                        status["work"]["freeze_ms"]
+                        ms("p50"),
+                        ms("p99"),
+                        ms("max")
                     );
                     return Ok(());
                 }
             }
             ensure!(
                 begun.elapsed() < Duration::from_secs(120),
-                "version {version} is not carried out: {status}"
+                "version {version} is not complete: {status}"
             );
             tokio::time::sleep(Duration::from_millis(100)).await;
         }

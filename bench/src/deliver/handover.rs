@@ -1,7 +1,7 @@
 //! An instance is asked to stop; its sessions go to the other.
 
 use super::{Options, Users, millis, reconnections};
-use crate::devices::{Device, Talk, Traffic, all_connected, answered, compare, level};
+use crate::devices::{Device, Talk, Traffic, all_connected, answered, caught_up, compare};
 use crate::service::{Service, locked};
 use anyhow::{Context, ensure};
 use chat_wire::Close;
@@ -51,7 +51,7 @@ pub(super) async fn handover(
     let ((), gone) = tokio::join!(plan.run(&devices, &traffic), go);
     gone?;
     answered(&traffic).await?;
-    let took = level(&devices, &traffic, Instant::now(), Duration::from_secs(5)).await?;
+    let took = caught_up(&devices, &traffic, Instant::now(), Duration::from_secs(5)).await?;
     let compared = compare(service, 1, &devices, &traffic).await?;
     let (asked, not_ready, ended) = *locked(&went);
     let (asked, not_ready) = (
@@ -89,7 +89,7 @@ pub(super) async fn handover(
         millis(&reconnections(&devices, asked), 1.0)
     );
     println!(
-        "  {} messages meanwhile; all level {} ms after the last acknowledgement; {compared} deliveries compared with the logs",
+        "  {} messages meanwhile; all caught up {} ms after the last acknowledgement; {compared} deliveries compared with the logs",
         locked(&traffic.sent).len(),
         took.as_millis()
     );

@@ -1,7 +1,7 @@
 //! An instance is killed; its clients go on at the other.
 
 use super::{Options, Users, millis, reconnections};
-use crate::devices::{Talk, Traffic, all_connected, answered, compare, level};
+use crate::devices::{Talk, Traffic, all_connected, answered, caught_up, compare};
 use crate::service::{Service, locked};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -30,7 +30,7 @@ pub(super) async fn killed(
     let ((), killed) = tokio::join!(plan.run(&devices, &traffic), kill);
     let killed = killed?;
     answered(&traffic).await?;
-    let took = level(&devices, &traffic, Instant::now(), Duration::from_secs(5)).await?;
+    let took = caught_up(&devices, &traffic, Instant::now(), Duration::from_secs(5)).await?;
     let compared = compare(service, 1, &devices, &traffic).await?;
     let back = reconnections(&devices, killed);
     println!(
@@ -41,7 +41,7 @@ pub(super) async fn killed(
         millis(&back, 1.0)
     );
     println!(
-        "  all level {} ms after the last acknowledgement; {compared} deliveries compared with the logs",
+        "  all caught up {} ms after the last acknowledgement; {compared} deliveries compared with the logs",
         took.as_millis()
     );
     Ok(())

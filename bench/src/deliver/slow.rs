@@ -1,7 +1,7 @@
 //! A client that does not read is closed, without an effect on others.
 
 use super::{Options, Users};
-use crate::devices::{Device, Talk, Traffic, all_connected, answered, level};
+use crate::devices::{Device, Talk, Traffic, all_connected, answered, caught_up};
 use crate::service::Service;
 use anyhow::{Context, ensure};
 use chat_client::Api;
@@ -107,7 +107,7 @@ pub(super) async fn slow(
         "not in order"
     );
     answered(&traffic).await?;
-    level(&devices, &traffic, Instant::now(), Duration::from_secs(5)).await?;
+    caught_up(&devices, &traffic, Instant::now(), Duration::from_secs(5)).await?;
     println!(
         "  {count} messages of 4,000 characters for a user who does not read, in {:.1} s",
         (until - from).as_secs_f64()

@@ -1,7 +1,7 @@
 //! Thousands of clients lose their instance at once.
 
 use super::{Options, Users, millis, reconnections};
-use crate::devices::{Device, Talk, Traffic, all_connected, answered, compare, level};
+use crate::devices::{Device, Talk, Traffic, all_connected, answered, caught_up, compare};
 use crate::service::{Service, locked};
 use anyhow::ensure;
 use std::sync::Arc;
@@ -66,10 +66,10 @@ pub(super) async fn storm(
     let (killed, back) = storm?;
     for (devices, traffic) in [(&crowd_devices, &traffic), (&others, &aside)] {
         answered(traffic).await?;
-        let took = level(devices, traffic, Instant::now(), Duration::from_secs(5)).await?;
+        let took = caught_up(devices, traffic, Instant::now(), Duration::from_secs(5)).await?;
         let compared = compare(service, 1, devices, traffic).await?;
         println!(
-            "  {} devices: all level {} ms after the last acknowledgement; {compared} deliveries compared with the logs",
+            "  {} devices: all caught up {} ms after the last acknowledgement; {compared} deliveries compared with the logs",
             devices.len(),
             took.as_millis()
         );
