@@ -893,9 +893,15 @@ fn described_metrics() -> Vec<(String, String, String)> {
         let mut lines = entry.lines();
         let (name, help) = lines.next().unwrap().split_once(' ').unwrap();
         let kind = lines.next().unwrap().rsplit(' ').next().unwrap();
-        let label = lines.find_map(|line| line.split_once('{')?.1.split_once('=').map(|l| l.0));
-        let label = label.filter(|label| *label != "le");
-        let label = label.map_or(String::new(), |label| format!("{{{label}}}"));
+        let sample = lines.find_map(|line| Some(line.split_once('{')?.1.split_once('}')?.0));
+        let labels = sample.into_iter().flat_map(|sample| sample.split(','));
+        let names = labels.filter_map(|label| label.split_once('=').map(|label| label.0));
+        let names: Vec<_> = names.filter(|name| *name != "le").collect();
+        let label = if names.is_empty() {
+            String::new()
+        } else {
+            format!("{{{}}}", names.join(", "))
+        };
         let total = if kind == "counter" { "_total" } else { "" };
         found.push((
             format!("{name}{total}{label}"),

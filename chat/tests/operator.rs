@@ -134,7 +134,7 @@ async fn a_pause_stops_the_moves_until_they_are_resumed_and_the_status_says_so()
     assert_eq!(status["paused"], true, "{status}");
 
     service.add(2);
-    service.in_force(&instance, version + 1).await;
+    service.in_effect(&instance, version + 1).await;
     until("the coordinator reports the pause", async || {
         let (_, status) = instance.get(&format!("{admin}/admin/resharding")).await;
         (status["work"]["stage"] == "paused" && status["work"]["version"] == version + 1)
@@ -151,6 +151,108 @@ async fn a_pause_stops_the_moves_until_they_are_resumed_and_the_status_says_so()
     assert!(service.databases.number(2, owned).await > 1000);
     let output = operate(&service, &admin, "status");
     assert!(output.contains("idle"), "{output}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slot_that_goes_back_waits_for_the_purge_of_its_old_rows_and_the_status_says_so() {
+    let mut service = Service::new(Kind::Sqlite, 2, 0).await;
+    let purge = [("RESHARDING__PURGE_AFTER_MS", "4000")];
+    let instance = service.start(&purge).await;
+    let api = instance.api(1).await;
+    api.send(2, "k", "hello").await.unwrap();
+    let (owner, other) = match owner_of(&instance, 2).await.as_str() {
+        "shard1" => ("shard1", "shard2"),
+        _ => ("shard2", "shard1"),
+    };
+    service.pin(&[(1, 2)], other);
+    service.save();
+    until("it has moved", async || {
+        (owner_of(&instance, 2).await == other).then_some(())
+    })
+    .await;
+    service.pins.clear();
+    service.save();
+    until("the status has the reason", async || {
+        let output = operate(&service, &instance.admin, "status");
+        output
+            .contains("waiting: 1 slots have left their target less than 4 s ago")
+            .then_some(())
+    })
+    .await;
+    service.settled(&instance, 3).await;
+    assert_eq!(owner_of(&instance, 2).await, owner);
+    assert_eq!(api.log_upwards(2).await.unwrap().len(), 1);
+}
+
+/// OPERATIONS, "Restore a shard from a backup": it is declared down, restored and brought back. The
+/// backup has older rows of slots than the other shards.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shard_that_is_restored_from_a_backup_is_merged_and_owns_nothing_by_itself() {
+    let mut service = Service::new(Kind::Sqlite, 3, 0).await;
+    let mut instance = service.start(&[]).await;
+    let api = instance.api(1).await;
+    let users = 2..40_u64;
+    let send = async |api: &Api, n: u64| {
+        for with in users.clone() {
+            api.send(with, &format!("k{n}"), &format!("{n}"))
+                .await
+                .unwrap();
+        }
+    };
+    for n in 1..=3 {
+        send(&api, n).await;
+    }
+    let mut lost = Vec::new();
+    for with in users.clone() {
+        if owner_of(&instance, with).await == "shard3" {
+            lost.push(with);
+        }
+    }
+    assert!(lost.len() > 3, "{lost:?}");
+    let path = service.databases.url(2);
+    let path = path.trim_start_matches("sqlite:");
+    let backup = format!("{path}.backup");
+    rusqlite::Connection::open(path)
+        .unwrap()
+        .execute("VACUUM INTO ?1", [&backup])
+        .unwrap();
+    // After the backup: more messages, and a dialog that leaves the shard.
+    let moved = lost.pop().unwrap();
+    service.pin(&[(1, moved)], "shard1");
+    service.save();
+    service.settled(&instance, 2).await;
+    send(&api, 4).await;
+
+    service.set("shard3", "state = \"down\"");
+    service.settled_but_fenced(&instance, 3).await;
+    instance.kill();
+    for end in ["-wal", "-shm"] {
+        let _ = std::fs::remove_file(format!("{path}{end}"));
+    }
+    std::fs::rename(&backup, path).unwrap();
+    let instance = service.start(&[]).await;
+    service.set("shard3", "");
+    service.settled(&instance, 4).await;
+
+    let api = instance.api(1).await;
+    send(&api, 5).await;
+    for with in users {
+        let log = api.log_upwards(with).await.unwrap();
+        let texts: Vec<&str> = log.iter().map(|message| message.text.as_str()).collect();
+        if lost.contains(&with) {
+            assert_eq!(texts, ["1", "2", "3", "5"], "{with}");
+        } else {
+            assert_eq!(texts, ["1", "2", "3", "4", "5"], "{with}");
+        }
+        assert!(log.is_sorted_by_key(|message| message.seq), "{with}");
+    }
+}
+
+/// The shard that owns the dialog of user 1 and `with`.
+async fn owner_of(instance: &Instance, with: u64) -> String {
+    let url = format!("{}/admin/where/1/{with}", instance.admin);
+    let (_, place) = instance.get(&url).await;
+    place["owner"].as_str().unwrap_or_default().to_owned()
 }
 
 /// Runs a command of an operator against a running instance; what it prints.

@@ -3,11 +3,13 @@
 #![allow(missing_docs, clippy::wildcard_enum_match_arm)]
 
 use fantoccini::{Client, ClientBuilder, Locator};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
 use serde_json::{Value, json};
 use std::process::{Child, Command, Stdio};
 use testkit::instance::Instance;
 use testkit::proxy::{Mode, Proxy};
-use testkit::{Databases, Kind, until};
+use testkit::{Databases, Kind, seed, until};
 
 /// A headless Chromium with its driver; both end with it.
 struct Browser {
@@ -268,15 +270,16 @@ async fn a_connection_that_is_cut_every_few_seconds_loses_doubles_and_disorders_
     sign_in(&page, &url, 7).await;
     open(&page, 42).await;
     let end = tokio::time::Instant::now() + std::time::Duration::from_secs(flap_seconds());
+    let mut rng = StdRng::seed_from_u64(seed());
     let flaps = tokio::spawn({
         let proxy = proxy.clone();
         async move {
             let mut cuts = 0;
             while tokio::time::Instant::now() < end {
-                let up = 500 + rand::random::<u64>() % 3000;
+                let up = rng.random_range(500..3500);
                 tokio::time::sleep(std::time::Duration::from_millis(up)).await;
                 proxy.set(Mode::Cut);
-                let down = 50 + rand::random::<u64>() % 800;
+                let down = rng.random_range(50..850);
                 tokio::time::sleep(std::time::Duration::from_millis(down)).await;
                 proxy.set(Mode::Pass);
                 cuts += 1;

@@ -311,8 +311,8 @@ async fn mark(store: &Arc<dyn Database>, name: &str, who: u64, seq: u64) -> Mark
 
 /// How far a user has read in the only dialog of a slot, by its row.
 async fn read_by(store: &Arc<dyn Database>, who: &ShardIdentity, slot: Slot, user: u64) -> u64 {
-    let heads = store.dialog_rows(who, slot).await.unwrap();
-    let mut members = heads[0].members.iter();
+    let rows = store.dialog_rows(who, slot).await.unwrap();
+    let mut members = rows[0].members.iter();
     let member = members.find(|member| member.user.get() == user).unwrap();
     member.read_seq.get()
 }
@@ -542,8 +542,8 @@ async fn what_is_not_owned_is_refused_and_nothing_of_it_is_written(kind: Kind) {
     assert_eq!(seqs(&written[1..]), [(1, false)]);
     let sizes = store.sizes(&identity()).await.unwrap();
     assert_eq!(sizes.keys().collect::<Vec<_>>(), [&ours.slot]);
-    let heads = store.dialog_rows(&identity(), ours.slot).await.unwrap();
-    assert_eq!((heads.len(), heads[0].members.len()), (1, 2));
+    let rows = store.dialog_rows(&identity(), ours.slot).await.unwrap();
+    assert_eq!((rows.len(), rows[0].members.len()), (1, 2));
     assert_eq!(
         store.dialog_rows(&identity(), theirs.slot).await.unwrap(),
         []
@@ -1035,18 +1035,18 @@ async fn a_slot_moves_step_by_step_and_takes_no_other_step(kind: Kind) {
         "an attempt is not shared"
     );
 
-    let heads = a.dialog_rows(&one, slot).await.unwrap();
+    let rows = a.dialog_rows(&one, slot).await.unwrap();
     let from_the_start = [(dialog("7_42"), Seq::ZERO)];
     let messages = a
         .messages_of(&one, slot, &from_the_start, 100)
         .await
         .unwrap();
-    assert_eq!((heads.len(), messages.len()), (1, 5));
+    assert_eq!((rows.len(), messages.len()), (1, 5));
     let part = |upto: usize| Chunk {
         messages: messages[..upto].to_vec(),
         dialogs: vec![DialogRow {
             last_seq: Seq::new(upto as u64),
-            ..heads[0].clone()
+            ..rows[0].clone()
         }],
     };
     for (from, term) in [("shard1", 3), ("shard1", 1), ("shard3", 2)] {
@@ -1064,7 +1064,7 @@ async fn a_slot_moves_step_by_step_and_takes_no_other_step(kind: Kind) {
             .unwrap()
             .unwrap();
     }
-    assert_eq!(b.dialog_rows(&two, slot).await.unwrap(), heads);
+    assert_eq!(b.dialog_rows(&two, slot).await.unwrap(), rows);
     assert_eq!(
         b.messages_of(&two, slot, &from_the_start, 100)
             .await
@@ -1220,7 +1220,7 @@ async fn what_a_lost_shard_held_comes_in_once_and_in_its_place(kind: Kind) {
         .messages_of(&one, slot, &from_the_start, 100)
         .await
         .unwrap();
-    let heads = a.dialog_rows(&one, slot).await.unwrap();
+    let rows = a.dialog_rows(&one, slot).await.unwrap();
     let prepare = Step::Prepare {
         from: "shard1".into(),
         term: 2,
@@ -1233,7 +1233,7 @@ async fn what_a_lost_shard_held_comes_in_once_and_in_its_place(kind: Kind) {
         messages: messages[..2].to_vec(),
         dialogs: vec![DialogRow {
             last_seq: Seq::new(2),
-            ..heads[0].clone()
+            ..rows[0].clone()
         }],
     };
     b.copy_in(&two, &topology_ref, slot, "shard1", 2, &part)
@@ -1279,7 +1279,7 @@ async fn what_a_lost_shard_held_comes_in_once_and_in_its_place(kind: Kind) {
 
     let whole = Chunk {
         messages: messages.clone(),
-        dialogs: heads.clone(),
+        dialogs: rows.clone(),
     };
     let mut wrong = whole.clone();
     wrong.messages[1].author = user(42);
@@ -1449,7 +1449,7 @@ mod held_locks {
 
 /// A page costs what is on it, wherever it is in however long a dialog, whatever the optimizer
 /// believes; and so do the first page of an inbox, a part of a move, repeats, messages, read marks
-/// and heads.
+/// and rows.
 async fn a_page_reads_no_more_rows_than_are_on_it(kind: Kind) {
     const LENGTH: u64 = 4000;
     const PAGE: u32 = 50;
@@ -1550,7 +1550,7 @@ async fn a_page_reads_no_more_rows_than_are_on_it(kind: Kind) {
             .clone()
             .map(|name| NewMark::new(dialog(name), user(7), Seq::new(1)))
             .collect();
-        for (what, most_of_a_key) in [("write", 13), ("mark", 13), ("heads", 3)] {
+        for (what, most_of_a_key) in [("write", 13), ("mark", 13), ("rows", 3)] {
             let mut reads = Vec::new();
             for table in ["members", "dialogs"] {
                 reads.push((table, rows_read(&mut conn, kind, table).await));
@@ -1713,7 +1713,7 @@ mod a_copy_that_differs_from_its_source_is_not_activated {
     }
 }
 
-async fn heads_tell_how_far_dialogs_have_come_and_who_has_read(kind: Kind) {
+async fn last_seqs_are_those_of_the_dialogs_with_their_read_marks(kind: Kind) {
     let (databases, store) = initialized(kind).await;
     for (name, author, count) in [("7_42", 7, 3), ("7_9", 9, 1), ("8_9", 8, 2)] {
         for n in 0..count {
@@ -1723,8 +1723,8 @@ async fn heads_tell_how_far_dialogs_have_come_and_who_has_read(kind: Kind) {
     let seven = user(7);
     mark(&store, "7_42", 42, 2).await;
     type Shown = (String, u64, Vec<(u64, u64)>);
-    let shown = |heads: &LastSeqs| -> Vec<Shown> {
-        let mut shown: Vec<_> = heads
+    let shown = |rows: &LastSeqs| -> Vec<Shown> {
+        let mut shown: Vec<_> = rows
             .dialogs
             .iter()
             .map(|head| {
@@ -1741,14 +1741,14 @@ async fn heads_tell_how_far_dialogs_have_come_and_who_has_read(kind: Kind) {
         shown
     };
     let asked = LastSeqsOf::Dialogs(vec![dialog("7_42"), dialog("7_9"), dialog("1_2")]);
-    let heads = store.last_seqs(&identity(), &asked).await.unwrap();
+    let rows = store.last_seqs(&identity(), &asked).await.unwrap();
     let both = [
         ("7_42".to_owned(), 3, vec![(7, 0), (42, 2)]),
         ("7_9".to_owned(), 1, vec![(7, 0), (9, 0)]),
     ];
-    assert_eq!(shown(&heads), both);
+    assert_eq!(shown(&rows), both);
     assert_eq!(
-        heads.slots.owned.len(),
+        rows.slots.owned.len(),
         3,
         "of the slots that were asked for"
     );
@@ -1757,17 +1757,17 @@ async fn heads_tell_how_far_dialogs_have_come_and_who_has_read(kind: Kind) {
         within,
     };
     let hour = Duration::from_secs(3600);
-    let heads = store
+    let rows = store
         .last_seqs(&identity(), &recent(&[seven], hour))
         .await
         .unwrap();
-    assert_eq!(shown(&heads), both);
-    assert_eq!(heads.slots.owned.len(), SLOTS);
-    let heads = store
+    assert_eq!(shown(&rows), both);
+    assert_eq!(rows.slots.owned.len(), SLOTS);
+    let rows = store
         .last_seqs(&identity(), &recent(&[seven, user(9)], hour))
         .await
         .unwrap();
-    assert_eq!(heads.dialogs.len(), 3, "each once");
+    assert_eq!(rows.dialogs.len(), 3, "each once");
     // The longest silent is not lately any more.
     if kind != Kind::Memory {
         let sql = "UPDATE dialogs SET last_at = last_at - 7200000000 WHERE dialog = '7_42'";
@@ -1781,11 +1781,11 @@ async fn heads_tell_how_far_dialogs_have_come_and_who_has_read(kind: Kind) {
             }
             _ => databases.execute(0, sql).await,
         }
-        let heads = store
+        let rows = store
             .last_seqs(&identity(), &recent(&[seven], hour))
             .await
             .unwrap();
-        assert_eq!(shown(&heads), both[1..]);
+        assert_eq!(shown(&rows), both[1..]);
     }
     let other_service = ShardIdentity {
         cluster_id: "c2".into(),
@@ -1821,7 +1821,7 @@ on_every_store! {
     read_marks_move_many_at_once_alone_and_with_messages
     a_text_comes_back_byte_for_byte
     a_document_is_taken_forward_only_and_fences_who_was_declared_down
-    heads_tell_how_far_dialogs_have_come_and_who_has_read
+    last_seqs_are_those_of_the_dialogs_with_their_read_marks
     a_slot_moves_step_by_step_and_takes_no_other_step
     what_a_lost_shard_held_comes_in_once_and_in_its_place
     one_at_a_time_has_the_turn

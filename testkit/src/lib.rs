@@ -58,6 +58,17 @@ fn server_url(kind: Kind) -> Option<String> {
     }))
 }
 
+/// The seed of a test: `CHAT_SEED`, or else a random one. It is printed if the test fails.
+pub fn seed() -> u64 {
+    let given = std::env::var("CHAT_SEED");
+    let seed = given.map_or_else(
+        |_| rand::random::<u32>().into(),
+        |seed| seed.parse().expect("CHAT_SEED is a number"),
+    );
+    println!("to repeat this: CHAT_SEED={seed}");
+    seed
+}
+
 /// `nats://…` of the NATS that `./test` started.
 pub fn nats_url() -> String {
     std::env::var("CHAT_TEST_NATS")

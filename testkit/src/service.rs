@@ -123,11 +123,21 @@ impl Service {
     /// Waits until `version` is in effect at an instance, every slot is on its target, and no rows
     /// are left behind.
     pub async fn settled(&self, instance: &Instance, version: u64) {
-        self.settled_within(instance, version, Duration::from_secs(180))
-            .await;
+        self.idle(
+            instance,
+            version,
+            ["sealed", "incoming", "fenced", "to_purge"],
+        )
+        .await;
     }
 
-    async fn settled_within(&self, instance: &Instance, version: u64, limit: Duration) {
+    /// As [`Service::settled`], but for a shard that is declared down: it has fenced slots.
+    pub async fn settled_but_fenced(&self, instance: &Instance, version: u64) {
+        self.idle(instance, version, ["sealed", "incoming"]).await;
+    }
+
+    async fn idle<const N: usize>(&self, instance: &Instance, version: u64, none: [&str; N]) {
+        let limit = Duration::from_secs(180);
         let begun = Instant::now();
         loop {
             let (_, change) = instance
@@ -143,14 +153,14 @@ impl Service {
                     .map(|shard| shard[field].as_u64().unwrap_or(0))
                     .sum()
             };
-            let in_force =
+            let in_effect =
                 change["version"].as_u64() >= Some(version) && change["phase"] == "normal";
             let work = &change["work"];
-            let at_rest = work["stage"] == "idle"
+            let is_idle = work["stage"] == "idle"
                 && work["version"] == change["version"]
                 && work["slots_left"] == 0;
-            let left = ["sealed", "incoming", "fenced", "to_purge"].map(number);
-            if in_force && at_rest && number("owner") == 4096 && left == [0; 4] {
+            let left = none.map(number);
+            if in_effect && is_idle && number("owner") == 4096 && left == [0; N] {
                 return;
             }
             assert!(
@@ -161,8 +171,8 @@ impl Service {
         }
     }
 
-    /// Waits until an instance goes by a version.
-    pub async fn in_force(&self, instance: &Instance, version: u64) {
+    /// Waits until a version is in effect at an instance.
+    pub async fn in_effect(&self, instance: &Instance, version: u64) {
         until("the topology is in effect", async || {
             let (_, change) = instance
                 .get(&format!("{}/admin/resharding", instance.admin))
@@ -173,8 +183,8 @@ impl Service {
     }
 
     /// The state and reason of an instance's file, once it is not in effect.
-    pub async fn complaint(&self, instance: &Instance) -> String {
-        until("the file is complained of", async || {
+    pub async fn file_problem(&self, instance: &Instance) -> String {
+        until("the file is not in effect", async || {
             let (_, change) = instance
                 .get(&format!("{}/admin/resharding", instance.admin))
                 .await;
@@ -201,7 +211,6 @@ pub struct Talk {
 impl Talk {
     /// `pairs` users, each writing to others in turn, up to `burst` messages at once.
     pub fn begin(instances: &[&Instance], pairs: u64, burst: u32, seed: u64) -> Self {
-        println!("seed {seed}");
         let talk = Self {
             stop: Arc::default(),
             writers: Vec::new(),

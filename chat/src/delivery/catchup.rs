@@ -92,8 +92,8 @@ impl CatchUp {
     ) -> Result<(), RequestError> {
         let with = dialog.counterpart(self.me).get();
         let mut replayed = 0;
-        if self.too_far(after, gap.head) {
-            self.send_resync(dialog, gap, gap.head);
+        if self.too_far(after, gap.newest) {
+            self.send_resync(dialog, gap, gap.newest);
             return Ok(());
         }
         loop {
@@ -113,7 +113,7 @@ impl CatchUp {
                 return Ok(());
             }
             if replayed >= self.replay {
-                self.send_resync(dialog, gap, gap.head.max(after));
+                self.send_resync(dialog, gap, gap.newest.max(after));
                 return Ok(());
             }
         }
@@ -126,7 +126,7 @@ impl CatchUp {
         since: Timestamp,
     ) -> Result<(), RequestError> {
         let with = dialog.counterpart(self.me).get();
-        let up_to = Range::Before(Seq::new(gap.head.get().saturating_add(1)));
+        let up_to = Range::Before(Seq::new(gap.newest.get().saturating_add(1)));
         let page = self.messages.history(self.me, with, up_to, None).await?;
         // Both have the same format, so their texts sort by time.
         let since = since.to_string();
@@ -136,7 +136,7 @@ impl CatchUp {
             .filter(|message| message.at < since)
             .count();
         if older == 0 && page.more {
-            self.send_resync(dialog, gap, gap.head);
+            self.send_resync(dialog, gap, gap.newest);
             return Ok(());
         }
         let end = Seq::new(page.last);
@@ -163,8 +163,8 @@ impl CatchUp {
     }
 
     /// More messages are missed than are sent, without a request of the client.
-    fn send_resync(&self, dialog: DialogId, gap: Gap, head: Seq) {
-        if !self.subscriber.skip_to(dialog, gap.epoch, head) {
+    fn send_resync(&self, dialog: DialogId, gap: Gap, newest: Seq) {
+        if !self.subscriber.skip_to(dialog, gap.epoch, newest) {
             return;
         }
         self.metrics.resyncs.inc();
@@ -196,8 +196,8 @@ impl CatchUp {
         if let Some(since) = since {
             self.recent(&positions, since, &mut found).await;
         }
-        let level = &found.level;
-        let _ = timeout(RESUME_LIMIT, self.subscriber.caught_up(level)).await;
+        let positions = &found.positions;
+        let _ = timeout(RESUME_LIMIT, self.subscriber.caught_up(positions)).await;
         let position = |dialog: &DialogId| {
             let last = self.subscriber.last(*dialog)?;
             Some((dialog.to_string(), last.get()))
@@ -205,7 +205,7 @@ impl CatchUp {
         found.resync.sort_unstable();
         ServerFrame::Resumed {
             id,
-            positions: level
+            positions: positions
                 .iter()
                 .filter_map(|(dialog, _)| position(dialog))
                 .collect(),
@@ -223,13 +223,13 @@ impl CatchUp {
             .map(|(dialog, seq)| self.subscriber.position(*dialog, *seq))
             .collect();
         let dialogs: Vec<DialogId> = positions.iter().map(|(dialog, _)| *dialog).collect();
-        let heads = self.last_seqs.of_dialogs(&dialogs).await;
+        let current = self.last_seqs.of_dialogs(&dialogs).await;
         let mut found = Resumption {
-            incomplete: heads.incomplete,
+            incomplete: current.incomplete,
             ..Resumption::default()
         };
         for ((dialog, seq), epoch) in positions.iter().zip(epochs) {
-            let Some(head) = heads.of.get(dialog) else {
+            let Some(state) = current.of.get(dialog) else {
                 // Its shard does not answer: the read is repeated until it does.
                 self.subscriber.take(&BusEvent::LastSeq {
                     dialog: *dialog,
@@ -237,7 +237,7 @@ impl CatchUp {
                 });
                 continue;
             };
-            for (user, seq) in head.reads.iter().filter(|(_, seq)| *seq > Seq::ZERO) {
+            for (user, seq) in state.reads.iter().filter(|(_, seq)| *seq > Seq::ZERO) {
                 found.reads.push(ReadMark {
                     dialog: dialog.to_string(),
                     user: user.get(),
@@ -246,16 +246,18 @@ impl CatchUp {
                 // A mark that is sent late is not sent again.
                 self.subscriber.knows_read(*dialog, *user, *seq);
             }
-            if head.last_seq < *seq || (head.last_seq > *seq && self.too_far(*seq, head.last_seq)) {
+            if state.last_seq < *seq
+                || (state.last_seq > *seq && self.too_far(*seq, state.last_seq))
+            {
                 self.metrics.resyncs.inc();
-                self.subscriber.skip_to(*dialog, epoch, head.last_seq);
+                self.subscriber.skip_to(*dialog, epoch, state.last_seq);
                 found.resync.push(*dialog);
             } else {
                 self.subscriber.take(&BusEvent::LastSeq {
                     dialog: *dialog,
-                    seq: head.last_seq,
+                    seq: state.last_seq,
                 });
-                found.level.push((*dialog, head.last_seq));
+                found.positions.push((*dialog, state.last_seq));
             }
         }
         found
@@ -277,16 +279,16 @@ impl CatchUp {
         // The positions are ordered by dialog.
         let known =
             |dialog: DialogId| positions.binary_search_by_key(&dialog, |(dialog, _)| *dialog);
-        let unknown = |head: &&DialogLastSeq| known(head.dialog).is_err();
-        for (n, head) in recent.of.values().filter(unknown).enumerate() {
+        let unknown = |state: &&DialogLastSeq| known(state.dialog).is_err();
+        for (n, state) in recent.of.values().filter(unknown).enumerate() {
             if positions.len() + n < self.replay_dialogs {
                 self.subscriber.take(&BusEvent::LastSeq {
-                    dialog: head.dialog,
-                    seq: head.last_seq,
+                    dialog: state.dialog,
+                    seq: state.last_seq,
                 });
-                found.level.push((head.dialog, head.last_seq));
+                found.positions.push((state.dialog, state.last_seq));
             } else {
-                found.resync.push(head.dialog);
+                found.resync.push(state.dialog);
             }
         }
     }
@@ -296,7 +298,7 @@ impl CatchUp {
 #[derive(Default)]
 struct Resumption {
     /// Dialogs that are read up to these seqs before the answer.
-    level: Vec<(DialogId, Seq)>,
+    positions: Vec<(DialogId, Seq)>,
     /// Dialogs that the client must read.
     resync: Vec<DialogId>,
     reads: Vec<ReadMark>,

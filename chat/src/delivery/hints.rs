@@ -54,7 +54,7 @@ struct Inner {
 
 /// The recent events of one dialog since it was last silent.
 struct Burst {
-    head: Seq,
+    newest: Seq,
     reads: Vec<(UserId, BusEvent)>,
     last: Instant,
     hinted: usize,
@@ -80,7 +80,7 @@ impl Hints {
     /// Records a message.
     pub fn message(&self, dialog: DialogId, seq: Seq) {
         self.inner
-            .note(dialog, |burst| burst.head = burst.head.max(seq));
+            .note(dialog, |burst| burst.newest = burst.newest.max(seq));
     }
 
     /// Records a read mark of `user`.
@@ -102,7 +102,7 @@ impl Inner {
             return;
         }
         let burst = stripe.entry(dialog).or_insert_with(|| Burst {
-            head: Seq::ZERO,
+            newest: Seq::ZERO,
             reads: Vec::new(),
             last: Instant::now(),
             hinted: 0,
@@ -121,10 +121,10 @@ impl Inner {
         stripe.retain(|dialog, burst| {
             if burst.last.elapsed() >= HINT_AFTER[burst.hinted] {
                 burst.hinted += 1;
-                if burst.head > Seq::ZERO {
+                if burst.newest > Seq::ZERO {
                     due.push(BusEvent::LastSeq {
                         dialog: *dialog,
-                        seq: burst.head,
+                        seq: burst.newest,
                     });
                 }
                 due.extend(burst.reads.iter().map(|(_, mark)| mark.clone()));

@@ -44,7 +44,7 @@ struct Stream {
     /// begin are looked up.
     last: Option<Seq>,
     /// The highest seq that is known to be stored.
-    head: Seq,
+    newest: Seq,
     /// Messages ahead of `last`.
     held: BTreeMap<Seq, Held>,
     reading: Reading,
@@ -79,7 +79,7 @@ pub struct Gap {
     /// Their beginning.
     pub from: Start,
     /// The highest seq that is known to be stored.
-    pub head: Seq,
+    pub newest: Seq,
     /// The count of positions that this belongs to.
     pub epoch: u32,
 }
@@ -134,14 +134,14 @@ impl Sequencer {
             }
             Some(last) if seq.get() == last.get() + 1 && !answered => {
                 stream.last = Some(seq);
-                stream.head = stream.head.max(seq);
+                stream.newest = stream.newest.max(seq);
                 send(frame);
                 self.held_bytes -= stream.send_held(&mut send);
                 return false;
             }
             Some(_) | None => {}
         }
-        stream.head = stream.head.max(seq);
+        stream.newest = stream.newest.max(seq);
         let room = !answered
             && stream.held.len() < HELD
             && self.held_bytes + frame.len() <= self.bounds.held_bytes
@@ -179,14 +179,14 @@ impl Sequencer {
         self.on_message(dialog, seq, frame, false, send)
     }
 
-    /// `head` is known to be stored, by a hint or a comparison. Returns whether the dialog must be
+    /// `newest` is known to be stored, by a hint or a comparison. Returns whether the dialog must be
     /// read.
-    pub fn on_last_seq(&mut self, dialog: DialogId, head: Seq) -> bool {
+    pub fn on_last_seq(&mut self, dialog: DialogId, newest: Seq) -> bool {
         let stream = stream(&mut self.streams, &mut self.clock, dialog, None);
-        if stream.last.is_some_and(|last| head <= last) {
+        if stream.last.is_some_and(|last| newest <= last) {
             return false;
         }
-        stream.head = stream.head.max(head);
+        stream.newest = stream.newest.max(newest);
         self.want(dialog)
     }
 
@@ -198,7 +198,7 @@ impl Sequencer {
             .last
             .map_or(stream.sent, |last| last.max(stream.sent));
         stream.last = Some(seq);
-        stream.head = seq;
+        stream.newest = seq;
         stream.epoch += 1;
         self.held_bytes -= stream.send_own(send) + stream.drop_held();
         stream.epoch
@@ -252,7 +252,7 @@ impl Sequencer {
         let since = self.since;
         let stream = self.streams.get_mut(&dialog)?;
         let from = match stream.last {
-            Some(after) if after < stream.head => Start::After(after),
+            Some(after) if after < stream.newest => Start::After(after),
             Some(_) => {
                 stream.reading = Reading::CaughtUp;
                 return None;
@@ -261,7 +261,7 @@ impl Sequencer {
         };
         Some(Gap {
             from,
-            head: stream.head,
+            newest: stream.newest,
             epoch: stream.epoch,
         })
     }
@@ -306,29 +306,29 @@ impl Sequencer {
         };
         stream.last = Some(stream.last.map_or(end, |last| last.max(end)));
         let mut freed = stream.send_held(&mut send);
-        if end < gap.head {
+        if end < gap.newest {
             // The shard does not have the messages that were announced: they were forgotten with
             // another shard. Held messages are sent.
             freed += stream.send_all_held(&mut send);
-            stream.head = stream.last.unwrap_or(end);
+            stream.newest = stream.last.unwrap_or(end);
         }
         self.held_bytes -= freed;
     }
 
-    /// The client is asked to reload the dialog: it is tracked from `head` on. `false` if the
+    /// The client is asked to reload the dialog: it is tracked from `newest` on. `false` if the
     /// client has set another position meanwhile.
     pub fn skip_to(
         &mut self,
         dialog: DialogId,
         epoch: u32,
-        head: Seq,
+        newest: Seq,
         mut send: impl FnMut(ByteString),
     ) -> bool {
         let Some(stream) = self.of_epoch(dialog, epoch) else {
             return false;
         };
-        stream.last = Some(head);
-        stream.head = stream.head.max(head);
+        stream.last = Some(newest);
+        stream.newest = stream.newest.max(newest);
         let freed = stream.send_held(&mut send);
         self.held_bytes -= freed;
         true
@@ -387,7 +387,7 @@ impl Sequencer {
         let Some(stream) = self.streams.get_mut(&dialog) else {
             return false;
         };
-        let behind = stream.last.is_none_or(|last| last < stream.head);
+        let behind = stream.last.is_none_or(|last| last < stream.newest);
         if behind && stream.reading == Reading::CaughtUp {
             stream.reading = Reading::Due;
             self.due.push_back(dialog);
@@ -407,7 +407,7 @@ fn stream<'a>(
     *clock += 1;
     let stream = streams.entry(dialog).or_insert_with(|| Stream {
         last,
-        head: last.unwrap_or(Seq::ZERO),
+        newest: last.unwrap_or(Seq::ZERO),
         held: BTreeMap::new(),
         reading: Reading::CaughtUp,
         sent: Seq::ZERO,

@@ -17,7 +17,7 @@ pub struct Subscriber {
     /// Wakes the task that reads missing messages.
     due: Notify,
     /// Wakes the tasks that wait until dialogs are complete.
-    level: Notify,
+    advanced: Notify,
 }
 
 /// The largest difference between the clocks of shards and instances, in microseconds.
@@ -35,7 +35,7 @@ impl Subscriber {
             outbound,
             sequencer: Mutex::new(Sequencer::new(bounds, since, lossless)),
             due: Notify::new(),
-            level: Notify::new(),
+            advanced: Notify::new(),
         }
     }
 
@@ -162,13 +162,13 @@ impl Subscriber {
     /// See [`Sequencer::read_through`].
     pub fn read_through(&self, dialog: DialogId, gap: Gap, end: Seq) {
         self.with(|sequencer, send| sequencer.read_through(dialog, gap, end, send));
-        self.level.notify_waiters();
+        self.advanced.notify_waiters();
     }
 
     /// See [`Sequencer::skip_to`].
-    pub fn skip_to(&self, dialog: DialogId, epoch: u32, head: Seq) -> bool {
-        let skipped = self.with(|sequencer, send| sequencer.skip_to(dialog, epoch, head, send));
-        self.level.notify_waiters();
+    pub fn skip_to(&self, dialog: DialogId, epoch: u32, newest: Seq) -> bool {
+        let skipped = self.with(|sequencer, send| sequencer.skip_to(dialog, epoch, newest, send));
+        self.advanced.notify_waiters();
         skipped
     }
 
@@ -189,21 +189,21 @@ impl Subscriber {
     }
 
     /// Waits until the session has every message up to these positions.
-    pub async fn caught_up(&self, heads: &[(DialogId, Seq)]) {
+    pub async fn caught_up(&self, positions: &[(DialogId, Seq)]) {
         loop {
-            let level = self.level.notified();
-            tokio::pin!(level);
-            level.as_mut().enable();
+            let advanced = self.advanced.notified();
+            tokio::pin!(advanced);
+            advanced.as_mut().enable();
             let reached = {
                 let sequencer = self.sequencer();
-                heads
-                    .iter()
-                    .all(|(dialog, head)| sequencer.last(*dialog).is_some_and(|last| last >= *head))
+                positions.iter().all(|(dialog, newest)| {
+                    sequencer.last(*dialog).is_some_and(|last| last >= *newest)
+                })
             };
             if reached {
                 return;
             }
-            level.await;
+            advanced.await;
         }
     }
 }

@@ -99,10 +99,10 @@ impl LastSeqReader {
                     known.incomplete.insert(shard.name().to_owned());
                     continue;
                 };
-                let heads: HashMap<DialogId, &DialogLastSeq> = answer
+                let entries: HashMap<DialogId, &DialogLastSeq> = answer
                     .dialogs
                     .iter()
-                    .map(|head| (head.dialog, head))
+                    .map(|entry| (entry.dialog, entry))
                     .collect();
                 for dialog in part {
                     let slot = Slot::of(*dialog);
@@ -112,10 +112,10 @@ impl LastSeqReader {
                         || (retry.is_last() && answer.slots.sealed.contains(slot));
                     if counts {
                         let nothing = || DialogLastSeq::nothing(*dialog);
-                        let head = heads
+                        let entry = entries
                             .get(dialog)
-                            .map_or_else(nothing, |head| (*head).clone());
-                        known.of.insert(*dialog, head);
+                            .map_or_else(nothing, |entry| (*entry).clone());
+                        known.of.insert(*dialog, entry);
                     } else {
                         left.insert(*dialog);
                     }
@@ -150,17 +150,17 @@ impl LastSeqReader {
                 covered.add(&answer.slots.owned);
                 covered.add(&answer.slots.sealed);
                 // The query was combined with others, for other users and perhaps older messages.
-                let ours = |head: &&DialogLastSeq| {
-                    let of_ours = head.reads.iter().any(|(user, _)| users.contains(user));
-                    let micros = answer.now.micros().saturating_sub(head.last_at.micros());
+                let ours = |entry: &&DialogLastSeq| {
+                    let of_ours = entry.reads.iter().any(|(user, _)| users.contains(user));
+                    let micros = answer.now.micros().saturating_sub(entry.last_at.micros());
                     of_ours && u128::try_from(micros).unwrap_or(0) <= within.as_micros()
                 };
-                for head in answer.dialogs.iter().filter(ours) {
+                for entry in answer.dialogs.iter().filter(ours) {
                     // Two shards may answer for a slot that is changing hands: the higher seq is
                     // right.
-                    let before = known.of.get(&head.dialog).map(|known| known.last_seq);
-                    if before.is_none_or(|before: Seq| before < head.last_seq) {
-                        known.of.insert(head.dialog, head.clone());
+                    let before = known.of.get(&entry.dialog).map(|known| known.last_seq);
+                    if before.is_none_or(|before: Seq| before < entry.last_seq) {
+                        known.of.insert(entry.dialog, entry.clone());
                     }
                 }
             }

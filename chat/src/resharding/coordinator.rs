@@ -21,7 +21,7 @@ use crate::store::Shard;
 use futures_util::StreamExt;
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::sync::broadcast::Receiver;
@@ -188,7 +188,10 @@ impl Coordinator {
             self.progress.stage(
                 version,
                 if done { "idle" } else { "waiting" },
-                silent.first().map(|name| format!("{name} does not answer")),
+                silent
+                    .first()
+                    .map(|name| format!("{name} does not answer"))
+                    .or_else(|| self.purge_to_wait_for(report.slots_to_purge_first)),
             );
         }
         Ok(busy)
@@ -217,6 +220,16 @@ impl Coordinator {
         }
         self.cluster.refresh().await;
         Ok(true)
+    }
+
+    /// The reason that slots are not moved, if their targets have rows of an earlier time.
+    fn purge_to_wait_for(&self, slots: u64) -> Option<String> {
+        let seconds = self.settings.purge_after_ms as f64 / 1000.0;
+        (slots > 0).then(|| {
+            format!(
+                "{slots} slots have left their target less than {seconds} s ago: their rows there are purged first"
+            )
+        })
     }
 
     fn pace(&self) -> Pace {
@@ -417,6 +430,7 @@ impl Coordinator {
             .take(MOVES_A_ROUND)
             .collect();
         let lanes = &Lanes::new(self.settings.slots_at_once, self.pace());
+        let to_purge_first = &AtomicU64::new(0);
         let moved = futures_util::stream::iter(moves)
             .map(|(pair, a_move)| async move {
                 let _lane = lanes.enter(&[&a_move.from, &a_move.to]).await;
@@ -431,7 +445,10 @@ impl Coordinator {
                         a_move.pace.rest(&shards, moved.frozen).await;
                         true
                     }
-                    Err(MoveError::Leftovers) => false,
+                    Err(MoveError::Leftovers) => {
+                        to_purge_first.fetch_add(1, Ordering::Relaxed);
+                        false
+                    }
                     Err(e) => {
                         self.progress.failed();
                         tracing::info!(slot = %a_move.slot, pair, reason = %e, "not moved yet");
@@ -442,9 +459,12 @@ impl Coordinator {
                 }
             })
             .buffer_unordered(self.settings.slots_at_once.max(1));
-        moved
+        let any = moved
             .fold(false, |any, moved| std::future::ready(any | moved))
-            .await
+            .await;
+        let to_purge_first = to_purge_first.load(Ordering::Relaxed);
+        self.progress.to_purge_first(to_purge_first);
+        any
     }
 
     /// Deletes the rows of slots that have left a shard, after a grace period.

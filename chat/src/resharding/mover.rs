@@ -125,11 +125,9 @@ impl Move {
     ) -> Result<u64, MoveError> {
         let until = Instant::now() + self.pace.freeze;
         let messages = self.pass(term, done, Some(until)).await?;
-        let heads = dialog_rows_at(&self.to, self.slot).await?;
-        let same = heads.len() == done.len()
-            && heads
-                .iter()
-                .all(|head| done.get(&head.dialog) == Some(head));
+        let rows = dialog_rows_at(&self.to, self.slot).await?;
+        let same =
+            rows.len() == done.len() && rows.iter().all(|row| done.get(&row.dialog) == Some(row));
         if !same {
             return Err(MoveError::Differs(self.slot));
         }
@@ -262,13 +260,13 @@ impl Move {
         until: Option<Instant>,
     ) -> Result<u64, MoveError> {
         let mut copied = 0;
-        let heads = dialog_rows_at(&self.from, self.slot).await?;
-        let changed = heads
+        let rows = dialog_rows_at(&self.from, self.slot).await?;
+        let changed = rows
             .into_iter()
-            .filter(|head| done.get(&head.dialog) != Some(head))
-            .map(|head| {
-                let there = done.get(&head.dialog).map(|head| head.last_seq);
-                (there.unwrap_or(Seq::ZERO), head)
+            .filter(|row| done.get(&row.dialog) != Some(row))
+            .map(|row| {
+                let there = done.get(&row.dialog).map(|row| row.last_seq);
+                (there.unwrap_or(Seq::ZERO), row)
             })
             .collect();
         let mut reader = Reader::new(self.from.clone(), self.slot, changed);
@@ -287,8 +285,8 @@ impl Move {
             wrote?;
             if let Some(piece) = written {
                 copied += piece.chunk.messages.len() as u64;
-                let heads = piece.chunk.dialogs.iter();
-                done.extend(heads.map(|head| (head.dialog, head.clone())));
+                let rows = piece.chunk.dialogs.iter();
+                done.extend(rows.map(|row| (row.dialog, row.clone())));
             }
             (written, read) = (read, next?);
             if until.is_none() {

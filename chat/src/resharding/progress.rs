@@ -10,14 +10,17 @@ use tokio::time::Instant;
 /// The progress of a change.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Report {
-    /// The version of the topology that it speaks of.
+    /// The version of the topology.
     pub version: u64,
     /// `idle`, `waiting`, `failover`, `moving`, `merging`, `purging` or `paused`.
     pub stage: String,
-    /// What it waits for.
+    /// The reason if it waits.
     pub blocked_by: Option<String>,
     /// Slots whose owner is not their target.
     pub slots_left: u64,
+    /// Those of them whose target still has rows of an earlier time, which are purged first.
+    #[serde(default)]
+    pub slots_to_purge_first: u64,
     /// Slots that were moved since the change began.
     pub slots_moved: u64,
     /// Messages that were copied.
@@ -84,7 +87,7 @@ impl Progress {
         update(&mut self.inner.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// Says what is being done under the topology of that version, and what holds it up.
+    /// The stage of the work for the topology of that version, and the reason if it is blocked.
     pub fn stage(&self, version: u64, stage: &str, blocked_by: Option<String>) {
         self.update(|inner| {
             let idle = stage == "idle";
@@ -103,7 +106,7 @@ impl Progress {
         });
     }
 
-    /// Says how much is left.
+    /// The number of slots that are left to move, by `from -> to`.
     pub fn left(&self, by_pair: BTreeMap<String, u64>) {
         let left = by_pair.values().sum();
         self.metrics.slots_to_move.set(left as i64);
@@ -113,7 +116,12 @@ impl Progress {
         });
     }
 
-    /// Says how many slots wait for their rows of a shard that has returned.
+    /// The number of slots that wait for a purge at their target.
+    pub fn to_purge_first(&self, slots: u64) {
+        self.update(|inner| inner.report.slots_to_purge_first = slots);
+    }
+
+    /// The number of slots that wait for their rows of a shard that has returned.
     pub fn to_merge(&self, slots: u64) {
         self.update(|inner| inner.report.slots_to_merge = slots);
     }

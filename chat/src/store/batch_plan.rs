@@ -31,25 +31,25 @@ pub struct BatchPlan {
     /// What to insert, in key order: (slot, dialog, seq).
     pub rows: Vec<Row>,
     /// The last seq of every dialog that gets a message, in key order.
-    pub heads: BTreeMap<(Slot, DialogId), Seq>,
+    pub last_seqs: BTreeMap<(Slot, DialogId), Seq>,
     /// What to answer once that is committed, one for each message of the batch.
     pub outcomes: Vec<WriteOutcome>,
 }
 
 impl BatchPlan {
-    /// Plans a batch, given what was read under the locks: the rows of its `slots`, the `heads`
+    /// Plans a batch, given what was read under the locks: the rows of its `slots`, the `last_seqs`
     /// (last seqs) of its dialogs, the `keys` that are known to be stored, and the shard's time.
     #[must_use]
     pub fn new(
         batch: &[NewMessage],
         slots: &HashMap<Slot, SlotView>,
-        heads: &HashMap<DialogId, Seq>,
+        last_seqs: &HashMap<DialogId, Seq>,
         keys: &HashMap<(DialogId, UserId, Key), StoredKey>,
         now: Timestamp,
     ) -> Self {
         let mut plan = Self {
             rows: Vec::with_capacity(batch.len()),
-            heads: BTreeMap::new(),
+            last_seqs: BTreeMap::new(),
             outcomes: Vec::with_capacity(batch.len()),
         };
         // A batch may have a key twice: the second is a repeat of the first.
@@ -75,13 +75,13 @@ impl BatchPlan {
                 });
                 continue;
             }
-            let head = plan
-                .heads
+            let last_seq = plan
+                .last_seqs
                 .entry((message.slot, message.dialog))
-                .or_insert_with(|| heads.get(&message.dialog).copied().unwrap_or_default());
-            *head = head.next(view.generation);
+                .or_insert_with(|| last_seqs.get(&message.dialog).copied().unwrap_or_default());
+            *last_seq = last_seq.next(view.generation);
             let place = Receipt {
-                seq: *head,
+                seq: *last_seq,
                 at: now,
             };
             fresh.insert(
@@ -108,7 +108,7 @@ impl BatchPlan {
         for (index, (message, outcome)) in batch.iter().zip(&outcomes).enumerate() {
             if let WriteOutcome::Stored(Receipt { seq, .. }) = *outcome {
                 plan.rows.push(Row { index, seq });
-                plan.heads.insert((message.slot, message.dialog), seq);
+                plan.last_seqs.insert((message.slot, message.dialog), seq);
             }
         }
         plan.outcomes = outcomes;
@@ -179,7 +179,7 @@ impl Draft {
     ) -> Vec<WriteOutcome> {
         let shifts: HashMap<DialogId, u64> = self
             .plan
-            .heads
+            .last_seqs
             .iter()
             .filter_map(|((_, dialog), planned)| {
                 Some((*dialog, last.get(dialog)?.get() - planned.get()))
@@ -248,11 +248,11 @@ mod tests {
             message("7_9", 9, "a", "2"),
             message("7_42", 42, "a", "3"),
         ];
-        let heads = HashMap::from([("7_42".parse().unwrap(), Seq::new(5))]);
+        let last_seqs = HashMap::from([("7_42".parse().unwrap(), Seq::new(5))]);
         let plan = BatchPlan::new(
             &batch,
             &views(&batch, owner(0)),
-            &heads,
+            &last_seqs,
             &HashMap::new(),
             NOW,
         );
@@ -281,8 +281,8 @@ mod tests {
                 hash: batch[0].hash,
             },
         )]);
-        let heads = HashMap::from([(batch[0].dialog, Seq::new(9))]);
-        let plan = BatchPlan::new(&batch, &views(&batch, owner(0)), &heads, &keys, NOW);
+        let last_seqs = HashMap::from([(batch[0].dialog, Seq::new(9))]);
+        let plan = BatchPlan::new(&batch, &views(&batch, owner(0)), &last_seqs, &keys, NOW);
         let repeat_of_b = WriteOutcome::Repeat(Receipt {
             seq: Seq::new(10),
             at: NOW,
@@ -320,17 +320,17 @@ mod tests {
             plan.outcomes,
             [WriteOutcome::NotOwner(None), WriteOutcome::NotOwner(None)]
         );
-        assert!(plan.rows.is_empty() && plan.heads.is_empty());
+        assert!(plan.rows.is_empty() && plan.last_seqs.is_empty());
     }
 
     #[test]
     fn a_new_generation_begins_above_everything_before() {
         let batch = [message("7_42", 7, "a", "1"), message("7_42", 7, "b", "2")];
-        let heads = HashMap::from([(batch[0].dialog, Seq::new(5))]);
+        let last_seqs = HashMap::from([(batch[0].dialog, Seq::new(5))]);
         let plan = BatchPlan::new(
             &batch,
             &views(&batch, owner(2)),
-            &heads,
+            &last_seqs,
             &HashMap::new(),
             NOW,
         );

@@ -62,7 +62,7 @@ pub struct Membership {
     pub joined_at: Timestamp,
 }
 
-/// A part of a slot on its way: messages in key order, and the heads of their dialogs as far as
+/// A part of a slot on its way: messages in key order, and the rows of their dialogs as far as
 /// they are copied.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Chunk {
@@ -150,7 +150,7 @@ pub trait Control: Send + Sync + 'static {
     ) -> Result<Vec<CopiedMessage>, StoreError>;
 
     /// Adds a part to a slot that is incoming from `from` under `term`: what is there already
-    /// stays, heads and read marks only rise.
+    /// stays, last seqs and read marks only rise.
     async fn copy_in(
         &self,
         identity: &ShardIdentity,

@@ -255,7 +255,7 @@ pub struct ShardInbox {
     pub slots: ServedSlots,
 }
 
-/// Which dialogs' heads are asked for.
+/// The dialogs whose last seqs are requested.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LastSeqsOf {
     /// These.
@@ -298,7 +298,7 @@ impl DialogLastSeq {
     }
 }
 
-/// What a shard knows of the heads that were asked for, in one snapshot.
+/// The last seqs that were requested of a shard, in one snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LastSeqs {
     /// Of dialogs in slots that it answers for.

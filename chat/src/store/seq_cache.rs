@@ -25,7 +25,7 @@ pub struct SeqCache {
 #[derive(Default)]
 struct Stripe {
     terms: HashMap<Slot, Term>,
-    /// Two generations of heads: when the young are many, the old are forgotten, and the young are
+    /// Two generations of entries: when the young are many, the old are forgotten, and the young are
     /// the old.
     young: HashMap<DialogId, Remembered>,
     old: HashMap<DialogId, Remembered>,
@@ -70,9 +70,11 @@ impl SeqCache {
         for message in batch {
             let stripe = self.stripe(message.slot);
             terms.insert(message.slot, *stripe.terms.get(&message.slot)?);
-            let head = stripe.head(message.dialog).filter(|head| head.hour == hour);
-            if let Some(head) = head {
-                expected.insert(message.dialog, head.last_seq);
+            let remembered = stripe
+                .get(message.dialog)
+                .filter(|remembered| remembered.hour == hour);
+            if let Some(remembered) = remembered {
+                expected.insert(message.dialog, remembered.last_seq);
             }
         }
         let mut with_them = Vec::new();
@@ -102,11 +104,11 @@ impl SeqCache {
         self.ahead.store(ahead, Ordering::Relaxed);
         for (message, written) in batch.iter().zip(written) {
             if let WriteOutcome::Stored(place) = written {
-                let head = Remembered {
+                let remembered = Remembered {
                     last_seq: place.seq,
                     hour: place.at.hour(),
                 };
-                self.stripe(message.slot).keep(message.dialog, head);
+                self.stripe(message.slot).keep(message.dialog, remembered);
             }
         }
     }
@@ -114,7 +116,10 @@ impl SeqCache {
     /// Another instance has stored a message of a dialog that is remembered here.
     pub fn remote_message(&self, dialog: DialogId, seq: Seq) {
         let mut stripe = self.stripe(Slot::of(dialog));
-        if let Some(head) = stripe.head(dialog).filter(|head| head.last_seq < seq) {
+        if let Some(remembered) = stripe
+            .get(dialog)
+            .filter(|remembered| remembered.last_seq < seq)
+        {
             // It is known to be recent: messages are published as soon as they are stored.
             let shard_now = now().micros() + self.ahead.load(Ordering::Relaxed);
             let hour = Timestamp::from_micros(shard_now).hour();
@@ -123,7 +128,7 @@ impl SeqCache {
                 dialog,
                 Remembered {
                     last_seq,
-                    hour: hour.max(head.hour),
+                    hour: hour.max(remembered.hour),
                 },
             );
         }
@@ -155,16 +160,16 @@ impl SeqCache {
 }
 
 impl Stripe {
-    fn head(&self, dialog: DialogId) -> Option<Remembered> {
-        let head = self.young.get(&dialog).or_else(|| self.old.get(&dialog));
-        head.copied()
+    fn get(&self, dialog: DialogId) -> Option<Remembered> {
+        let remembered = self.young.get(&dialog).or_else(|| self.old.get(&dialog));
+        remembered.copied()
     }
 
-    fn keep(&mut self, dialog: DialogId, head: Remembered) {
+    fn keep(&mut self, dialog: DialogId, remembered: Remembered) {
         if self.young.len() >= YOUNG && !self.young.contains_key(&dialog) {
             self.old = std::mem::take(&mut self.young);
         }
-        self.young.insert(dialog, head);
+        self.young.insert(dialog, remembered);
     }
 }
 
@@ -267,11 +272,11 @@ mod tests {
         let seq_cache = SeqCache::default();
         for n in 1..3 * YOUNG * STRIPES {
             let dialog = DialogId::between(UserId::new(1).unwrap(), UserId::new(n as u64).unwrap());
-            let head = Remembered {
+            let remembered = Remembered {
                 last_seq: Seq::new(1),
                 hour: 0,
             };
-            seq_cache.stripe(Slot::of(dialog)).keep(dialog, head);
+            seq_cache.stripe(Slot::of(dialog)).keep(dialog, remembered);
         }
         for stripe in &seq_cache.stripes {
             let stripe = stripe.lock().unwrap();

@@ -139,7 +139,7 @@ impl Control for MysqlStore {
                     joined_at: Timestamp::from_micros(joined_at),
                 });
             }
-            let head = |(dialog, last_seq, last_at): (String, u64, i64)| {
+            let dialog_row = |(dialog, last_seq, last_at): (String, u64, i64)| {
                 Ok(DialogRow {
                     members: of.remove(&dialog).unwrap_or_default(),
                     dialog: dialog.parse().map_err(|_| corrupt("dialogs.dialog"))?,
@@ -147,7 +147,7 @@ impl Control for MysqlStore {
                     last_at: Timestamp::from_micros(last_at),
                 })
             };
-            dialogs.into_iter().map(head).collect()
+            dialogs.into_iter().map(dialog_row).collect()
         })
         .await
     }
@@ -229,14 +229,14 @@ impl Control for MysqlStore {
             let dialogs: BTreeSet<(Slot, DialogId)> = chunk
                 .dialogs
                 .iter()
-                .map(|head| (slot, head.dialog))
+                .map(|dialog_row| (slot, dialog_row.dialog))
                 .collect();
             let created: Vec<DialogRow> = chunk
                 .dialogs
                 .iter()
-                .map(|head| DialogRow {
+                .map(|dialog_row| DialogRow {
                     last_seq: Seq::ZERO,
-                    ..head.clone()
+                    ..dialog_row.clone()
                 })
                 .collect();
             let sql = format!(
@@ -558,27 +558,27 @@ fn insert_copied(slot: Slot, messages: &[CopiedMessage]) -> String {
 }
 
 /// Statements that add dialogs and members, each ended by a semicolon; what is there only rises.
-fn raise_last_seqs(slot: Slot, heads: &[DialogRow]) -> String {
-    if heads.is_empty() {
+fn raise_last_seqs(slot: Slot, dialog_rows: &[DialogRow]) -> String {
+    if dialog_rows.is_empty() {
         return String::new();
     }
     let (mut dialogs, mut members) = (String::new(), String::new());
-    for head in heads {
-        let dialog = head.dialog;
+    for dialog_row in dialog_rows {
+        let dialog = dialog_row.dialog;
         let _ = write!(
             dialogs,
             "{}({slot},'{dialog}',{},{})",
             comma(&dialogs),
-            head.last_seq,
-            head.last_at.micros()
+            dialog_row.last_seq,
+            dialog_row.last_at.micros()
         );
-        for member in &head.members {
+        for member in &dialog_row.members {
             let (user, read, joined) = (member.user, member.read_seq, member.joined_at.micros());
             let _ = write!(
                 members,
                 "{}({slot},'{dialog}',{user},{read},{joined},{})",
                 comma(&members),
-                head.last_at.hour()
+                dialog_row.last_at.hour()
             );
         }
     }

@@ -196,7 +196,7 @@ impl Store for MysqlStore {
             Range::Before(seq) => ("seq < ?", seq.get(), "DESC"),
             Range::After(seq) => ("seq > ?", seq.get(), "ASC"),
         };
-        // One statement is one snapshot: the messages, the head and the slot's row belong together.
+        // One statement is one snapshot: the messages, the last seq and the slot's row belong together.
         let sql = format!(
             "SELECT s.state, s.term, s.generation, s.history, s.peer, d.last_seq, m.seq, m.author, m.client_key, m.text, m.created_at
                FROM meta i
@@ -338,7 +338,7 @@ impl Store for MysqlStore {
     ) -> Result<LastSeqs, StoreError> {
         let selected = match of {
             LastSeqsOf::Dialogs(dialogs) if dialogs.is_empty() => {
-                return Err(StoreError::Refused("heads of no dialog".into()));
+                return Err(StoreError::Refused("last seqs of no dialog".into()));
             }
             LastSeqsOf::Dialogs(dialogs) => {
                 let mut keys = KeyList::default();

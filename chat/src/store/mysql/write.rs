@@ -157,7 +157,7 @@ fn append_text(identity: &ShardIdentity, batch: &[NewMessage], draft: &Draft) ->
     let _ = write!(sql, "{BEGIN}{}; ", fence_of_terms(identity, &draft.terms));
     push_heads(&mut sql, draft);
     sql.push_str(INSERT_MESSAGES);
-    // Of a dialog that nothing is remembered of, seqs are counted back from the head that this
+    // Of a dialog that nothing is remembered of, seqs are counted back from the last seq that this
     // transaction has just raised.
     for (i, row) in draft.plan.rows.iter().enumerate() {
         let message = &batch[row.index];
@@ -165,7 +165,7 @@ fn append_text(identity: &ShardIdentity, batch: &[NewMessage], draft: &Draft) ->
         let place = (message.slot, message.dialog);
         match draft
             .plan
-            .heads
+            .last_seqs
             .get(&place)
             .filter(|_| !draft.expected.contains_key(&message.dialog))
         {
@@ -231,7 +231,7 @@ fn fence_of_terms(identity: &ShardIdentity, terms: &BTreeMap<Slot, Term>) -> Str
 }
 
 fn unremembered(draft: &Draft) -> impl Iterator<Item = (Slot, DialogId)> {
-    let dialogs = draft.plan.heads.keys().copied();
+    let dialogs = draft.plan.last_seqs.keys().copied();
     dialogs.filter(|(_, dialog)| !draft.expected.contains_key(dialog))
 }
 
@@ -242,7 +242,7 @@ fn push_heads(sql: &mut String, draft: &Draft) {
     let mut members = String::new();
     let mut unknown = String::new();
     let mut steps = BTreeMap::<u64, String>::new();
-    for ((slot, dialog), last) in &draft.plan.heads {
+    for ((slot, dialog), last) in &draft.plan.last_seqs {
         let _ = write!(
             dialogs,
             "{}({slot},'{dialog}',{last},LAST_INSERT_ID())",
@@ -330,14 +330,14 @@ pub(super) async fn write(
         HashMap::new()
     };
     loop {
-        let plan = BatchPlan::new(batch, &locked.slots, &locked.heads, &keys, locked.now);
+        let plan = BatchPlan::new(batch, &locked.slots, &locked.last_seqs, &keys, locked.now);
         let receipt = |plan: BatchPlan| BatchResult::new(plan.outcomes, &locked.slots, locked.now);
         if plan.rows.is_empty() {
             conn.query_drop("ROLLBACK").await.map_err(classify)?;
             return Ok(receipt(plan));
         }
         match conn
-            .query_drop(insert(batch, &plan, &locked.heads, locked.now))
+            .query_drop(insert(batch, &plan, &locked.last_seqs, locked.now))
             .await
         {
             Ok(()) => return Ok(receipt(plan)),
@@ -378,7 +378,7 @@ async fn sets_until_error(
 struct Locked {
     now: Timestamp,
     slots: HashMap<Slot, SlotView>,
-    heads: HashMap<DialogId, Seq>,
+    last_seqs: HashMap<DialogId, Seq>,
 }
 
 /// Begins the transaction and takes its locks in the order slots, dialogs, each in key order.
@@ -392,12 +392,16 @@ async fn lock(
         .map(|message| (message.slot, message.dialog))
         .collect();
     let slots: BTreeSet<Slot> = dialogs.iter().map(|(slot, _)| *slot).collect();
-    let heads = lock_heads(&dialogs);
-    let sql = format!("{BEGIN}{}; {}; {heads}", select_identity(), fence(&slots));
+    let last_seqs = lock_dialogs(&dialogs);
+    let sql = format!(
+        "{BEGIN}{}; {}; {last_seqs}",
+        select_identity(),
+        fence(&slots)
+    );
     let mut sets = result_sets(conn, sql).await?.into_iter().skip(1);
     let now = check_identity(identity, sets.next())?;
     let slots = views_of(sets.next())?;
-    let mut heads_found = heads_of(sets.next())?;
+    let mut last_seqs_found = heads_of(sets.next())?;
 
     let missing: Vec<_> = dialogs
         .iter()
@@ -405,7 +409,7 @@ async fn lock(
             slots
                 .get(slot)
                 .is_some_and(|view| view.state.takes_writes())
-                && !heads_found.contains_key(dialog)
+                && !last_seqs_found.contains_key(dialog)
         })
         .collect();
     if !missing.is_empty() {
@@ -434,18 +438,18 @@ async fn lock(
             "INSERT INTO dialogs (slot, dialog, last_seq, last_at) VALUES {rows} ON DUPLICATE KEY UPDATE dialog = dialogs.dialog;
              INSERT INTO members (slot, dialog, user_id, read_seq, joined_at, last_hour) VALUES {members}
                ON DUPLICATE KEY UPDATE dialog = members.dialog;
-             {heads}"
+             {last_seqs}"
         );
-        heads_found = heads_of(result_sets(conn, sql).await?.into_iter().nth(2))?;
+        last_seqs_found = heads_of(result_sets(conn, sql).await?.into_iter().nth(2))?;
     }
     Ok(Locked {
         now,
         slots,
-        heads: heads_found,
+        last_seqs: last_seqs_found,
     })
 }
 
-pub(super) fn lock_heads(dialogs: &BTreeSet<(Slot, DialogId)>) -> String {
+pub(super) fn lock_dialogs(dialogs: &BTreeSet<(Slot, DialogId)>) -> String {
     let mut list = KeyList::default();
     for (slot, dialog) in dialogs {
         list.push(format_args!("{slot},'{dialog}'"));
@@ -471,7 +475,7 @@ pub(super) fn heads_of(set: Option<Vec<Row>>) -> Result<HashMap<DialogId, Seq>, 
 fn insert(
     batch: &[NewMessage],
     plan: &BatchPlan,
-    heads: &HashMap<DialogId, Seq>,
+    last_seqs: &HashMap<DialogId, Seq>,
     now: Timestamp,
 ) -> String {
     let mut sql = String::with_capacity(
@@ -492,8 +496,8 @@ fn insert(
     // serves all that take it.
     let mut steps = BTreeMap::<u64, KeyList>::new();
     let mut dialogs = KeyList::default();
-    for ((slot, dialog), seq) in &plan.heads {
-        let step = seq.get() - heads.get(dialog).copied().unwrap_or_default().get();
+    for ((slot, dialog), seq) in &plan.last_seqs {
+        let step = seq.get() - last_seqs.get(dialog).copied().unwrap_or_default().get();
         steps
             .entry(step)
             .or_default()

@@ -96,7 +96,7 @@ impl Control for SqliteStore {
         let identity = identity.clone();
         self.read_on(move |snapshot| {
             check_identity(snapshot, &identity)?;
-            let mut heads = BTreeMap::<String, DialogRow>::new();
+            let mut dialog_rows = BTreeMap::<String, DialogRow>::new();
             let dialogs: Vec<(String, u64, i64)> = snapshot
                 .prepare_cached("SELECT dialog, last_seq, last_at FROM dialogs WHERE slot = ?")
                 .and_then(|mut select| {
@@ -106,7 +106,7 @@ impl Control for SqliteStore {
             for (name, last_seq, last_at) in dialogs {
                 let dialog = name.parse().map_err(|_| corrupt("dialogs.dialog"))?;
                 let (last_seq, last_at) = (Seq::new(last_seq), Timestamp::from_micros(last_at));
-                heads.insert(name, DialogRow { dialog, last_seq, last_at, members: Vec::new() });
+                dialog_rows.insert(name, DialogRow { dialog, last_seq, last_at, members: Vec::new() });
             }
             let members: Vec<(String, u64, u64, i64)> = snapshot
                 .prepare_cached("SELECT dialog, user_id, read_seq, joined_at FROM members WHERE slot = ? ORDER BY dialog, user_id")
@@ -118,15 +118,15 @@ impl Control for SqliteStore {
                 .map_err(|e| classify(&e))?;
             for (name, user, read_seq, joined_at) in members {
                 let user = UserId::new(user).map_err(|_| corrupt("members.user_id"))?;
-                if let Some(head) = heads.get_mut(&name) {
-                    head.members.push(Membership {
+                if let Some(dialog_row) = dialog_rows.get_mut(&name) {
+                    dialog_row.members.push(Membership {
                         user,
                         read_seq: Seq::new(read_seq),
                         joined_at: Timestamp::from_micros(joined_at),
                     });
                 }
             }
-            Ok(heads.into_values().collect())
+            Ok(dialog_rows.into_values().collect())
         })
         .await
     }
@@ -496,7 +496,11 @@ fn insert_copied(
 }
 
 /// What is there only rises.
-fn raise_last_seqs(tx: &Transaction<'_>, slot: Slot, heads: &[DialogRow]) -> rusqlite::Result<()> {
+fn raise_last_seqs(
+    tx: &Transaction<'_>,
+    slot: Slot,
+    dialog_rows: &[DialogRow],
+) -> rusqlite::Result<()> {
     let mut dialog = tx.prepare_cached(
         "INSERT INTO dialogs (slot, dialog, last_seq, last_at) VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE
             SET last_seq = MAX(last_seq, excluded.last_seq), last_at = MAX(last_at, excluded.last_at)",
@@ -505,22 +509,22 @@ fn raise_last_seqs(tx: &Transaction<'_>, slot: Slot, heads: &[DialogRow]) -> rus
         "INSERT INTO members (slot, dialog, user_id, read_seq, joined_at, last_hour) VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE
             SET last_hour = MAX(last_hour, excluded.last_hour), read_seq = MAX(read_seq, excluded.read_seq), joined_at = MIN(joined_at, excluded.joined_at)",
     )?;
-    for head in heads {
-        let name = head.dialog.to_string();
+    for dialog_row in dialog_rows {
+        let name = dialog_row.dialog.to_string();
         dialog.execute(params![
             slot.get(),
             name,
-            head.last_seq.get(),
-            head.last_at.micros()
+            dialog_row.last_seq.get(),
+            dialog_row.last_at.micros()
         ])?;
-        for of in &head.members {
+        for of in &dialog_row.members {
             member.execute(params![
                 slot.get(),
                 name,
                 of.user.get(),
                 of.read_seq.get(),
                 of.joined_at.micros(),
-                head.last_at.hour()
+                dialog_row.last_at.hour()
             ])?;
         }
     }

@@ -130,7 +130,7 @@ pub(super) fn view(tx: &Transaction<'_>, slot: Slot) -> Result<Option<SlotView>,
 }
 
 /// The last seq of a dialog and when it was stored; zero if there is no such dialog.
-pub(super) fn head(
+pub(super) fn last_seq(
     tx: &Transaction<'_>,
     slot: Slot,
     dialog: DialogId,
@@ -142,8 +142,8 @@ pub(super) fn head(
                 .query_row(place, |row| Ok((row.get(0)?, row.get(1)?)))
                 .optional()
         })
-        .map(|head| {
-            let (seq, at) = head.unwrap_or_default();
+        .map(|row| {
+            let (seq, at) = row.unwrap_or_default();
             (Seq::new(seq), Timestamp::from_micros(at))
         })
         .map_err(|e| classify(&e))
@@ -220,7 +220,7 @@ pub(super) fn insert(
         "INSERT INTO members (slot, dialog, user_id, read_seq, joined_at, last_hour) VALUES (?, ?, ?, 0, ?, ?)
          ON CONFLICT DO UPDATE SET last_hour = excluded.last_hour WHERE last_hour <> excluded.last_hour",
     )?;
-    for ((slot, dialog), seq) in &plan.heads {
+    for ((slot, dialog), seq) in &plan.last_seqs {
         let name = dialog.to_string();
         dialog_row.execute(params![slot.get(), name, seq.get(), now.micros()])?;
         for user in dialog.members() {

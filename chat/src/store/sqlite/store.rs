@@ -2,7 +2,7 @@
 
 use super::connection::{SqliteStore, classify, immediate};
 use super::rows::{
-    check_identity, clamp, head, insert, known_keys, message, owned, select_meta, view,
+    check_identity, clamp, insert, known_keys, last_seq, message, owned, select_meta, view,
 };
 use crate::clock::now;
 use crate::domain::dialog::{DialogId, Seq, Timestamp, UserId};
@@ -162,8 +162,8 @@ impl Store for SqliteStore {
             }
             let now = now();
             let mut last = HashMap::new();
-            for ((slot, dialog), planned) in &draft.plan.heads {
-                let (there, at) = head(&tx, *slot, *dialog)?;
+            for ((slot, dialog), planned) in &draft.plan.last_seqs {
+                let (there, at) = last_seq(&tx, *slot, *dialog)?;
                 match draft.expected.get(dialog) {
                     Some(expected) if *expected != there || at.hour() != now.hour() => {
                         return mismatch(Mismatch::LastSeq);
@@ -211,15 +211,20 @@ impl Store for SqliteStore {
             let slots = slots
                 .filter_map(|slot| view(&tx, slot).transpose().map(|view| Ok((slot, view?))))
                 .collect::<Result<_, _>>()?;
-            let heads = batch
+            let last_seqs = batch
                 .iter()
-                .map(|message| Ok((message.dialog, head(&tx, message.slot, message.dialog)?.0)))
+                .map(|message| {
+                    Ok((
+                        message.dialog,
+                        last_seq(&tx, message.slot, message.dialog)?.0,
+                    ))
+                })
                 .collect::<Result<_, StoreError>>()?;
             // A look-up is a step in the same process: there is nothing to gain by waiting for the
             // duplicate key.
             let keys = known_keys(&tx, &batch)?;
             let now = now();
-            let plan = BatchPlan::new(&batch, &slots, &heads, &keys, now);
+            let plan = BatchPlan::new(&batch, &slots, &last_seqs, &keys, now);
             insert(&tx, &batch, &plan, now).map_err(|e| classify(&e))?;
             tx.commit().map_err(|e| classify(&e))?;
             Ok(BatchResult::new(plan.outcomes, &slots, now))
@@ -260,7 +265,7 @@ impl Store for SqliteStore {
             messages.sort_by_key(|message| message.seq);
             Ok(Page {
                 slot: view(snapshot, slot)?,
-                last_seq: head(snapshot, slot, dialog)?.0,
+                last_seq: last_seq(snapshot, slot, dialog)?.0,
                 messages,
             })
         })
@@ -420,7 +425,7 @@ fn mark_read(tx: &Transaction<'_>, mark: &NewMark) -> Result<MarkOutcome, StoreE
     let Some(read) = read else {
         return Ok(MarkOutcome::NoDialog);
     };
-    let marked = mark.on(Seq::new(read), head(tx, mark.slot, mark.dialog)?.0);
+    let marked = mark.on(Seq::new(read), last_seq(tx, mark.slot, mark.dialog)?.0);
     if let MarkOutcome::At { seq, moved: true } = marked {
         tx.prepare_cached(
             "UPDATE members SET read_seq = ? WHERE slot = ? AND dialog = ? AND user_id = ?",
