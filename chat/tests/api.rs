@@ -887,6 +887,8 @@ fn described_metrics() -> Vec<(String, String, String)> {
     let _ = metrics.shard("s");
     metrics.slots("s").set(0);
     metrics.writer("s").redone("seq");
+    let thread = tokio::runtime::Handle::current().metrics();
+    metrics.thread_busy_seconds.of(vec![thread]);
     let text = metrics.encode();
     let mut found = Vec::new();
     for entry in text.split("# HELP ").skip(1) {
@@ -914,10 +916,10 @@ fn described_metrics() -> Vec<(String, String, String)> {
 
 /// docs/REFERENCE.md lists the settings and metrics as they are in the code. `CHAT_WRITE_DOCS=1`
 /// writes it anew.
-#[test]
-fn the_reference_page_lists_every_setting_and_metric() {
+#[tokio::test]
+async fn the_reference_page_lists_every_setting_and_metric() {
     let mut page = String::from(
-        "# Reference\n\nWritten from the code by a test; edit `chat/src/config/` and `chat/src/metrics.rs` instead.\n\n## Settings\n",
+        "# Reference\n\nA test writes this page from the code. Do not edit it: edit `chat/src/config/` and `chat/src/metrics.rs`, then run\n`CHAT_WRITE_DOCS=1 ./test --test api reference`.\n\n## Settings\n\nLimits hold on each instance. A list in an environment variable is separated by commas. A change needs a restart; only `shards.toml` is read\nwhile the server runs.\n",
     );
     let mut table = String::new();
     for line in chat::config::DEFAULTS.lines().skip(1) {
@@ -927,7 +929,7 @@ fn the_reference_page_lists_every_setting_and_metric() {
             table = format!("{}.", name.trim_end_matches(']'));
         }
         if entry.is_empty() || entry.starts_with('[') {
-            let head = "| setting | default | range | |\n|---|---|---|---|";
+            let head = "| setting | default | range | meaning |\n|---|---|---|---|";
             match (entry.is_empty(), comment.split_once(" = ")) {
                 (true, Some((key, comment))) => {
                     let comment = comment.trim_start_matches(['…', ' ', '#']);
@@ -948,7 +950,7 @@ fn the_reference_page_lists_every_setting_and_metric() {
         });
         page += &format!("| `{name}` | `{default}` | {range} | {comment} |\n");
     }
-    page += "\n## Metrics\n\n| metric | type | |\n|---|---|---|\n";
+    page += "\n## Metrics\n\n| metric | type | meaning |\n|---|---|---|\n";
     for (name, kind, help) in described_metrics() {
         page += &format!("| `{name}` | {kind} | {help} |\n");
     }

@@ -371,7 +371,7 @@ impl Data {
     }
 
     fn raise_to(&mut self, plan: &BatchPlan, now: Timestamp) {
-        for ((slot, dialog), seq) in &plan.heads {
+        for ((slot, dialog), seq) in &plan.last_seqs {
             let member = |user| Membership {
                 user,
                 read_seq: Seq::ZERO,
@@ -516,7 +516,7 @@ impl Store for MemoryStore {
                 }
             }
             let mut last = BTreeMap::new();
-            for ((slot, dialog), planned) in &draft.plan.heads {
+            for ((slot, dialog), planned) in &draft.plan.last_seqs {
                 let there = data.dialogs.get(&(*slot, dialog.to_string()));
                 let (seq, at) = there
                     .copied()

@@ -594,7 +594,7 @@ impl Line {
                                 .forget_terms(slots.chain(of.iter().map(|mark| mark.slot)));
                         }
                         // Once more, with seqs from the shard.
-                        Mismatch::LastSeq if expects => self.seq_cache.forget_heads(batch),
+                        Mismatch::LastSeq if expects => self.seq_cache.forget_last_seqs(batch),
                         Mismatch::LastSeq | Mismatch::Key => suspect = true,
                     }
                 }

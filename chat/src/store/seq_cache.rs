@@ -135,7 +135,7 @@ impl SeqCache {
     }
 
     /// Forgets the last seqs of these dialogs.
-    pub fn forget_heads(&self, batch: &[NewMessage]) {
+    pub fn forget_last_seqs(&self, batch: &[NewMessage]) {
         for message in batch {
             let mut stripe = self.stripe(message.slot);
             stripe.young.remove(&message.dialog);
@@ -221,7 +221,7 @@ mod tests {
         seq_cache.remote_message(batch[0].dialog, Seq::new(7));
         let draft = seq_cache.draft(&batch, &[]).unwrap();
         assert_eq!(draft.expected[&batch[0].dialog], Seq::new(8));
-        seq_cache.forget_heads(&batch);
+        seq_cache.forget_last_seqs(&batch);
         seq_cache.remote_message(batch[0].dialog, Seq::new(9));
         assert!(seq_cache.draft(&batch, &[]).unwrap().expected.is_empty());
         seq_cache.forget_terms([batch[0].slot]);

@@ -6,7 +6,7 @@ use super::sql::{
     BEGIN, KeyList, MetaRow, NOW, SELECT_META, SNAPSHOT, check_identity, comma, meta_of, push_hex,
     result_sets, rows, select_identity,
 };
-use super::write::{heads_of, lock_heads};
+use super::write::{last_seqs_of, lock_dialogs};
 use crate::domain::dialog::{DialogId, Key, Seq, Timestamp, UserId};
 use crate::domain::ownership::{ReleaseStamp, SlotRow, SlotState, Step, StepRejected};
 use crate::domain::slot::Slot;
@@ -243,10 +243,10 @@ impl Control for MysqlStore {
                 "{}{}{}",
                 taken.update,
                 raise_last_seqs(slot, &created),
-                lock_heads(&dialogs)
+                lock_dialogs(&dialogs)
             );
             let locked = result_sets(conn, sql).await?;
-            heads_of(locked.into_iter().next_back())?;
+            last_seqs_of(locked.into_iter().next_back())?;
             // Only now, behind the dialogs' locks, is it certain what is there.
             let new = missing(chunk, &standing(conn, slot, &chunk.messages).await?)?;
             let keys = stored_keys(conn, slot, &new).await?;

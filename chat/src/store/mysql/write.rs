@@ -45,7 +45,7 @@ pub(super) async fn append(
             // that are there have last seqs.
             let mut with_rows = sets.filter(|set| !set.is_empty());
             let last = match unremembered(&draft).next() {
-                Some(_) => heads_of(with_rows.next())?,
+                Some(_) => last_seqs_of(with_rows.next())?,
                 None => HashMap::new(),
             };
             Ok(Appended::Stored {
@@ -155,7 +155,7 @@ fn append_text(identity: &ShardIdentity, batch: &[NewMessage], draft: &Draft) ->
         .sum();
     let mut sql = String::with_capacity(1024 + 2 * texts + 200 * batch.len());
     let _ = write!(sql, "{BEGIN}{}; ", fence_of_terms(identity, &draft.terms));
-    push_heads(&mut sql, draft);
+    push_last_seqs(&mut sql, draft);
     sql.push_str(INSERT_MESSAGES);
     // Of a dialog that nothing is remembered of, seqs are counted back from the last seq that this
     // transaction has just raised.
@@ -237,7 +237,7 @@ fn unremembered(draft: &Draft) -> impl Iterator<Item = (Slot, DialogId)> {
 
 /// Locks and raises the dialogs, in key order; fails unless those whose last seq is expected have
 /// it, and have had a message in this hour. Makes those that are missing.
-fn push_heads(sql: &mut String, draft: &Draft) {
+fn push_last_seqs(sql: &mut String, draft: &Draft) {
     let mut dialogs = String::new();
     let mut members = String::new();
     let mut unknown = String::new();
@@ -401,7 +401,7 @@ async fn lock(
     let mut sets = result_sets(conn, sql).await?.into_iter().skip(1);
     let now = check_identity(identity, sets.next())?;
     let slots = views_of(sets.next())?;
-    let mut last_seqs_found = heads_of(sets.next())?;
+    let mut last_seqs_found = last_seqs_of(sets.next())?;
 
     let missing: Vec<_> = dialogs
         .iter()
@@ -440,7 +440,7 @@ async fn lock(
                ON DUPLICATE KEY UPDATE dialog = members.dialog;
              {last_seqs}"
         );
-        last_seqs_found = heads_of(result_sets(conn, sql).await?.into_iter().nth(2))?;
+        last_seqs_found = last_seqs_of(result_sets(conn, sql).await?.into_iter().nth(2))?;
     }
     Ok(Locked {
         now,
@@ -459,7 +459,7 @@ pub(super) fn lock_dialogs(dialogs: &BTreeSet<(Slot, DialogId)>) -> String {
     )
 }
 
-pub(super) fn heads_of(set: Option<Vec<Row>>) -> Result<HashMap<DialogId, Seq>, StoreError> {
+pub(super) fn last_seqs_of(set: Option<Vec<Row>>) -> Result<HashMap<DialogId, Seq>, StoreError> {
     rows::<(String, u64)>(set)?
         .into_iter()
         .map(|(dialog, seq)| {
