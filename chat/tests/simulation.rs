@@ -1133,7 +1133,7 @@ fn seeds() -> std::ops::Range<u64> {
 }
 
 #[test]
-fn whatever_goes_wrong_everything_is_there_once_and_in_order_in_the_end() {
+fn seeds_end_with_every_message_once_and_in_order() {
     if let Ok(filter) = std::env::var("CHAT_LOG") {
         tracing_subscriber::fmt().with_env_filter(filter).init();
     }
