@@ -1,16 +1,18 @@
 //! The command `chat`: reads settings, builds, runs.
 
 mod cli;
+mod embedded;
 
 use anyhow::Context;
-use chat::config::{LogFormat, Secret, Settings};
+use chat::config::{LogFormat, Settings};
 use chat::domain::dialog::{DialogId, UserId};
 use chat::http::Tokens;
 use chat::server::Server;
 use clap::{Parser, Subcommand};
+use embedded::Embedded;
 use std::io::{IsTerminal, Write};
 use std::net::{AddrParseError, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
@@ -85,17 +87,6 @@ enum Command {
     },
 }
 
-#[derive(clap::Args)]
-struct Embedded {
-    /// Everything in one process and in files: four SQLite shards, no NATS, tokens for everyone on
-    /// this machine.
-    #[arg(long)]
-    embedded: bool,
-    /// Where embedded mode keeps its files.
-    #[arg(long, default_value = "data", requires = "embedded")]
-    data: PathBuf,
-}
-
 /// A socket address, also as the start of the server prints it: with `http://` before it.
 fn admin_address(text: &str) -> Result<SocketAddr, AddrParseError> {
     text.trim_start_matches("http://")
@@ -128,14 +119,11 @@ async fn run() -> anyhow::Result<()> {
         LogFormat::Json => log.json().init(),
     }
     let command = cli.command.unwrap_or(Command::Serve {
-        embedded: Embedded {
-            embedded: false,
-            data: PathBuf::from("data"),
-        },
+        embedded: Embedded::off(),
     });
     match command {
         Command::Serve { embedded } => {
-            embedded.apply(&mut settings)?;
+            let _in_use = embedded.serve(&mut settings)?;
             serve(settings).await
         }
         Command::Token {
@@ -143,7 +131,7 @@ async fn run() -> anyhow::Result<()> {
             seconds,
             embedded,
         } => {
-            embedded.apply(&mut settings)?;
+            embedded.read(&mut settings)?;
             let tokens = Tokens::new(&settings.auth, settings.demo)?;
             println!(
                 "{}",
@@ -152,7 +140,7 @@ async fn run() -> anyhow::Result<()> {
             Ok(())
         }
         Command::Plan { file, embedded } => {
-            embedded.apply(&mut settings)?;
+            embedded.read(&mut settings)?;
             cli::plan(&settings, &file).await
         }
         Command::Status {
@@ -160,7 +148,7 @@ async fn run() -> anyhow::Result<()> {
             admin,
             embedded,
         } => {
-            embedded.apply(&mut settings)?;
+            embedded.read(&mut settings)?;
             let admin = admin.unwrap_or(settings.admin_listen);
             cli::status(admin, settings.admin_token.as_ref(), watch).await
         }
@@ -173,7 +161,7 @@ async fn run() -> anyhow::Result<()> {
             cli::pause(admin, settings.admin_token.as_ref(), false).await
         }
         Command::Where { a, b, embedded } => {
-            embedded.apply(&mut settings)?;
+            embedded.read(&mut settings)?;
             cli::find(
                 &settings,
                 DialogId::between(UserId::new(a)?, UserId::new(b)?),
@@ -198,64 +186,16 @@ async fn serve(settings: Settings) -> anyhow::Result<()> {
         );
     }
     let mut terminate = signal(SignalKind::terminate())?;
+    // A terminal that is closed.
+    let mut hangup = signal(SignalKind::hangup())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     server
         .run_until(async {
             tokio::select! {
                 _ = terminate.recv() => {}
+                _ = hangup.recv() => {}
                 _ = interrupt.recv() => {}
             }
         })
         .await
-}
-
-impl Embedded {
-    /// Lays embedded mode over the settings, and makes its files on the first run.
-    fn apply(&self, settings: &mut Settings) -> anyhow::Result<()> {
-        if !self.embedded {
-            return Ok(());
-        }
-        std::fs::create_dir_all(&self.data).with_context(|| self.data.display().to_string())?;
-        settings.embedded = true;
-        settings.shards_file = self.data.join("shards.toml");
-        if !settings.shards_file.exists() {
-            let data = std::fs::canonicalize(&self.data)?;
-            std::fs::write(&settings.shards_file, embedded_shards(&data))?;
-        }
-        if settings.auth.secret.is_none() {
-            settings.auth.secret = Some(Secret::new(embedded_secret(&self.data.join("secret"))?));
-        }
-        Ok(())
-    }
-}
-
-fn embedded_shards(data: &Path) -> String {
-    let mut text = String::from("# The shards of this service: four SQLite files.\n");
-    for n in 1..=4 {
-        text += &format!(
-            "\n[[shard]]\nname = \"shard{n}\"\nurl = \"sqlite:{}\"\n",
-            data.join(format!("shard{n}.db")).display()
-        );
-    }
-    text
-}
-
-/// The secret of embedded mode, made on the first run, so that tokens outlive a restart.
-fn embedded_secret(path: &Path) -> anyhow::Result<String> {
-    use std::io::Write;
-    use std::os::unix::fs::OpenOptionsExt;
-    if !path.exists() {
-        let secret = format!(
-            "{:032x}{:032x}",
-            rand::random::<u128>(),
-            rand::random::<u128>()
-        );
-        let mut file = std::fs::OpenOptions::new()
-            .create_new(true)
-            .write(true)
-            .mode(0o600)
-            .open(path)?;
-        file.write_all(secret.as_bytes())?;
-    }
-    std::fs::read_to_string(path).with_context(|| path.display().to_string())
 }

@@ -2,6 +2,7 @@
 
 #![allow(missing_docs, clippy::wildcard_enum_match_arm)]
 
+use chat_client::{Access, Api, TokenSource};
 use chat_wire::{ClientFrame, Close, ErrorCode, ServerFrame};
 use serde_json::json;
 use std::collections::BTreeSet;
@@ -772,6 +773,31 @@ async fn what_must_be_mended_before_a_start_is_said_in_one_line() {
             "text_characters",
         ),
         (&good, &[("ADMIN_LISTEN", "0.0.0.0:0")], "set admin_token"),
+        (
+            &good,
+            &[("ADMIN_LISTEN", "0.0.0.0:0"), ("ADMIN_TOKEN", "")],
+            "set admin_token",
+        ),
+        (
+            &good,
+            &[("ADMIN_TOKEN", "short")],
+            "admin_token has 5 bytes",
+        ),
+        (
+            &good,
+            &[("ADMIN_TOKEN", "sample-admin-token")],
+            "the sample token",
+        ),
+        (
+            &good,
+            &[("AUTH__ALLOWED_ORIGINS", "https://a.example,b.example")],
+            "allowed_origins has 'b.example'",
+        ),
+        (
+            &good,
+            &[("LIMITS__PING_EVERY_MS", "0")],
+            "ping_every_ms is 0",
+        ),
         (&missing, &[], "nowhere.toml"),
         (&bad, &[], "bad.toml: line 4: unknown field `colour`"),
         (&duplicate_url, &[], "every shard needs its own"),
@@ -781,6 +807,44 @@ async fn what_must_be_mended_before_a_start_is_said_in_one_line() {
         assert!(!error.contains("panicked"), "{error}");
     }
     drop(Instance::start(&good, &[("AUTH__SECRET", sample), ("DEMO", "true")]).await);
+}
+
+/// A secret of digits is a text, and not a number that is printed in another form.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_secret_of_digits_is_taken_as_it_is() {
+    let databases = Databases::new(Kind::Sqlite, 1).await;
+    let secret = "12345678123456781234567812345678";
+    let instance = Instance::start(&databases.shards_file(), &[("AUTH__SECRET", secret)]).await;
+    let access = Access::new(&instance.url, TokenSource::Secret(secret.to_owned()));
+    let api = Api::new(access, 7).await.unwrap();
+    assert_eq!(api.send(42, "k", "hi").await.unwrap().seq, 1);
+}
+
+/// What browsers send and what an operator writes are compared in one form.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_allowed_origin_may_have_a_slash_a_port_and_capitals() {
+    let databases = Databases::new(Kind::Sqlite, 1).await;
+    let settings = [(
+        "AUTH__ALLOWED_ORIGINS",
+        "https://A.example:443/, http://b.example:8080",
+    )];
+    let instance = Instance::start(&databases.shards_file(), &settings).await;
+    let token = instance.access().token(7).await.unwrap();
+    for (origin, allowed) in [
+        ("https://a.example", true),
+        ("http://b.example:8080", true),
+        ("http://a.example", false),
+        ("https://b.example:8080", false),
+        ("null", false),
+    ] {
+        let headers = [
+            ("authorization", format!("Bearer {token}")),
+            ("origin", origin.to_owned()),
+        ];
+        let mut socket = Socket::open(&instance.url, &headers).await;
+        let welcomed = matches!(socket.next().await, ServerFrame::Welcome { .. });
+        assert_eq!(welcomed, allowed, "{origin}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,6 +5,7 @@
 use chat_client::{Access, TokenSource};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use testkit::until;
@@ -20,6 +21,13 @@ fn chat(data: &Path, arguments: &[&str]) -> Command {
         .env("CHAT__ADMIN_LISTEN", "127.0.0.1:0")
         .env_remove("CHAT__AUTH__SECRET");
     command
+}
+
+/// A command that must fail; what it prints to standard error.
+fn refusal(command: &mut Command) -> String {
+    let (ok, _, error) = text(&command.output().unwrap());
+    assert!(!ok && error.lines().count() == 1, "{error}");
+    error
 }
 
 /// `serve --embedded`, ended with the test.
@@ -100,6 +108,74 @@ async fn one_command_serves_from_nothing_and_keeps_what_it_had_over_kill_9() {
         )
         .await;
     assert_eq!((status, &answer["seq"]), (201, &json!(2)), "{answer}");
+}
+
+#[tokio::test]
+async fn the_files_of_embedded_mode_are_private() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    let server = Embedded::start(&data);
+    let (_, minted) = server.post("/v1/dev/token", None, json!({"user": 7})).await;
+    let token = minted["token"].as_str();
+    let send = json!({"key": "k", "text": "hi"});
+    server.post("/v1/dialogs/42/messages", token, send).await;
+    let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(&data), 0o700);
+    let files: Vec<_> = std::fs::read_dir(&data).unwrap().collect();
+    assert!(files.len() > 6, "{files:?}");
+    for file in files {
+        let path = file.unwrap().path();
+        assert_eq!(mode(&path), 0o600, "{}", path.display());
+    }
+}
+
+#[tokio::test]
+async fn a_folder_is_used_by_one_server_and_commands_that_read_make_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    for arguments in [["token", "7"].as_slice(), &["where", "1", "2"], &["status"]] {
+        let error = refusal(&mut chat(&data, arguments));
+        assert!(error.contains("start the server once"), "{error}");
+    }
+    assert!(!data.exists());
+    let server = Embedded::start(&data);
+    let error = refusal(&mut chat(&data, &["serve"]));
+    assert!(
+        error.contains("another chat serve --embedded uses"),
+        "{error}"
+    );
+    drop(server);
+    drop(Embedded::start(&data));
+}
+
+#[tokio::test]
+async fn embedded_mode_is_asked_for_on_the_command_line_only_and_takes_no_secret_of_others() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, value, expected) in [
+        ("CHAT__EMBEDDED", "true", "embedded"),
+        (
+            "CHAT__AUTH__SECRET",
+            "a secret of more than thirty-two bytes",
+            "has a secret of its own",
+        ),
+        (
+            "CHAT__NATS_URL",
+            "nats://127.0.0.1:4222",
+            "is a single instance",
+        ),
+    ] {
+        let error = refusal(chat(folder.path(), &["serve"]).env(name, value));
+        assert!(error.contains(expected), "{name}: {error}");
+    }
+}
+
+#[tokio::test]
+async fn a_terminal_that_is_closed_ends_the_server_in_order() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut server = Embedded::start(folder.path());
+    testkit::process::signal(server.0.id(), "HUP").unwrap();
+    let status = until("it ends", async || server.0.try_wait().unwrap()).await;
+    assert!(status.success(), "{status}");
 }
 
 #[tokio::test]

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use std::process::{Child, Command, Stdio};
 use testkit::instance::Instance;
 use testkit::proxy::{Mode, Proxy};
-use testkit::{Databases, Kind, seed, until};
+use testkit::{seed, until};
 
 /// A headless Chromium with its driver; both end with it.
 struct Browser {
@@ -71,15 +71,14 @@ impl Drop for Browser {
     }
 }
 
-async fn embedded() -> (Databases, Instance) {
-    let databases = Databases::new(Kind::Sqlite, 4).await;
+async fn embedded() -> (tempfile::TempDir, Instance) {
+    let folder = tempfile::tempdir().unwrap();
     let settings = [
-        ("EMBEDDED", "true"),
         ("LIMITS__SENDS_BURST", "10000"),
         ("LIMITS__SENDS_PER_SECOND", "10000"),
     ];
-    let instance = Instance::start(&databases.shards_file(), &settings).await;
-    (databases, instance)
+    let instance = Instance::start_embedded(folder.path(), &settings).await;
+    (folder, instance)
 }
 
 async fn eval(page: &Client, script: &str) -> Value {
@@ -163,7 +162,7 @@ async fn until_shown(page: &Client, texts: &[&str]) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_people_talk_in_their_tabs_and_a_second_tab_hears_both() {
-    let (_databases, instance) = embedded().await;
+    let (_folder, instance) = embedded().await;
     let browser = Browser::start();
     let page = browser.client().await;
     sign_in(&page, &instance.url, 7).await;
@@ -216,7 +215,7 @@ async fn two_people_talk_in_their_tabs_and_a_second_tab_hears_both() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_tab_shows_who_is_there_who_is_typing_and_what_was_read() {
-    let (_databases, instance) = embedded().await;
+    let (_folder, instance) = embedded().await;
     let browser = Browser::start();
     let page = browser.client().await;
     sign_in(&page, &instance.url, 7).await;
@@ -262,7 +261,7 @@ fn flap_seconds() -> u64 {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_connection_that_is_cut_every_few_seconds_loses_doubles_and_disorders_nothing() {
-    let (_databases, instance) = embedded().await;
+    let (_folder, instance) = embedded().await;
     let proxy = Proxy::to(instance.url.trim_start_matches("http://").to_owned()).await;
     let url = format!("http://127.0.0.1:{}", proxy.port);
     let browser = Browser::start();
@@ -348,7 +347,7 @@ async fn a_connection_that_is_cut_every_few_seconds_loses_doubles_and_disorders_
 
 #[tokio::test(flavor = "multi_thread")]
 async fn whatever_was_written_is_shown_as_text_and_nothing_else() {
-    let (_databases, instance) = embedded().await;
+    let (_folder, instance) = embedded().await;
     let naughty: Vec<String> = serde_json::from_str(include_str!("data/naughty.json")).unwrap();
     let api = chat_client::Api::new(
         chat_client::Access::new(&instance.url, chat_client::TokenSource::Dev),
@@ -418,16 +417,15 @@ async fn whatever_was_written_is_shown_as_text_and_nothing_else() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_tab_goes_on_by_itself_when_the_server_returns() {
-    let databases = Databases::new(Kind::Sqlite, 4).await;
+    let folder = tempfile::tempdir().unwrap();
     let port = std::net::TcpListener::bind("127.0.0.1:0")
         .unwrap()
         .local_addr()
         .unwrap()
         .port();
     let listen = format!("127.0.0.1:{port}");
-    let settings = [("EMBEDDED", "true"), ("LISTEN", listen.as_str())];
-    let file = databases.shards_file();
-    let mut instance = Instance::start(&file, &settings).await;
+    let settings = [("LISTEN", listen.as_str())];
+    let mut instance = Instance::start_embedded(folder.path(), &settings).await;
     let browser = Browser::start();
     let page = browser.client().await;
     sign_in(&page, &instance.url, 7).await;
@@ -437,7 +435,7 @@ async fn a_tab_goes_on_by_itself_when_the_server_returns() {
     instance.kill();
     until_page(&page, "document.getElementById('state').textContent.startsWith('offline') || document.getElementById('state').textContent === 'connecting…'").await;
     write(&page, "written while it was away").await;
-    let instance = Instance::start(&file, &settings).await;
+    let instance = Instance::start_embedded(folder.path(), &settings).await;
     until_shown(&page, &["before", "written while it was away"]).await;
     instance
         .api(42)

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex};
 pub struct Instance {
     process: Process,
     log: Arc<Mutex<String>>,
+    secret: String,
     pub url: String,
     pub admin: String,
 }
@@ -28,18 +29,28 @@ pub fn program(name: &str) -> PathBuf {
 }
 
 fn command(shards: &Path, settings: Settings<'_>) -> Command {
+    let mut command = bare_command(settings);
+    command
+        .env("CHAT__AUTH__SECRET", SECRET)
+        .env("CHAT__SHARDS_FILE", shards);
+    // Settings that a test gives override these.
+    for (name, value) in settings.iter().filter(|(name, _)| *name != "FAULT") {
+        command.env(format!("CHAT__{name}"), value);
+    }
+    command
+}
+
+fn bare_command(settings: Settings<'_>) -> Command {
     let mut command = Command::new(program("chat"));
     command
         .arg("serve")
         .env("CHAT__LISTEN", "127.0.0.1:0")
         .env("CHAT__ADMIN_LISTEN", "127.0.0.1:0")
-        .env("CHAT__AUTH__SECRET", SECRET)
         // Tests are faster than users.
         .env("CHAT__LIMITS__REQUESTS_BURST", "1000000")
         .env("CHAT__LIMITS__WORK_PER_SECOND", "1000000")
         .env("CHAT__LIMITS__WORK_BURST", "1000000")
         .env("CHAT__LIMITS__CONNECTS_BURST", "1000000")
-        .env("CHAT__SHARDS_FILE", shards)
         .env("CHAT__LOG__FILTER", "info,chat=debug,refinery_core=warn")
         .stdin(Stdio::null())
         .stdout(Stdio::null())
@@ -64,7 +75,20 @@ pub fn refusal(shards: &Path, settings: Settings<'_>) -> String {
 impl Instance {
     /// Starts an instance and waits until it serves.
     pub async fn start(shards: &Path, settings: Settings<'_>) -> Self {
-        let mut child = command(shards, settings).spawn().unwrap();
+        Self::of(command(shards, settings), SECRET.to_owned()).await
+    }
+
+    /// Starts `serve --embedded` on a folder, and waits until it serves.
+    pub async fn start_embedded(data: &Path, settings: Settings<'_>) -> Self {
+        let mut command = bare_command(settings);
+        command.arg("--embedded").arg("--data").arg(data);
+        let mut instance = Self::of(command, String::new()).await;
+        instance.secret = std::fs::read_to_string(data.join("secret")).unwrap();
+        instance
+    }
+
+    async fn of(mut command: Command, secret: String) -> Self {
+        let mut child = command.spawn().unwrap();
         let log = Arc::new(Mutex::new(String::new()));
         let (stderr, lines) = (BufReader::new(child.stderr.take().unwrap()), log.clone());
         std::thread::spawn(move || {
@@ -77,6 +101,7 @@ impl Instance {
         let mut instance = Self {
             process: Process(child),
             log,
+            secret,
             url: String::new(),
             admin: String::new(),
         };
@@ -111,9 +136,9 @@ impl Instance {
         self.log.lock().unwrap().clone()
     }
 
-    /// The address of the instance and the secret of the tests.
+    /// The address of the instance and its secret.
     pub fn access(&self) -> Access {
-        access(&self.url)
+        Access::new(&self.url, TokenSource::Secret(self.secret.clone()))
     }
 
     /// REST as `user`.

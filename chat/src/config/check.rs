@@ -1,7 +1,7 @@
 //! The range of each setting, and settings that depend on each other. All faults are reported, one
 //! line each.
 
-use super::Settings;
+use super::{Secret, Settings};
 use config::Config;
 use std::ops::RangeInclusive;
 
@@ -83,6 +83,28 @@ pub fn out_of_range(settings: &Config) -> Vec<String> {
             .then(|| format!("{name} is {value}: it must be between {from} and {to}"))
     };
     RANGES.iter().filter_map(fault).collect()
+}
+
+/// The shortest admin token, in bytes.
+const MIN_ADMIN_TOKEN: usize = 16;
+
+/// The admin token of `.env.sample`: public, and refused outside a demonstration.
+const SAMPLE_ADMIN_TOKEN: &str = "sample-admin-token";
+
+/// A line for each secret that is too weak. [`crate::http`] checks `auth.secret`, which depends on
+/// the algorithm.
+pub fn weak_secrets(settings: &Settings) -> Vec<String> {
+    let token = settings.admin_token.as_ref().map(Secret::expose);
+    let sample = token == Some(SAMPLE_ADMIN_TOKEN) && !settings.demo;
+    let short = token.filter(|token| token.len() < MIN_ADMIN_TOKEN);
+    let sample = sample.then(|| "admin_token is the sample token, which is public; set CHAT__ADMIN_TOKEN to a random one".to_owned());
+    let short = short.map(|token| {
+        format!(
+            "admin_token has {} bytes; at least {MIN_ADMIN_TOKEN} are needed",
+            token.len()
+        )
+    });
+    sample.into_iter().chain(short).collect()
 }
 
 /// A line for each setting that contradicts another one.

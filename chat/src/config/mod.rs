@@ -2,8 +2,10 @@
 //! are in the names.
 
 mod check;
+mod origin;
 
 pub use check::RANGES;
+pub use origin::normalized as normalized_origin;
 
 use serde::Deserialize;
 use std::fmt;
@@ -27,7 +29,7 @@ pub struct Settings {
     pub nats_url: Option<Secret>,
     /// One process with everything in files, and a route that mints tokens on loopback. Set by
     /// `serve --embedded`.
-    #[serde(default)]
+    #[serde(skip)]
     pub embedded: bool,
     /// A demonstration on this machine: the sample secret is accepted.
     pub demo: bool,
@@ -66,7 +68,7 @@ pub struct Auth {
     pub issuer: Option<String>,
     /// Origins of pages that may open a WebSocket, compared exactly, e.g.
     /// `https://chat.example.org`. The server's own page is always allowed.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "origin::list")]
     pub allowed_origins: Vec<String>,
 }
 
@@ -213,9 +215,8 @@ impl Settings {
             config::Environment::with_prefix("CHAT")
                 .prefix_separator("__")
                 .separator("__")
-                .try_parsing(true)
-                .list_separator(",")
-                .with_list_parse_key("auth.allowed_origins"),
+                // A text stays as it is; numbers are parsed by the type of their field.
+                .ignore_empty(true),
         )
     }
 
@@ -240,9 +241,31 @@ impl Settings {
             .add_source(environment)
             .build()?;
         refuse(&check::out_of_range(&merged))?;
-        let settings: Self = merged.try_deserialize()?;
+        let mut settings: Self = merged.try_deserialize()?;
+        settings.unset_empty();
         refuse(&check::contradictions(&settings))?;
+        refuse(&check::weak_secrets(&settings))?;
         Ok(settings)
+    }
+}
+
+impl Settings {
+    /// An empty value of an optional setting is as good as none.
+    fn unset_empty(&mut self) {
+        let secrets = [
+            &mut self.admin_token,
+            &mut self.nats_url,
+            &mut self.auth.secret,
+        ];
+        for secret in secrets {
+            secret.take_if(|secret| secret.expose().trim().is_empty());
+        }
+        for text in [&mut self.auth.audience, &mut self.auth.issuer] {
+            text.take_if(|text| text.trim().is_empty());
+        }
+        self.auth
+            .key_file
+            .take_if(|path| path.as_os_str().is_empty());
     }
 }
 

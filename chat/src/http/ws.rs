@@ -5,6 +5,7 @@ use super::auth;
 use super::connection_limiter::ConnectionPermit;
 use super::frame_reader::{FrameReader, Incoming, ReadError};
 use super::tcp::TcpHandle;
+use crate::config::normalized_origin;
 use crate::delivery::encode;
 use crate::delivery::outbound_queue::{Next, OutboundQueue};
 use crate::error::ApiError;
@@ -125,13 +126,15 @@ fn origin_allowed(request: &HttpRequest, allowed: &[String]) -> bool {
         .headers()
         .get(HOST)
         .and_then(|host| host.to_str().ok());
-    let own = host.is_some_and(|host| {
-        origin
-            .strip_prefix("http://")
-            .or(origin.strip_prefix("https://"))
-            == Some(host)
+    let Some(origin) = normalized_origin(origin) else {
+        return false;
+    };
+    // The scheme of our own is not known behind a proxy.
+    let own = ["http", "https"].iter().any(|scheme| {
+        host.and_then(|host| normalized_origin(&format!("{scheme}://{host}")))
+            == Some(origin.clone())
     });
-    own || allowed.iter().any(|allowed| allowed == origin)
+    own || allowed.contains(&origin)
 }
 
 async fn run(

@@ -4,6 +4,8 @@ use crate::config;
 use crate::store::StoreError;
 use crate::store::served_slots::ServedSlotsCache;
 use rusqlite::{Connection, ErrorCode, Transaction, TransactionBehavior};
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -97,6 +99,13 @@ impl SqliteStore {
 }
 
 fn open(path: &Path) -> Result<Connection, StoreError> {
+    // Before SQLite makes it: a file with messages is for its owner only, and so are those beside it.
+    let made = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(path);
+    made.map_err(|e| StoreError::Unreachable(e.to_string()))?;
     let connection = Connection::open(path).map_err(|e| StoreError::Unreachable(e.to_string()))?;
     connection
         .busy_timeout(BUSY_LIMIT)
