@@ -692,8 +692,8 @@ async fn different_edits_at_once_on_two_instances_end_in_one_document() {
     for file in &files {
         std::fs::write(file, &whole).unwrap();
     }
-    // The state of a file is as old as its last read: what counts is the topology. A proposal of the
-    // last round may still be on its way, and is followed by another one.
+    // The state of a file is as old as its last read: what counts is the topology. A proposal of
+    // the last round may still be on its way, and is followed by another one.
     let unpinned = async |instance: &testkit::instance::Instance| {
         let url = format!("{}/admin/topology", instance.admin);
         let topology = instance.get(&url).await.1;

@@ -179,8 +179,8 @@ impl Sequencer {
         self.on_message(dialog, seq, frame, false, send)
     }
 
-    /// `newest` is known to be stored, by a hint or a comparison. Returns whether the dialog must be
-    /// read.
+    /// `newest` is known to be stored, by a hint or a comparison. Returns whether the dialog must
+    /// be read.
     pub fn on_last_seq(&mut self, dialog: DialogId, newest: Seq) -> bool {
         let stream = stream(&mut self.streams, &mut self.clock, dialog, None);
         if stream.last.is_some_and(|last| newest <= last) {

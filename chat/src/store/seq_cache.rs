@@ -25,8 +25,8 @@ pub struct SeqCache {
 #[derive(Default)]
 struct Stripe {
     terms: HashMap<Slot, Term>,
-    /// Two generations of entries: when the young are many, the old are forgotten, and the young are
-    /// the old.
+    /// Two generations of entries: when the young are many, the old are forgotten, and the young
+    /// are the old.
     young: HashMap<DialogId, Remembered>,
     old: HashMap<DialogId, Remembered>,
 }

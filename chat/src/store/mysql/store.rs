@@ -196,7 +196,8 @@ impl Store for MysqlStore {
             Range::Before(seq) => ("seq < ?", seq.get(), "DESC"),
             Range::After(seq) => ("seq > ?", seq.get(), "ASC"),
         };
-        // One statement is one snapshot: the messages, the last seq and the slot's row belong together.
+        // One statement is one snapshot: the messages, the last seq and the slot's row belong
+        // together.
         let sql = format!(
             "SELECT s.state, s.term, s.generation, s.history, s.peer, d.last_seq, m.seq, m.author, m.client_key, m.text, m.created_at
                FROM meta i

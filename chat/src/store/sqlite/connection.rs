@@ -99,7 +99,8 @@ impl SqliteStore {
 }
 
 fn open(path: &Path) -> Result<Connection, StoreError> {
-    // Before SQLite makes it: a file with messages is for its owner only, and so are those beside it.
+    // Before SQLite makes it: a file with messages is for its owner only, and so are those beside
+    // it.
     let made = OpenOptions::new()
         .create(true)
         .append(true)
