@@ -42,7 +42,7 @@ class Xmpp(Line):
     def send(self, to, text, key):
         self.writer.write(f"<message to='{to.name}@localhost' type='chat' id='{key}'><body>{text}</body></message>".encode())
 
-    async def heard(self):
+    async def received(self):
         await self.until(b"</message>")
 
 
@@ -70,7 +70,7 @@ class Chat(Line):
         head = bytes([0x81, 0x80 | length]) if length < 126 else b"\x81\xfe" + struct.pack(">H", length)
         self.writer.write(head + b"\0\0\0\0" + body)
 
-    async def heard(self):
+    async def received(self):
         await self.until(b'"message"')
 
 
@@ -82,7 +82,7 @@ async def loop(kind, first, pairs, messages):
         for _ in range(count):
             sent = time.perf_counter()
             sender.send(receiver, "a message of a pair", os.urandom(8).hex())
-            await receiver.heard()
+            await receiver.received()
             if measured:
                 took.append((time.perf_counter() - sent) * 1e3)
 

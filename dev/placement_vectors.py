@@ -43,7 +43,7 @@ ring = sorted((siphash24(f"{shard}#{i}".encode()), shard) for shard in ("shard1"
 points = [point for point, _ in ring]
 
 
-def wanted(slot: int) -> str:
+def target(slot: int) -> str:
     return ring[bisect.bisect_left(points, siphash24(slot.to_bytes(2, "big"))) % len(ring)][1]
 
 
@@ -55,4 +55,4 @@ for n in range(1000):
     high = low + (state >> 33) % (1000 if n < 500 else 9007199254740991 - low)
     dialog = f"{low}_{high}"
     slot = siphash24(dialog.encode()) % 4096
-    print(dialog, slot, wanted(slot), sep="\t")
+    print(dialog, slot, target(slot), sep="\t")

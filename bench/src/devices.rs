@@ -1,10 +1,11 @@
 //! Devices that record what they receive, and users who write through them.
 
-use crate::rng::Chance;
 use crate::service::{Service, locked};
 use anyhow::ensure;
 use chat_client::{Access, Api, Client, Event};
 use futures_util::{StreamExt, TryStreamExt, stream};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -149,9 +150,9 @@ pub struct Talk {
 }
 
 impl Talk {
-    /// Sends at a steady rate; every message through one of its author's devices, by chance.
+    /// Sends at a steady rate; every message through one of its author's devices, by rng.
     pub async fn run(&self, devices: &[Device], traffic: &Arc<Traffic>) {
-        let mut chance = Chance(self.seed);
+        let mut rng = StdRng::seed_from_u64(self.seed);
         let mut by_user = BTreeMap::<u64, Vec<&Device>>::new();
         for device in devices {
             by_user.entry(device.user).or_default().push(device);
@@ -160,12 +161,18 @@ impl Talk {
         for n in 0..(self.rate * self.seconds) as u64 {
             let planned = begun + Duration::from_secs_f64(n as f64 / self.rate);
             tokio::time::sleep_until(planned.into()).await;
-            let (a, b) = self.pairs[chance.below(self.pairs.len() as u64) as usize];
-            let (from, to) = if chance.below(2) == 0 { (a, b) } else { (b, a) };
+            let (a, b) = self.pairs[rng.random_range(0..self.pairs.len() as u64) as usize];
+            let (from, to) = if rng.random_range(0..2) == 0 {
+                (a, b)
+            } else {
+                (b, a)
+            };
             let Some(own) = by_user.get(&from) else {
                 continue;
             };
-            let client = own[chance.below(own.len() as u64) as usize].client.clone();
+            let client = own[rng.random_range(0..own.len() as u64) as usize]
+                .client
+                .clone();
             let traffic = traffic.clone();
             traffic.under_way.fetch_add(1, Ordering::Relaxed);
             let key = format!("{}.{n}", self.seed);

@@ -1,7 +1,6 @@
 //! The benchmarks and proofs of `bench/`, and the baselines that they are measured against.
 
 mod baseline;
-mod rng;
 mod service;
 mod devices;
 mod attack;

@@ -294,7 +294,7 @@ impl Actor {
             .collect();
     }
 
-    /// Tells the server where we are, in as many frames as it takes.
+    /// Sends the positions of the client, in as many frames as needed.
     fn resume(&mut self, mut since: Option<String>) {
         let positions: Vec<(String, u64)> = self.streams.positions().into_iter().collect();
         let mut parts: Vec<&[(String, u64)]> = positions.chunks(self.resume_dialogs).collect();
@@ -608,7 +608,7 @@ impl Actor {
     }
 
     async fn emit(&self, event: Event) {
-        // Nobody may want them.
+        // The receiver may be gone.
         let _ = self.events.send(event).await;
     }
 }

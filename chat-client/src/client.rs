@@ -105,7 +105,7 @@ impl Client {
         self.command(Command::Mark { with, seq }).await
     }
 
-    /// Tells `with` that we are typing, if there is a connection.
+    /// Reports to `with` that the user is typing, if there is a connection.
     ///
     /// # Errors
     /// [`ClientError::Closed`].

@@ -35,13 +35,13 @@ pub struct Options {
     /// Messages a second, planned.
     #[arg(long, default_value_t = 2000.0)]
     rate: f64,
-    /// How many dialogs there are; by default, whatever pairs chance brings.
+    /// The number of dialogs; by default, pairs are random.
     #[arg(long)]
     dialogs: Option<u64>,
     /// Characters of a text.
     #[arg(long, default_value_t = 100)]
     chars: usize,
-    /// Where chance begins; printed, so that a run can be repeated.
+    /// The seed of the random numbers; printed, so that a run can be repeated.
     #[arg(long)]
     seed: Option<u64>,
     /// Write what was acknowledged here, for `verify`.
@@ -119,7 +119,7 @@ pub async fn run(servers: &[Access], options: Options) -> anyhow::Result<()> {
         bail!("--users must be at least 2");
     }
     let seed = options.seed.unwrap_or_else(rand::random);
-    let mut chance = StdRng::seed_from_u64(seed);
+    let mut rng = StdRng::seed_from_u64(seed);
     println!("seed {seed}");
 
     let mut clients = Vec::new();
@@ -149,18 +149,18 @@ pub async fn run(servers: &[Access], options: Options) -> anyhow::Result<()> {
 
     let pairs = options.dialogs.map(|count| {
         (0..count)
-            .map(|_| pair(&mut chance, &options))
+            .map(|_| pair(&mut rng, &options))
             .collect::<Vec<_>>()
     });
-    let next_pair = move |chance: &mut StdRng, options: &Options| match &pairs {
+    let next_pair = move |rng: &mut StdRng, options: &Options| match &pairs {
         Some(pairs) => {
-            let (a, b) = pairs[chance.random_range(0..pairs.len())];
-            if chance.random() { (a, b) } else { (b, a) }
+            let (a, b) = pairs[rng.random_range(0..pairs.len())];
+            if rng.random() { (a, b) } else { (b, a) }
         }
-        None => pair(chance, options),
+        None => pair(rng, options),
     };
     let run = Arc::new(Run {
-        id: chance.random(),
+        id: rng.random(),
         begun: Instant::now(),
         planned: (0..options.messages).map(|_| AtomicU64::new(0)).collect(),
         delivered: AtomicU64::new(0),
@@ -186,7 +186,7 @@ pub async fn run(servers: &[Access], options: Options) -> anyhow::Result<()> {
         if at > Instant::now() {
             tokio::time::sleep_until(at.into()).await;
         }
-        let (from, to) = next_pair(&mut chance, &options);
+        let (from, to) = next_pair(&mut rng, &options);
         let client = clients[(from - options.first_user) as usize].clone();
         tokio::spawn(send(
             run.clone(),
@@ -264,9 +264,9 @@ pub async fn run(servers: &[Access], options: Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn pair(chance: &mut StdRng, options: &Options) -> (u64, u64) {
-    let from = chance.random_range(0..options.users);
-    let other = chance.random_range(0..options.users - 1);
+fn pair(rng: &mut StdRng, options: &Options) -> (u64, u64) {
+    let from = rng.random_range(0..options.users);
+    let other = rng.random_range(0..options.users - 1);
     let to = if other >= from { other + 1 } else { other };
     (options.first_user + from, options.first_user + to)
 }
@@ -309,13 +309,13 @@ async fn send(run: Arc<Run>, client: Client, planned: Planned, out: mpsc::Sender
 
 /// A text that looks like words, different for every message.
 fn text(seed: u64, chars: usize) -> String {
-    let mut chance = StdRng::seed_from_u64(seed);
+    let mut rng = StdRng::seed_from_u64(seed);
     (0..chars)
         .map(|_| {
-            if chance.random_ratio(1, 6) {
+            if rng.random_ratio(1, 6) {
                 ' '
             } else {
-                chance.random_range('a'..='z')
+                rng.random_range('a'..='z')
             }
         })
         .collect()

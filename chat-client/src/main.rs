@@ -218,7 +218,9 @@ async fn run() -> anyhow::Result<()> {
                     Event::Connected => eprintln!("connected"),
                     Event::Disconnected { reason, .. } => eprintln!("disconnected: {reason}"),
                     Event::Closed(e) => return Err(e.into()),
-                    Event::Resync(dialog) => eprintln!("news in {dialog}: read its history"),
+                    Event::Resync(dialog) => {
+                        eprintln!("messages were missed in {dialog}: read its history")
+                    }
                     Event::Read(_) | Event::Typing { .. } | Event::Presence(_) => {}
                 }
             }

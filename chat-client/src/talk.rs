@@ -21,7 +21,7 @@ const ENTRY: u32 = 20;
 /// Lines that were typed and not taken yet.
 const TYPED: usize = 64;
 
-/// Somebody who was typing and says no more has stopped.
+/// A user from whom no further `typing` arrives has stopped.
 const TYPING: Duration = Duration::from_secs(6);
 
 /// Talks as `user` with `with`, until the end of the input.
@@ -168,7 +168,7 @@ impl View {
             }
             Event::Resync(dialog) => {
                 self.screen
-                    .say(&format!("— there is news in the dialog {dialog} —"))?;
+                    .say(&format!("— new messages in the dialog {dialog} —"))?;
             }
             Event::Closed(e) => return Err(e.into()),
             Event::Message(_) | Event::Read(_) | Event::Typing { .. } => {}

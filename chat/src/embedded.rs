@@ -94,7 +94,7 @@ impl Embedded {
     }
 }
 
-/// Nobody but the owner reads or writes the file.
+/// Only the owner reads or writes the file.
 fn private(options: &mut OpenOptions) -> &mut OpenOptions {
     options.mode(0o600)
 }

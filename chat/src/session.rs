@@ -220,13 +220,17 @@ impl Session {
         self.subscriber.release();
     }
 
-    /// The remaining life of the token; zero once it has expired.
+    /// The remaining life of the token, a year at most; zero once it has expired.
     #[must_use]
     pub fn token_left(&self) -> Duration {
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();
-        Duration::from_secs(self.identity.expires).saturating_sub(now)
+        // Bounded: it is added to the time of now.
+        let year = Duration::from_secs(365 * 24 * 60 * 60);
+        Duration::from_secs(self.identity.expires)
+            .saturating_sub(now)
+            .min(year)
     }
 
     /// Queues the error for an expired token, and closes.

@@ -3,7 +3,7 @@
 
 #![allow(missing_docs, clippy::wildcard_enum_match_arm)]
 
-use chat_wire::{Close, ErrorCode};
+use chat_wire::{Close, ErrorCode, ServerFrame};
 use serde_json::json;
 use testkit::instance::Instance;
 use testkit::socket::{Socket, raw};
@@ -459,4 +459,31 @@ async fn pings_pongs_and_fragments_without_end_close_the_session() {
             String::from_utf8_lossy(&received)
         );
     }
+}
+
+/// A number of a token that no clock can add up.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_for_ever_is_taken_and_breaks_nothing() {
+    let databases = Databases::new(Kind::Sqlite, 1).await;
+    let instance = Instance::start(&databases.shards_file(), &[]).await;
+    let token = jsonwebtoken::encode(
+        &jsonwebtoken::Header::default(),
+        &json!({"sub": "7", "exp": u64::MAX}),
+        &jsonwebtoken::EncodingKey::from_secret(SECRET.as_bytes()),
+    );
+    let header = [("authorization", format!("Bearer {}", token.unwrap()))];
+    let mut socket = Socket::open(&instance.url, &header).await;
+    assert!(matches!(socket.next().await, ServerFrame::Welcome { .. }));
+    for n in 1..=3 {
+        socket.send_text(&format!("k{n}"), 42, "x").await;
+        assert_eq!(socket.sent().await.1, n);
+    }
+    drop(socket);
+    let metrics = format!("{}/metrics", instance.admin);
+    until("the session is not counted any more", async || {
+        let text = reqwest::get(&metrics).await.unwrap().text().await.unwrap();
+        text.contains("\nchat_sessions 0\n").then_some(())
+    })
+    .await;
+    assert!(!instance.log().contains("panicked"), "{}", instance.log());
 }

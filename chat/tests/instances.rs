@@ -262,7 +262,7 @@ async fn an_instance_killed_between_commit_and_acknowledgement_has_stored_once()
 }
 
 /// The connection breaks in the answer to COMMIT: the instance does not know, asks again with the
-/// same keys, and everybody is told the truth.
+/// same keys, and each gets the right answer.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_answer_to_commit_that_is_lost_doubles_nothing() {
     for kind in [Kind::Mysql, Kind::Mariadb] {

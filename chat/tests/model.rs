@@ -19,7 +19,7 @@ use std::hash::{BuildHasher, Hash, RandomState};
 const NAMES: [&str; 3] = ["A", "B", "C"];
 
 /// The shard that the ring names for the slot while A is down: the one that is read last.
-const WANTED: &str = "C";
+const TARGET: &str = "C";
 
 fn name(shard: usize) -> String {
     NAMES[shard].to_owned()
@@ -351,14 +351,14 @@ fn drafts(bounds: &Bounds, shard: &Shard) -> BTreeSet<(u32, u8)> {
     } else {
         generation..=generation
     };
-    let mut heads = vec![last];
+    let mut last_seqs = vec![last];
     if bounds.off(Switch::HeadOfDrafts) {
-        heads.extend((0..=last.1 + 1).map(|n| (last.0, n)));
+        last_seqs.extend((0..=last.1 + 1).map(|n| (last.0, n)));
     }
     let mut seqs = BTreeSet::new();
     for generation in generations {
-        for head in &heads {
-            let base = (*head).max((generation, 0));
+        for last_seq in &last_seqs {
+            let base = (*last_seq).max((generation, 0));
             seqs.insert((base.0, base.1 + 1));
         }
     }
@@ -383,8 +383,8 @@ fn topologies(bounds: &Bounds, state: &State, next: &mut Vec<(String, State)>) {
                 let rows: BTreeMap<String, SlotRow> = (1..bounds.shards)
                     .map(|i| (name(i), state.shards[i].row.clone()))
                     .collect();
-                let judgement = plan_failover(&rows, WANTED);
-                if judgement.claim.is_some() || !judgement.fence.is_empty() {
+                let plan = plan_failover(&rows, TARGET);
+                if plan.claim.is_some() || !plan.fence.is_empty() {
                     continue;
                 }
             }
@@ -569,9 +569,9 @@ fn coordinate(bounds: &Bounds, state: &State, c: usize, next: &mut Vec<(String, 
                     .enumerate()
                     .map(|(i, row)| (name(i + 1), row.clone()))
                     .collect();
-                let judgement = plan_failover(&live, WANTED);
+                let plan = plan_failover(&live, TARGET);
                 let mut steps = Vec::new();
-                if let Some(winner) = judgement.claim {
+                if let Some(winner) = plan.claim {
                     let term = live
                         .values()
                         .map(|row| row.term.max(row.next_term.unwrap_or(0)))
@@ -586,8 +586,7 @@ fn coordinate(bounds: &Bounds, state: &State, c: usize, next: &mut Vec<(String, 
                     steps.push((index(&winner), claim));
                 }
                 steps.extend(
-                    judgement
-                        .fence
+                    plan.fence
                         .into_iter()
                         .map(|(name, seen)| (index(&name), Step::Fence { seen })),
                 );

@@ -8,7 +8,7 @@ use chat_wire::{Close, ErrorCode, ServerFrame};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::process::{Command, Output};
-use testkit::instance::{Instance, program};
+use testkit::instance::{Instance, program, refusal};
 use testkit::service::Service;
 use testkit::socket::{Socket, raw};
 use testkit::{Databases, Kind, SECRET, until};
@@ -398,6 +398,22 @@ async fn tokens_that_are_signed_with_a_private_key_are_taken_by_the_public_one()
         let [one, two, unknown] =
             ["one", "two", "unknown"].map(|name| key_pair(&folder, algorithm, name));
         let set = folder.join("keys.json");
+        // Sets without a key that verifies tokens.
+        let (mut for_encryption, mut of_another) = (one.clone(), two.clone());
+        for_encryption["use"] = json!("enc");
+        of_another["alg"] = json!("ES384");
+        let settings = [
+            ("AUTH__ALGORITHM", algorithm),
+            ("AUTH__KEY_FILE", set.to_str().unwrap()),
+        ];
+        for keys in [json!([]), json!([for_encryption, of_another])] {
+            std::fs::write(&set, json!({ "keys": keys }).to_string()).unwrap();
+            let error = refusal(&shards, &settings);
+            assert!(
+                error.contains(&format!("holds no {algorithm} key")),
+                "{error}"
+            );
+        }
         std::fs::write(&set, json!({"keys": [one, two]}).to_string()).unwrap();
         drop(unknown);
         for (file, kids) in [(folder.join("one.pem"), false), (set, true)] {
@@ -510,7 +526,7 @@ async fn a_full_queue_refuses_with_a_time_to_come_again_and_takes_sends_when_it_
     let mut socket = Socket::of(&instance, 7).await;
     socket.send_text("first", 42, "x").await;
     socket.sent().await;
-    // Somebody else writes to the database file.
+    // Another process writes to the database file.
     let path = databases.url(0).trim_start_matches("sqlite:").to_owned();
     let other = rusqlite::Connection::open(path).unwrap();
     other.execute_batch("BEGIN IMMEDIATE").unwrap();

@@ -57,11 +57,11 @@ fn outgoing(to: u64, key: &str, text: &str) -> Outgoing {
 const TROUBLE: Duration = Duration::from_secs(40);
 const RECOVERY: Duration = Duration::from_secs(300);
 
-const PEOPLE: u64 = 8;
+const USERS: u64 = 8;
 
 /// An instance's process, as its lines to the shards see it.
 struct Process {
-    chance: Mutex<StdRng>,
+    rng: Mutex<StdRng>,
     /// How often in a thousand a transaction meets each of the faults of its line.
     faults: u32,
     state: Mutex<ProcessState>,
@@ -78,7 +78,7 @@ struct ProcessState {
 impl Process {
     fn new(seed: u64, faults: u32) -> Arc<Self> {
         Arc::new(Self {
-            chance: Mutex::new(StdRng::seed_from_u64(seed)),
+            rng: Mutex::new(StdRng::seed_from_u64(seed)),
             faults,
             state: Mutex::default(),
         })
@@ -109,10 +109,10 @@ impl Process {
     }
 
     fn roll(&self) -> (Duration, u32) {
-        let mut chance = self.chance.lock().unwrap();
-        let stalls = self.faults > 0 && chance.random_ratio(1, 200);
-        let micros = chance.random_range(if stalls { 100_000..400_000 } else { 100..2000 });
-        (Duration::from_micros(micros), chance.random_range(0..1000))
+        let mut rng = self.rng.lock().unwrap();
+        let stalls = self.faults > 0 && rng.random_ratio(1, 200);
+        let micros = rng.random_range(if stalls { 100_000..400_000 } else { 100..2000 });
+        (Duration::from_micros(micros), rng.random_range(0..1000))
     }
 }
 
@@ -236,7 +236,7 @@ fn server_of(servers: &Servers, off: Option<Guard>, name: &str) -> Arc<Server> {
 
 struct World {
     off: Option<Guard>,
-    chance: RefCell<StdRng>,
+    rng: RefCell<StdRng>,
     servers: Servers,
     nodes: RefCell<Vec<Option<Rc<Node>>>>,
     /// What each instance's file says, also while it is dead.
@@ -261,8 +261,8 @@ struct World {
 
 impl World {
     fn new(seed: u64, off: Option<Guard>) -> Rc<Self> {
-        let mut chance = StdRng::seed_from_u64(seed);
-        let weights = [4, 4, 4].map(|most| chance.random_range(1..=most));
+        let mut rng = StdRng::seed_from_u64(seed);
+        let weights = [4, 4, 4].map(|most| rng.random_range(1..=most));
         let entries = (1..).zip(weights).map(|(n, weight)| Entry {
             name: format!("shard{n}"),
             weight,
@@ -273,7 +273,7 @@ impl World {
             entries: entries.collect(),
             pin: None,
         };
-        let instances = chance.random_range(2..=3);
+        let instances = rng.random_range(2..=3);
         Rc::new(Self {
             off,
             servers: Servers::default(),
@@ -289,10 +289,10 @@ impl World {
             read_marks: RefCell::default(),
             published_late: Arc::default(),
             wrong: RefCell::default(),
-            downs: chance.random_bool(0.5),
-            forgets: chance.random_bool(0.3),
+            downs: rng.random_bool(0.5),
+            forgets: rng.random_bool(0.3),
             logs: Cell::new(std::env::var("CHAT_LOG").is_ok()),
-            chance: RefCell::new(chance),
+            rng: RefCell::new(rng),
         })
     }
 
@@ -302,7 +302,7 @@ impl World {
     }
 
     fn pick(&self, range: std::ops::Range<u64>) -> u64 {
-        self.chance.borrow_mut().random_range(range)
+        self.rng.borrow_mut().random_range(range)
     }
 
     async fn pause(&self, millis: std::ops::Range<u64>) {
@@ -454,7 +454,7 @@ impl World {
         nodes[n].clone()
     }
 
-    /// Somebody who writes.
+    /// A user who writes.
     async fn writes(self: Rc<Self>, n: u64) {
         let me = UserId::new(1 + n).unwrap();
         for burst in 0.. {
@@ -462,7 +462,7 @@ impl World {
                 return;
             }
             self.pause(1..400).await;
-            let with = UserId::new(1 + (n + self.pick(0..3)) % (PEOPLE + 2)).unwrap();
+            let with = UserId::new(1 + (n + self.pick(0..3)) % (USERS + 2)).unwrap();
             let dialog = DialogId::between(me, with);
             let Some(node) = self.node() else { continue };
             // Several at once: their order must be kept.
@@ -605,7 +605,7 @@ impl World {
         }
     }
 
-    /// Somebody who reads all the time, and finds nothing missing.
+    /// A user who reads all the time, and misses no message.
     async fn reads(self: Rc<Self>) {
         while self.trouble.get() {
             self.pause(10..300).await;
@@ -1064,7 +1064,7 @@ impl World {
     async fn run(self: Rc<Self>) -> Result<u64, String> {
         self.at();
         join_all((0..self.files.len()).map(|i| self.start(i))).await;
-        let mut users: Vec<_> = (0..PEOPLE)
+        let mut users: Vec<_> = (0..USERS)
             .map(|n| tokio::task::spawn_local(self.clone().writes(n)))
             .collect();
         users.extend((0..2).map(|_| tokio::task::spawn_local(self.clone().reads())));
@@ -1210,7 +1210,7 @@ fn no_prefix_of_a_file_changes_anything() {
 /// needed.
 #[test]
 fn each_guard_that_is_turned_off_is_missed() {
-    // Begun where each was missed last: any other change of what happens by chance moves that.
+    // Each begins at a seed that has detected it: any change of the random choices moves these seeds.
     for (guard, first) in [
         (Guard::OwnerOfWrites, 175),
         (Guard::OwnerOfPages, 15),

@@ -66,7 +66,7 @@ class Conversation {
     $('gap').hidden = !page.gap;
   }
 
-  /** A message that is told: in order, but what comes before the first page is in it, or comes again after it. */
+  /** A message from the connection: in order, but messages before the first page are in it, or follow it again. */
   take(message) {
     if (this.first === null || message.seq <= this.last) return;
     this.append(message);
@@ -163,7 +163,7 @@ class App {
         $('text').maxLength = frame.limits.text_chars * 2; // counted in UTF-16 here; the server counts characters
         this.loadInbox();
       },
-      message: (message) => this.heard(message),
+      message: (message) => this.received(message),
       read: (mark) => (mark.user === this.me ? this.readElsewhere(mark) : of(mark.dialog)?.seenUpTo(mark.seq)),
       typing: (dialog, user) => user !== this.me && of(dialog)?.typing(true),
       presence: (user, online) => this.conversation?.peer === user && this.conversation.presence(online),
@@ -187,8 +187,8 @@ class App {
     } catch (error) { this.note(error.message); }
   }
 
-  /** A message of ours or to us, from wherever it was heard; once. */
-  heard(message) {
+  /** A message of ours or to us, from any source; once. */
+  received(message) {
     const peer = message.from === this.me ? message.to : message.from;
     const known = this.dialogs.get(peer);
     if (!known || known.last.seq < message.seq) {

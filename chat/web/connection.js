@@ -1,4 +1,4 @@
-// A WebSocket that comes back by itself, repeats what was not answered, and tells of every message once and in order.
+// A WebSocket that reconnects, repeats unanswered sends, and reports every message once and in order.
 
 const GENERATION = 2 ** 40; // seqs begin again above a multiple of this; see PROTOCOL.md
 const PAUSE = { first: 1000, longest: 8000 };

@@ -262,7 +262,7 @@ impl Data {
             topology_ref,
             Some(step),
         )?;
-        let holds_rows = self.heads(slot).next().is_some();
+        let holds_rows = self.dialog_rows_of(slot).next().is_some();
         Ok(self.row(slot).after(step, holds_rows).inspect(|after| {
             let released = match step.release_stamp() {
                 ReleaseStamp::Keep => self.slots[slot.index()].1,
@@ -273,7 +273,7 @@ impl Data {
         }))
     }
 
-    fn heads(&self, slot: Slot) -> impl Iterator<Item = DialogRow> {
+    fn dialog_rows_of(&self, slot: Slot) -> impl Iterator<Item = DialogRow> {
         let of_slot = self.dialogs.range((slot, String::new())..);
         of_slot.take_while(move |((of, _), _)| *of == slot).map(
             move |((_, name), (last_seq, last_at))| DialogRow {
@@ -545,7 +545,7 @@ impl Store for MemoryStore {
             });
             if taken {
                 if data.is_off(Guard::StopAtError) {
-                    // The heads were raised before, and COMMIT follows.
+                    // The last seqs were raised before, and COMMIT follows.
                     data.raise_to(&plan, now);
                 }
                 return mismatch(Mismatch::Key);
@@ -579,7 +579,7 @@ impl Store for MemoryStore {
                     (message.slot, view)
                 })
                 .collect();
-            let heads = batch.iter().filter_map(|message| {
+            let last_seqs = batch.iter().filter_map(|message| {
                 let head = data
                     .dialogs
                     .get(&(message.slot, message.dialog.to_string()))?;
@@ -590,8 +590,8 @@ impl Store for MemoryStore {
                 let known = data.key_of(message.slot, message)?;
                 (!data.is_off(Guard::KeysOfWrites)).then_some((name, known))
             });
-            let (heads, keys) = (heads.collect(), keys.collect());
-            let plan = BatchPlan::new(batch, &slots, &heads, &keys, now);
+            let (last_seqs, keys) = (last_seqs.collect(), keys.collect());
+            let plan = BatchPlan::new(batch, &slots, &last_seqs, &keys, now);
             data.store(batch, &plan, now);
             Ok(BatchResult::new(plan.outcomes, &slots, now))
         })
@@ -697,7 +697,7 @@ impl Store for MemoryStore {
         self.transact(|data, now| {
             data.check(identity)?;
             let mut slots = data.holding();
-            let mut heads = Vec::new();
+            let mut last_seqs = Vec::new();
             for ((slot, name), (last_seq, last_at)) in &data.dialogs {
                 let dialog: DialogId = name.parse().unwrap();
                 let reads: Vec<(UserId, Seq)> = data
@@ -714,7 +714,7 @@ impl Store for MemoryStore {
                     }
                 };
                 if matches && *last_seq > Seq::ZERO && data.row(*slot).state.answers_reads() {
-                    heads.push(DialogLastSeq {
+                    last_seqs.push(DialogLastSeq {
                         dialog,
                         last_seq: *last_seq,
                         last_at: *last_at,
@@ -731,7 +731,7 @@ impl Store for MemoryStore {
                 slots.sealed.retain(&asked);
             }
             Ok(LastSeqs {
-                dialogs: heads,
+                dialogs: last_seqs,
                 now,
                 slots,
             })
@@ -841,7 +841,7 @@ impl Control for MemoryStore {
     ) -> Result<Vec<DialogRow>, StoreError> {
         self.transact(|data, _| {
             data.check(identity)?;
-            Ok(data.heads(slot).collect())
+            Ok(data.dialog_rows_of(slot).collect())
         })
         .await
     }
@@ -938,7 +938,7 @@ impl Control for MemoryStore {
                 let released = data.slots[slot.index()].1.micros();
                 (any || data.row(*slot).state == SlotState::None)
                     && released + grace.as_micros() as i64 <= now.micros()
-                    && data.heads(*slot).next().is_some()
+                    && data.dialog_rows_of(*slot).next().is_some()
             };
             Ok(Slot::all().filter(left).collect())
         })

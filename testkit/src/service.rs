@@ -221,13 +221,13 @@ impl Talk {
                 Client::start(instances[n as usize % instances.len()].access(), 1 + n);
             tokio::spawn(async move { while events.recv().await.is_some() {} });
             let (stop, log) = (talk.stop.clone(), talk.log.clone());
-            let mut chance = StdRng::seed_from_u64(seed + n);
+            let mut rng = StdRng::seed_from_u64(seed + n);
             tokio::spawn(async move {
                 let mut number = 0;
                 while !stop.load(Ordering::Relaxed) {
                     // Several at once into one dialog: their order must be kept.
-                    let to = 1 + (n + chance.random_range(1..4)) % (pairs + 3);
-                    let burst: Vec<(String, String)> = (0..chance.random_range(1..=burst))
+                    let to = 1 + (n + rng.random_range(1..4)) % (pairs + 3);
+                    let burst: Vec<(String, String)> = (0..rng.random_range(1..=burst))
                         .map(|_| {
                             number += 1;
                             (format!("{seed:x}.{number}"), format!("{n} says {number}"))

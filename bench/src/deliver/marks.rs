@@ -2,11 +2,12 @@
 
 use super::{MarksOf, Options, Users};
 use crate::devices::{Device, all_connected};
-use crate::rng::Chance;
 use crate::service::Service;
 use anyhow::{Context, ensure};
 use chat_client::Api;
 use chat_wire::Message;
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -17,7 +18,7 @@ pub(super) async fn marks(
 ) -> anyhow::Result<()> {
     let events = options.count.unwrap_or(10_000);
     let users = Users { count: 20, ..users };
-    let mut chance = Chance(users.seed);
+    let mut rng = StdRng::seed_from_u64(users.seed);
     let pairs = users.pairs(60);
     let mut devices = Vec::new();
     for n in 0..users.count {
@@ -33,11 +34,15 @@ pub(super) async fn marks(
             println!("  shard5 is added");
             service.save(&[(1, ""), (2, ""), (3, ""), (4, ""), (5, "")])?;
         }
-        let (a, b) = pairs[chance.below(pairs.len() as u64) as usize];
-        let (me, other) = if chance.below(2) == 0 { (a, b) } else { (b, a) };
+        let (a, b) = pairs[rng.random_range(0..pairs.len() as u64) as usize];
+        let (me, other) = if rng.random_range(0..2) == 0 {
+            (a, b)
+        } else {
+            (b, a)
+        };
         let dialog = format!("{a}_{b}");
-        let place = ((me - users.first) * 2 + chance.below(2)) as usize;
-        match chance.below(100) {
+        let place = ((me - users.first) * 2 + rng.random_range(0..2)) as usize;
+        match rng.random_range(0..100) {
             0..60 => {
                 let (key, text) = (format!("m{n}"), format!("message {n}"));
                 let sent = devices[place]
@@ -64,8 +69,8 @@ pub(super) async fn marks(
                 }
                 // What goes through a socket is on its way for a while: beyond the end might not be
                 // beyond it any more.
-                let asks = chance.below(2) == 0;
-                let seq = 1 + chance.below(if asks { length + 3 } else { length });
+                let asks = rng.random_range(0..2) == 0;
+                let seq = 1 + rng.random_range(0..if asks { length + 3 } else { length });
                 let known = read.entry((me, dialog.clone())).or_default();
                 *known = (*known).max(seq.min(length));
                 if asks {

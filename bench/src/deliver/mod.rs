@@ -11,7 +11,6 @@ mod marks;
 mod talk;
 
 use crate::devices::Device;
-use crate::rng::Chance;
 use crate::service::{Service, locked};
 use anyhow::Context;
 use clap::{Args, ValueEnum};
@@ -19,6 +18,8 @@ use handover::handover;
 use killed::killed;
 use lossy::lossy;
 use marks::marks;
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
 use slow::slow;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -77,7 +78,7 @@ pub struct Options {
     /// Clients of the handover and of the storm, and messages for the slow reader.
     #[arg(long)]
     count: Option<u64>,
-    /// Where chance begins; printed.
+    /// The seed of the random numbers; printed.
     #[arg(long, default_value_t = 7)]
     seed: u64,
     /// The first of some dozens of ports.
@@ -130,9 +131,9 @@ async fn one(
     let mut losing = Vec::new();
     if scenario == Scenario::Lossy {
         for i in 0..2 {
-            let chance = Mutex::new(Chance(options.seed + i as u64));
+            let rng = Mutex::new(StdRng::seed_from_u64(options.seed + i as u64));
             let losses = options.losses;
-            let loses = move |_: &str, _: &[u8]| locked(&chance).below(100) < losses;
+            let loses = move |_: &str, _: &[u8]| locked(&rng).random_range(0..100) < losses;
             let lossy = Lossy::to(&service.nats(), Arc::new(loses)).await?;
             service.bus[i] = Some(lossy.url.clone());
             losing.push(lossy);
@@ -172,11 +173,11 @@ impl Users {
 
     /// Some pairs of them, each once.
     fn pairs(self, count: u64) -> Vec<(u64, u64)> {
-        let mut chance = Chance(self.seed);
+        let mut rng = StdRng::seed_from_u64(self.seed);
         let mut pairs: Vec<(u64, u64)> = (0..count)
             .map(|_| {
-                let a = chance.below(self.count);
-                let b = (a + 1 + chance.below(self.count - 1)) % self.count;
+                let a = rng.random_range(0..self.count);
+                let b = (a + 1 + rng.random_range(0..self.count - 1)) % self.count;
                 (self.user(a.min(b)), self.user(a.max(b)))
             })
             .collect();

@@ -1,10 +1,11 @@
 //! The command `chat-client talk`, through a connection that is cut again and again.
 
 use super::{Options, Users};
-use crate::rng::Chance;
 use crate::service::{Service, locked};
 use anyhow::{Context, ensure};
 use chat_client::Api;
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
 use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -54,7 +55,7 @@ pub(super) async fn talk(
     });
     let end = Instant::now() + Duration::from_secs_f64(options.seconds.min(60.0));
     let other = Api::new(service.access(1), peer).await?;
-    let mut chance = Chance(options.seed);
+    let mut rng = StdRng::seed_from_u64(options.seed);
     let (mut cuts, mut mine, mut theirs) = (0, 0u64, 0u64);
     let mut next_flap = Instant::now() + Duration::from_secs(1);
     let mut up = true;
@@ -63,7 +64,7 @@ pub(super) async fn talk(
             .send(me, &format!("o{theirs}"), &format!("theirs {theirs}"))
             .await?;
         theirs += 1;
-        if chance.below(3) == 0 {
+        if rng.random_range(0..3) == 0 {
             keyboard
                 .write_all(format!("mine {mine}\n").as_bytes())
                 .await?;
@@ -74,9 +75,9 @@ pub(super) async fn talk(
             cuts += u64::from(!up);
             proxy.set(if up { Mode::Pass } else { Mode::Cut });
             let lasts = if up {
-                500 + chance.below(3000)
+                500 + rng.random_range(0..3000)
             } else {
-                50 + chance.below(700)
+                50 + rng.random_range(0..700)
             };
             next_flap = Instant::now() + Duration::from_millis(lasts);
         }

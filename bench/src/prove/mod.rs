@@ -68,7 +68,7 @@ pub struct Options {
     /// The first port; some dozens above it are used.
     #[arg(long, default_value_t = 8500)]
     port: u16,
-    /// Where chance begins.
+    /// The seed of the random numbers.
     #[arg(long, default_value_t = 1)]
     seed: u64,
 }

@@ -2,10 +2,11 @@
 
 use super::repeat::send_again;
 use super::{Log, Options, Sent};
-use crate::rng::Chance;
 use crate::service::locked;
 use anyhow::ensure;
 use chat_client::{Access, Client};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -18,20 +19,27 @@ pub(super) async fn talk(
     log: Arc<Log>,
     begun: Instant,
 ) -> anyhow::Result<()> {
-    let mut chance = Chance(options.seed);
+    let mut rng = StdRng::seed_from_u64(options.seed);
     let pairs: Vec<(u64, u64)> = (0..options.dialogs)
         .map(|_| {
-            let a = chance.below(options.users);
-            (a, (a + 1 + chance.below(options.users - 1)) % options.users)
+            let a = rng.random_range(0..options.users);
+            (
+                a,
+                (a + 1 + rng.random_range(0..options.users - 1)) % options.users,
+            )
         })
         .collect();
     let total = (options.rate * options.seconds as f64) as u64;
     for number in 0..total {
         let planned = begun + Duration::from_secs_f64(number as f64 / options.rate);
         tokio::time::sleep_until(planned.into()).await;
-        let (a, b) = pairs[chance.below(options.dialogs) as usize];
-        let (from, to) = if chance.below(2) == 0 { (a, b) } else { (b, a) };
-        let repeat = chance.below(100) < options.repeats;
+        let (a, b) = pairs[rng.random_range(0..options.dialogs) as usize];
+        let (from, to) = if rng.random_range(0..2) == 0 {
+            (a, b)
+        } else {
+            (b, a)
+        };
+        let repeat = rng.random_range(0..100) < options.repeats;
         let (client, log) = (clients[from as usize].clone(), log.clone());
         let other = servers[(from as usize + 1) % 2].clone();
         log.under_way.fetch_add(1, Ordering::Relaxed);

@@ -78,10 +78,10 @@ impl Listening {
 
 /// What an instance asks of a bus.
 pub trait Bus: Send + Sync + 'static {
-    /// Tells the other instances that listen for `topic`; never this one.
+    /// Publishes to the other instances that subscribe to `topic`; never to this one.
     fn publish(&self, topic: Topic, payload: Bytes);
 
-    /// Hears from now on what others publish for `topic`.
+    /// Subscribes to the publications of others for `topic`.
     fn listen(&self, topic: Topic, sink: Sink) -> Listening;
 
     /// Waits until everything that was published is on its way; only as long as that is worth it.
@@ -90,7 +90,7 @@ pub trait Bus: Send + Sync + 'static {
     /// Whether another instance listens for `topic`; `None` while that is unknown.
     fn ask(&self, topic: Topic) -> BoxFuture<'static, Option<bool>>;
 
-    /// Hears from now on when something may have been lost.
+    /// Subscribes to reports that publications may have been lost.
     fn losses(&self) -> broadcast::Receiver<Loss>;
 
     /// Whether others can be reached.

@@ -19,7 +19,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 /// One instance's end of a NATS bus.
 pub struct NatsBus {
-    /// Tells the services apart that share a NATS.
+    /// Separates the services that share a NATS.
     service: String,
     client: Client,
     connected: Arc<AtomicBool>,
@@ -80,7 +80,7 @@ impl NatsBus {
                         tracing::info!("bus connected");
                         let left = left.lock().unwrap_or_else(PoisonError::into_inner).take();
                         if let Some(left) = left {
-                            // Nobody may listen.
+                            // There may be no receiver.
                             let _ = lost.send(Loss::Disconnected(left.elapsed()));
                         }
                     }
@@ -173,7 +173,7 @@ impl Bus for NatsBus {
                     delivery = deliveries.next() => {
                         let Some(delivery) = delivery else { return };
                         if let Some(asked) = delivery.reply {
-                            // Somebody asks whether we listen. If the answer is lost, they ask
+                            // Another instance asks whether we subscribe. If the answer is lost, it asks
                             // again.
                             let _ = client.publish(asked, Bytes::new()).await;
                             continue;

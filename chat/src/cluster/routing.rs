@@ -84,7 +84,7 @@ impl TopologyView {
 }
 
 /// No shard is known to own the slot.
-const NOBODY: u16 = SEALED - 1;
+const NO_OWNER: u16 = SEALED - 1;
 
 /// Beside the number of a shard: it takes no writes for the slot, but is read there until the next
 /// owner is known.
@@ -118,7 +118,7 @@ impl Cluster {
             view: ArcSwap::from_pointee(view),
             shards_by_number: ArcSwap::default(),
             opened: Mutex::default(),
-            owners: Slot::all().map(|_| AtomicU16::new(NOBODY)).collect(),
+            owners: Slot::all().map(|_| AtomicU16::new(NO_OWNER)).collect(),
             refreshing: tokio::sync::Mutex::default(),
             rounds: AtomicU64::new(0),
             finding: Semaphore::new(FINDING),
@@ -208,7 +208,7 @@ impl Cluster {
         // After thirty thousand shards a process has no numbers left. Then the last one is used
         // again, and known owners are wrong, which costs refused writes.
         let number = u16::try_from(shards_by_number.len())
-            .map_or(NOBODY - 1, |number| number.min(NOBODY - 1));
+            .map_or(NO_OWNER - 1, |number| number.min(NO_OWNER - 1));
         let shard = Shard::new(
             number,
             identity,
@@ -277,8 +277,8 @@ impl Cluster {
         self.inner.view.store(Arc::new(view));
         for owner in &self.inner.owners {
             let number = owner.load(Ordering::Relaxed) & !SEALED;
-            if number != NOBODY && !numbers.contains(&number) {
-                owner.store(NOBODY, Ordering::Relaxed);
+            if number != NO_OWNER && !numbers.contains(&number) {
+                owner.store(NO_OWNER, Ordering::Relaxed);
             }
         }
         Ok(())
@@ -428,7 +428,7 @@ fn note(
         Some(number) => slot.store(number, Ordering::Relaxed),
         // Only knowledge about a shard that has answered is replaced.
         None if has_answered(slot.load(Ordering::Relaxed) & !SEALED) => {
-            slot.store(NOBODY, Ordering::Relaxed);
+            slot.store(NO_OWNER, Ordering::Relaxed);
         }
         None => {}
     }

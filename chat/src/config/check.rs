@@ -24,9 +24,10 @@ const MINUTE: i64 = 60 * SECOND;
 const HOUR: i64 = 60 * MINUTE;
 
 /// Every number among the settings. A test demands that none is missing.
-pub const RANGES: [(&str, RangeInclusive<i64>); 46] = [
+pub const RANGES: [(&str, RangeInclusive<i64>); 47] = [
     ("threads", 1..=256),
     ("start_wait_ms", 0..=HOUR),
+    ("auth.leeway_seconds", 0..=300),
     ("limits.text_chars", 1..=TEXT_CHARS),
     ("limits.frame_bytes", KIB..=16 * MIB),
     ("limits.message_fragments", 1..=KIB),

@@ -66,6 +66,8 @@ pub struct Auth {
     pub audience: Option<String>,
     /// If set, a token must name it in `iss`.
     pub issuer: Option<String>,
+    /// The clock skew that `exp` and `nbf` of a token allow, in seconds.
+    pub leeway_seconds: u64,
     /// Origins of pages that may open a WebSocket, compared exactly, e.g.
     /// `https://chat.example.org`. The server's own page is always allowed.
     #[serde(default, deserialize_with = "origin::list")]

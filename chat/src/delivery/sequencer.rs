@@ -708,9 +708,9 @@ mod tests {
     #[test]
     fn whatever_is_lost_doubled_or_overtaken_the_client_has_the_log() {
         for seed in seeds(1000) {
-            let mut chance = StdRng::seed_from_u64(seed);
+            let mut rng = StdRng::seed_from_u64(seed);
             let what = format!("seed {seed}");
-            let lossless = chance.random();
+            let lossless = rng.random();
             let connect = || Sequencer::new(BOUNDS, Timestamp::from_micros(0), lossless);
             let mut sequencer = connect();
             let (mut stored, mut on_the_way) = (0, VecDeque::new());
@@ -722,23 +722,23 @@ mod tests {
                 unanswered: BTreeSet::new(),
                 resuming: true,
             };
-            for _ in 0..chance.random_range(1..200) {
+            for _ in 0..rng.random_range(1..200) {
                 let got = &mut client.got;
-                match chance.random_range(0..12) {
+                match rng.random_range(0..12) {
                     0..4 => {
                         stored += 1;
-                        let ours = chance.random_ratio(1, 3);
+                        let ours = rng.random_ratio(1, 3);
                         if ours {
                             client.unanswered.insert(stored);
                         }
-                        if ours || lossless || chance.random_ratio(4, 5) {
+                        if ours || lossless || rng.random_ratio(4, 5) {
                             let most = if lossless { 0 } else { 3 };
-                            let at = chance.random_range(0..=on_the_way.len().min(most));
+                            let at = rng.random_range(0..=on_the_way.len().min(most));
                             on_the_way.insert(on_the_way.len() - at, (stored, ours, false));
                         }
                         // Stored again by another instance; or the client sent it twice.
-                        if chance.random_ratio(1, 10) {
-                            on_the_way.push_back((stored, ours && chance.random(), true));
+                        if rng.random_ratio(1, 10) {
+                            on_the_way.push_back((stored, ours && rng.random(), true));
                         }
                     }
                     4..7 => match on_the_way.pop_front() {
@@ -758,7 +758,7 @@ mod tests {
                     7 => drop(sequencer.on_last_seq(dialog(), seq(stored))),
                     8 => {
                         if let Some(due) = sequencer.next_gap() {
-                            if chance.random_ratio(1, 4) {
+                            if rng.random_ratio(1, 4) {
                                 sequencer.failed(due, got.taker());
                             }
                             read_one(&mut sequencer, due, stored, got);
@@ -771,14 +771,14 @@ mod tests {
                         level = Some(stored);
                     }
                     _ => {
-                        if chance.random_ratio(1, 3) {
+                        if rng.random_ratio(1, 3) {
                             sequencer = connect();
                             on_the_way.clear();
                             (client.resuming, level) = (true, None);
                             // Events of before may still arrive, and answers that were lost are
                             // given again.
                             for n in &client.unanswered {
-                                if chance.random_ratio(1, 4) {
+                                if rng.random_ratio(1, 4) {
                                     on_the_way.push_back((*n, false, false));
                                 }
                                 on_the_way.push_back((*n, true, true));

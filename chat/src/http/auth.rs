@@ -9,8 +9,9 @@ use actix_web::HttpRequest;
 use actix_web::http::header::{AUTHORIZATION, SEC_WEBSOCKET_PROTOCOL};
 use anyhow::{Context, bail};
 use chat_wire::ErrorCode;
-use jsonwebtoken::jwk::JwkSet;
+use jsonwebtoken::jwk::{Jwk, JwkSet, PublicKeyUse};
 use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -31,25 +32,52 @@ pub struct Tokens {
 enum Keys {
     One(DecodingKey),
     /// Chosen by the `kid` of the token.
-    Set(JwkSet),
+    Set(Vec<(Option<String>, DecodingKey)>),
 }
 
-#[derive(Serialize, Deserialize)]
-struct Claims {
-    sub: Subject,
+/// The claims of a token that this server mints.
+#[derive(Serialize)]
+struct Minted<'a> {
+    sub: String,
     exp: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
-    aud: Option<serde_json::Value>,
+    aud: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    iss: Option<String>,
+    iss: Option<&'a str>,
+}
+
+/// The claims of a token that are used here. [`Validation`] has checked their values.
+#[derive(Deserialize)]
+struct Claims {
+    sub: Subject,
+    exp: NumericDate,
+    aud: Option<IgnoredAny>,
 }
 
 /// A string by RFC 7519; a number is accepted too.
-#[derive(Serialize, Deserialize)]
+#[derive(Deserialize)]
 #[serde(untagged)]
 enum Subject {
     Text(String),
     Number(u64),
+}
+
+/// Seconds since 1970. RFC 7519 allows fractions.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum NumericDate {
+    Whole(u64),
+    Fraction(f64),
+}
+
+impl NumericDate {
+    fn seconds(&self) -> u64 {
+        match self {
+            NumericDate::Whole(seconds) => *seconds,
+            // A conversion that ends at the bounds of u64.
+            NumericDate::Fraction(seconds) => *seconds as u64,
+        }
+    }
 }
 
 impl Tokens {
@@ -90,15 +118,11 @@ impl Tokens {
             .as_ref()
             .context("only the public key is set here: tokens are signed with the private key")?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
-        let claims = Claims {
-            sub: Subject::Text(user.to_string()),
-            exp: (now + lifetime).as_secs(),
-            aud: self
-                .settings
-                .audience
-                .clone()
-                .map(serde_json::Value::String),
-            iss: self.settings.issuer.clone(),
+        let claims = Minted {
+            sub: user.to_string(),
+            exp: now.as_secs().saturating_add(lifetime.as_secs()),
+            aud: self.settings.audience.as_deref(),
+            iss: self.settings.issuer.as_deref(),
         };
         Ok(jsonwebtoken::encode(
             &Header::new(Algorithm::HS256),
@@ -107,18 +131,17 @@ impl Tokens {
         )?)
     }
 
-    fn key(&self, token: &str) -> Option<DecodingKey> {
-        match &self.keys {
-            Keys::One(key) => Some(key.clone()),
-            Keys::Set(set) => {
-                let kid = jsonwebtoken::decode_header(token).ok()?.kid;
-                let jwk = match kid {
-                    Some(kid) => set.find(&kid)?,
-                    None if set.keys.len() == 1 => &set.keys[0],
-                    None => return None,
-                };
-                DecodingKey::from_jwk(jwk).ok()
+    fn key(&self, header: &Header) -> Option<&DecodingKey> {
+        match (&self.keys, &header.kid) {
+            (Keys::One(key), _) => Some(key),
+            (Keys::Set(keys), Some(kid)) => {
+                let named = keys.iter().find(|(id, _)| id.as_ref() == Some(kid));
+                named.map(|(_, key)| key)
             }
+            (Keys::Set(keys), None) => match &keys[..] {
+                [(_, only)] => Some(only),
+                [] | [_, _, ..] => None,
+            },
         }
     }
 }
@@ -152,9 +175,20 @@ fn public_keys(settings: &config::Auth, algorithm: Algorithm) -> anyhow::Result<
     let text = std::fs::read(path).with_context(|| format!("auth.key_file {file}"))?;
     let invalid = || format!("auth.key_file {file} holds no {} key", settings.algorithm);
     if path.extension().is_some_and(|end| end == "json") {
-        return Ok(Keys::Set(
-            serde_json::from_slice(&text).with_context(invalid)?,
-        ));
+        let set: JwkSet = serde_json::from_slice(&text).with_context(invalid)?;
+        let keys: Vec<_> = set
+            .keys
+            .iter()
+            .filter(|key| is_for(key, &settings.algorithm))
+            .filter_map(|key| {
+                let decoding = DecodingKey::from_jwk(key).ok()?;
+                Some((key.common.key_id.clone(), decoding))
+            })
+            .collect();
+        if keys.is_empty() {
+            bail!(invalid());
+        }
+        return Ok(Keys::Set(keys));
     }
     let key = if algorithm == Algorithm::EdDSA {
         DecodingKey::from_ed_pem(&text)
@@ -166,10 +200,20 @@ fn public_keys(settings: &config::Auth, algorithm: Algorithm) -> anyhow::Result<
     Ok(Keys::One(key.with_context(invalid)?))
 }
 
+/// Whether a key of a set verifies signatures of this algorithm, as far as it states its use.
+fn is_for(key: &Jwk, algorithm: &str) -> bool {
+    let signs = matches!(
+        key.common.public_key_use,
+        None | Some(PublicKeyUse::Signature)
+    );
+    let named = key.common.key_algorithm.map(serde_json::to_value);
+    signs && named.is_none_or(|named| named.is_ok_and(|named| named == algorithm))
+}
+
 /// The claims that a token must have.
 fn validation(settings: &config::Auth, algorithm: Algorithm) -> Validation {
     let mut validation = Validation::new(algorithm);
-    validation.leeway = 0;
+    validation.leeway = settings.leeway_seconds;
     validation.set_required_spec_claims(&["sub", "exp"]);
     validation.validate_nbf = true;
     match &settings.audience {
@@ -188,38 +232,56 @@ fn validation(settings: &config::Auth, algorithm: Algorithm) -> Validation {
 
 impl Authenticate for Tokens {
     fn authenticate(&self, token: &str) -> Result<Identity, ApiError> {
-        let refuse = |message: &str| ApiError::new(ErrorCode::Unauthenticated, message);
+        let refuse = |message: String| ApiError::new(ErrorCode::Unauthenticated, message);
+        let header = jsonwebtoken::decode_header(token).map_err(|e| refuse(reason(&e)))?;
+        if let Some(extension) = header.crit.iter().flatten().next() {
+            return Err(refuse(format!(
+                "the token demands the extension '{extension}' in crit, which is not known here"
+            )));
+        }
         let key = self
-            .key(token)
-            .ok_or_else(|| refuse("the token names no key that is known here"))?;
-        let claims = jsonwebtoken::decode::<Claims>(token, &key, &self.validation)
-            .map_err(|e| {
-                use jsonwebtoken::errors::ErrorKind;
-                #[allow(clippy::wildcard_enum_match_arm)] // the rest has one message
-                refuse(match e.kind() {
-                    ErrorKind::ExpiredSignature => "the token has expired",
-                    ErrorKind::InvalidAlgorithm | ErrorKind::InvalidAlgorithmName => {
-                        "the token is signed with another algorithm"
-                    }
-                    ErrorKind::InvalidSignature => "the signature of the token is not right",
-                    ErrorKind::InvalidAudience => "the token is for another audience",
-                    ErrorKind::InvalidIssuer => "the token is from another issuer",
-                    ErrorKind::MissingRequiredClaim(_) => {
-                        "the token lacks a claim that is needed: sub, exp (aud, iss if configured)"
-                    }
-                    _ => "this is not a token",
-                })
-            })?
+            .key(&header)
+            .ok_or_else(|| refuse("the kid of the token names no key that is known here".into()))?;
+        let claims = jsonwebtoken::decode::<Claims>(token, key, &self.validation)
+            .map_err(|e| refuse(reason(&e)))?
             .claims;
+        if claims.aud.is_some() && self.settings.audience.is_none() {
+            return Err(refuse(
+                "the token has an aud, but auth.audience is not set here".into(),
+            ));
+        }
         let user = match claims.sub {
             Subject::Text(text) => text.parse().ok(),
             Subject::Number(number) => UserId::new(number).ok(),
         };
-        let user = user.ok_or_else(|| refuse("the sub of the token is not a user id"))?;
+        let user = user.ok_or_else(|| refuse("the sub of the token is not a user id".into()))?;
+        let leeway = self.settings.leeway_seconds;
         Ok(Identity {
             user,
-            expires: claims.exp,
+            expires: claims.exp.seconds().saturating_add(leeway),
         })
+    }
+}
+
+/// The reason to refuse a token, with the claim that it is about.
+fn reason(error: &jsonwebtoken::errors::Error) -> String {
+    use jsonwebtoken::errors::ErrorKind;
+    #[allow(clippy::wildcard_enum_match_arm)] // the rest has one message
+    match error.kind() {
+        ErrorKind::ExpiredSignature => "the token has expired (exp)".into(),
+        ErrorKind::ImmatureSignature => "the token is not valid yet (nbf)".into(),
+        ErrorKind::InvalidAlgorithm | ErrorKind::InvalidAlgorithmName => {
+            "the token is signed with another algorithm (alg)".into()
+        }
+        ErrorKind::InvalidSignature => "the signature of the token is wrong".into(),
+        ErrorKind::InvalidAudience => "the token is for another audience (aud)".into(),
+        ErrorKind::InvalidIssuer => "the token is from another issuer (iss)".into(),
+        ErrorKind::MissingRequiredClaim(claim) => format!("the token lacks the claim {claim}"),
+        ErrorKind::InvalidClaimFormat(claim) => {
+            format!("the claim {claim} of the token is malformed")
+        }
+        ErrorKind::Json(_) => "the claims of the token are malformed".into(),
+        _ => "this is not a token".into(),
     }
 }
 
@@ -321,7 +383,7 @@ mod tests {
         let none = "eyJhbGciOiJub25lIiwidHlwIjoiSldUIn0.eyJzdWIiOiI3IiwiZXhwIjo0MDAwMDAwMDAwfQ.";
         for (token, expected) in [
             (hs512.unwrap().as_str(), "another algorithm"),
-            (no_exp.unwrap().as_str(), ""),
+            (no_exp.unwrap().as_str(), "lacks the claim exp"),
             (bad_sub.unwrap().as_str(), "not a user id"),
             (none, ""),
             ("", ""),
@@ -331,6 +393,92 @@ mod tests {
             assert_eq!(refusal.code, ErrorCode::Unauthenticated);
             assert!(refusal.message.contains(expected), "{refusal}");
         }
+    }
+
+    /// A token with these claims, by HS256.
+    fn signed(claims: &serde_json::Value) -> String {
+        let key = EncodingKey::from_secret(GOOD.as_bytes());
+        jsonwebtoken::encode(&Header::new(Algorithm::HS256), claims, &key).unwrap()
+    }
+
+    fn seconds_from_now(seconds: i64) -> u64 {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        now.as_secs().saturating_add_signed(seconds)
+    }
+
+    #[test]
+    fn claims_may_have_every_form_of_rfc_7519() {
+        use serde_json::json;
+        let mut with_audience = settings(GOOD);
+        with_audience.audience = Some("chat".into());
+        let with_audience = Tokens::new(&with_audience, false).unwrap();
+        let tokens = Tokens::new(&settings(GOOD), false).unwrap();
+        let exp = seconds_from_now(60);
+        for claims in [
+            json!({"sub": "7", "exp": exp}),
+            json!({"sub": 7, "exp": exp}),
+            json!({"sub": "7", "exp": exp as f64 + 0.5}),
+            json!({"sub": "7", "exp": exp, "nbf": seconds_from_now(2), "iat": 1.5, "jti": "x"}),
+            json!({"sub": "7", "exp": exp, "nbf": seconds_from_now(2) as f64 + 0.25}),
+            json!({"sub": "7", "exp": seconds_from_now(-2)}),
+            json!({"sub": "7", "exp": u64::MAX}),
+            json!({"sub": "7", "exp": 1e300}),
+        ] {
+            let identity = tokens.authenticate(&signed(&claims));
+            if claims["exp"] == json!(1e300) {
+                // No time at all, but no panic either.
+                continue;
+            }
+            assert_eq!(identity.map(|i| i.user.get()), Ok(7), "{claims}");
+        }
+        for aud in [json!("chat"), json!(["other", "chat"])] {
+            let token = signed(&json!({"sub": "7", "exp": exp, "aud": aud}));
+            assert!(with_audience.authenticate(&token).is_ok(), "{aud}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_names_the_claim() {
+        use serde_json::json;
+        let mut strict = settings(GOOD);
+        strict.issuer = Some("us".into());
+        let strict = Tokens::new(&strict, false).unwrap();
+        let tokens = Tokens::new(&settings(GOOD), false).unwrap();
+        let exp = seconds_from_now(60);
+        for (tokens, claims, expected) in [
+            (
+                &tokens,
+                json!({"sub": "7", "exp": seconds_from_now(-60)}),
+                "(exp)",
+            ),
+            (
+                &tokens,
+                json!({"sub": "7", "exp": exp, "nbf": exp}),
+                "(nbf)",
+            ),
+            (&tokens, json!({"sub": "7", "exp": "soon"}), "exp"),
+            (&tokens, json!({"exp": exp}), "claim sub"),
+            (
+                &tokens,
+                json!({"sub": "7", "exp": exp, "aud": "other"}),
+                "has an aud",
+            ),
+            (&strict, json!({"sub": "7", "exp": exp}), "claim iss"),
+            (
+                &strict,
+                json!({"sub": "7", "exp": exp, "iss": "them"}),
+                "(iss)",
+            ),
+        ] {
+            let refusal = tokens.authenticate(&signed(&claims)).unwrap_err();
+            assert!(refusal.message.contains(expected), "{claims}: {refusal}");
+        }
+        let mut header = Header::new(Algorithm::HS256);
+        header.crit = Some(vec!["b64".into()]);
+        let key = EncodingKey::from_secret(GOOD.as_bytes());
+        let token = jsonwebtoken::encode(&header, &json!({"sub": "7", "exp": exp}), &key).unwrap();
+        let refusal = tokens.authenticate(&token).unwrap_err();
+        assert!(refusal.message.contains("'b64' in crit"), "{refusal}");
     }
 
     #[test]

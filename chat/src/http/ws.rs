@@ -9,6 +9,7 @@ use crate::config::normalized_origin;
 use crate::delivery::encode;
 use crate::delivery::outbound_queue::{Next, OutboundQueue};
 use crate::error::ApiError;
+use crate::metrics::Metrics;
 use crate::session::{self, Identity, Session};
 use actix_web::dev::Payload;
 use actix_web::http::header::{HOST, ORIGIN};
@@ -159,7 +160,7 @@ async fn run(
             return close(app, &mut frames, socket, line, Close::TooManyConnections).await;
         }
     };
-    context.metrics.sessions.inc();
+    let _counted = Counted::new(&context.metrics);
     // No span: it would live as long as the session, and the subscriber of logs keeps the memory of
     // spans for ever.
     tracing::debug!(%user, "session begins");
@@ -185,7 +186,22 @@ async fn run(
         tracing::debug!(%user, reason = reason.reason(), "session is closed");
         close(app, &mut frames, socket, line, reason).await;
     }
-    context.metrics.sessions.dec();
+}
+
+/// A session in the count of sessions, however it ends.
+struct Counted(Arc<Metrics>);
+
+impl Counted {
+    fn new(metrics: &Arc<Metrics>) -> Self {
+        metrics.sessions.inc();
+        Self(metrics.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.sessions.dec();
+    }
 }
 
 /// Sends the frames of the outbound queue, and pings. Returns the reason to close, or `None` if the

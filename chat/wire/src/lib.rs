@@ -1,7 +1,7 @@
 //! The frames of the `chat.v1` subprotocol, the bodies of the REST API, and the error codes both
 //! share.
 //!
-//! One JSON object a text frame, told apart by `type`. Unknown fields are ignored, so that either
+//! One JSON object a text frame, `type` is its kind. Unknown fields are ignored, so that either
 //! side may be newer. `docs/PROTOCOL.md` describes every frame in prose; a test of the server holds
 //! that page and these types together.
 //!

@@ -413,7 +413,7 @@ async fn lock(
         })
         .collect();
     if !missing.is_empty() {
-        // Somebody may create them at the same moment: what counts is what is there once we hold
+        // Another instance may create them at the same moment: what counts is what is there once we hold
         // the lock.
         let mut rows = String::new();
         let mut members = String::new();
