@@ -809,6 +809,44 @@ async fn what_must_be_mended_before_a_start_is_said_in_one_line() {
     drop(Instance::start(&good, &[("AUTH__SECRET", sample), ("DEMO", "true")]).await);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_are_not_kept_and_refusals_name_the_scheme() {
+    let databases = Databases::new(Kind::Sqlite, 1).await;
+    let instance = Instance::start(&databases.shards_file(), &[]).await;
+    let access = instance.access();
+    let token = access.token(7).await.unwrap();
+    let get = |path: &str| {
+        access
+            .http()
+            .get(access.url(path))
+            .bearer_auth(&token)
+            .send()
+    };
+    for (path, cached) in [
+        ("/v1/dialogs", "no-store"),
+        ("/docs/", "no-store"),
+        ("/", "no-cache"),
+    ] {
+        let answer = get(path).await.unwrap();
+        assert_eq!(answer.status(), 200, "{path}");
+        let header = |name: &str| answer.headers()[name].to_str().unwrap();
+        assert_eq!(header("cache-control"), cached, "{path}");
+        assert_eq!(header("x-content-type-options"), "nosniff", "{path}");
+        assert!(
+            header("content-security-policy").contains("frame-ancestors 'none'"),
+            "{path}"
+        );
+    }
+    for path in ["/v1/dialogs?limt=3", "/v1/dialogs/42/messages?befor=3"] {
+        let answer = get(path).await.unwrap();
+        assert_eq!(answer.status(), 400, "{path}");
+        let error: serde_json::Value = answer.json().await.unwrap();
+        assert_eq!(error["code"], "bad_request", "{path}: {error}");
+    }
+    let answer = access.http().get(access.url("/v1/dialogs")).send().await;
+    assert_eq!(answer.unwrap().headers()["www-authenticate"], "Bearer");
+}
+
 /// A secret of digits is a text, and not a number that is printed in another form.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_secret_of_digits_is_taken_as_it_is() {

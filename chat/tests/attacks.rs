@@ -487,3 +487,27 @@ async fn a_token_for_ever_is_taken_and_breaks_nothing() {
     .await;
     assert!(!instance.log().contains("panicked"), "{}", instance.log());
 }
+
+/// RFC 6455, 1.4: frames behind a Close are discarded.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_frame_behind_a_close_is_not_executed() {
+    let databases = Databases::new(Kind::Sqlite, 1).await;
+    let instance = Instance::start(&databases.shards_file(), &[]).await;
+    let mut stream = raw(&instance, 7).await;
+    let text = json!({"type": "send", "key": "k", "to": 42, "text": "too late"}).to_string();
+    let close = [header(0x88, 2), 1000_u16.to_be_bytes().to_vec()].concat();
+    // A control frame has its length in one byte.
+    let close = [&[0x88, 0x82, 0, 0, 0, 0], &close[close.len() - 2..]].concat();
+    let send = [header(0x81, text.len() as u64), text.into_bytes()].concat();
+    stream.write_all(&[close, send].concat()).await.unwrap();
+    let mut received = Vec::new();
+    let _ = stream.read_to_end(&mut received).await;
+    assert!(
+        received
+            .windows(2)
+            .any(|code| code == 1000_u16.to_be_bytes()),
+        "{received:?}"
+    );
+    let log = instance.api(42).await.log_upwards(7).await.unwrap();
+    assert_eq!(log, []);
+}

@@ -501,9 +501,20 @@ async fn connections_are_counted_by_the_address_that_the_proxy_appends_and_only_
             .err(),
         Some(too_many)
     );
+    // With a port, as some proxies write it; and one IPv6 network is one customer.
+    assert_eq!(
+        from_address(&instance, 4, "192.0.2.2:51000").await.err(),
+        Some(too_many)
+    );
     let _fifth = from_address(&instance, 5, "192.0.2.1, 2001:db8::1")
         .await
         .unwrap();
+    assert_eq!(
+        from_address(&instance, 6, "[2001:db8::ffff]:443")
+            .await
+            .err(),
+        Some(too_many)
+    );
     drop(instance);
     let instance = Instance::start(&shards, &[one_each]).await;
     let _first = from_address(&instance, 1, "192.0.2.1").await.unwrap();

@@ -2,7 +2,7 @@
 
 use crate::error::ApiError;
 use actix_web::http::StatusCode;
-use actix_web::http::header::RETRY_AFTER;
+use actix_web::http::header::{RETRY_AFTER, WWW_AUTHENTICATE};
 use actix_web::{HttpResponse, ResponseError};
 use chat_wire::ErrorCode;
 use std::fmt;
@@ -53,6 +53,9 @@ impl ResponseError for HttpError {
         let mut response = HttpResponse::build(self.status_code());
         if let Some(after) = self.0.retry_after {
             response.insert_header((RETRY_AFTER, after.as_secs().max(1)));
+        }
+        if self.0.code == ErrorCode::Unauthenticated {
+            response.insert_header((WWW_AUTHENTICATE, "Bearer"));
         }
         response.json(self.0.clone().body(None, None))
     }

@@ -7,6 +7,11 @@ use crate::threads::Threads;
 use actix_http::{HttpService, Protocol};
 use actix_service::{IntoServiceFactory, Service, ServiceFactory, ServiceFactoryExt, map_config};
 use actix_web::dev::AppConfig;
+use actix_web::http::header::{
+    CACHE_CONTROL, CONTENT_SECURITY_POLICY, REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS,
+    X_FRAME_OPTIONS,
+};
+use actix_web::middleware::DefaultHeaders;
 use actix_web::rt::net::TcpStream;
 use actix_web::{App as WebApp, web};
 use socket2::{Domain, Socket, Type};
@@ -28,6 +33,9 @@ const REST: Duration = Duration::from_millis(100);
 
 /// How long requests under way may still take when the server stops.
 const STOP_LIMIT: Duration = Duration::from_secs(2);
+
+/// What the page of the API description needs; the page of dialogs has a policy of its own.
+const POLICY: &str = "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'";
 
 /// A connection, and its place among the connections.
 type Accepted = (std::net::TcpStream, OwnedSemaphorePermit);
@@ -156,7 +164,15 @@ async fn serve_connections(
 ) {
     let handshake = Duration::from_millis(limits.handshake_ms);
     let user_timeout = Duration::from_millis(limits.tcp_user_timeout_ms);
+    // What a proxy or a browser must not keep or guess; a route may set its own.
+    let headers = DefaultHeaders::new()
+        .add((CACHE_CONTROL, "no-store"))
+        .add((X_CONTENT_TYPE_OPTIONS, "nosniff"))
+        .add((REFERRER_POLICY, "no-referrer"))
+        .add((X_FRAME_OPTIONS, "DENY"))
+        .add((CONTENT_SECURITY_POLICY, POLICY));
     let routes = WebApp::new()
+        .wrap(headers)
         .configure(configure)
         .into_factory()
         .map_err(|e: actix_web::Error| e.error_response());

@@ -3,6 +3,7 @@
 mod admin;
 mod asyncapi;
 mod auth;
+mod client_address;
 mod connection_limiter;
 mod errors;
 mod frame_reader;
@@ -66,23 +67,30 @@ pub struct App {
 }
 
 impl App {
-    /// The address that a request comes from, if it is known.
+    /// The address of a client, as limits count it; `None` if it is not known.
     fn address_of(&self, request: &HttpRequest) -> Option<IpAddr> {
-        let forwarded = || {
-            let header = request
-                .headers()
-                .get_all("x-forwarded-for")
-                .last()?
-                .to_str()
-                .ok()?;
-            header.rsplit(',').next()?.trim().parse().ok()
-        };
         let peer = request.peer_addr().map(|peer| peer.ip());
-        if self.trust_forwarded_for {
+        let forwarded = || {
+            let header = request.headers().get_all("x-forwarded-for").last();
+            let text = header.and_then(|header| header.to_str().ok());
+            let address = text.and_then(client_address::last_forwarded);
+            if address.is_none() {
+                static ONCE: std::sync::Once = std::sync::Once::new();
+                ONCE.call_once(|| {
+                    tracing::warn!(
+                        header = text.unwrap_or("(none)"),
+                        "trust_forwarded_for is set, but X-Forwarded-For has no address: the address of the proxy counts"
+                    );
+                });
+            }
+            address
+        };
+        let address = if self.trust_forwarded_for {
             forwarded().or(peer)
         } else {
             peer
-        }
+        };
+        address.map(client_address::counted)
     }
 }
 

@@ -122,12 +122,13 @@ pub async fn send(
 
 /// Which part of a dialog.
 #[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
 pub struct HistoryQuery {
     /// Messages with a smaller seq, the newest of them.
     before: Option<u64>,
     /// Messages with a larger seq, the oldest of them.
     after: Option<u64>,
-    /// At most so many.
+    /// The largest number; 50 by default.
     limit: Option<u32>,
 }
 
@@ -157,10 +158,11 @@ pub async fn history(
 
 /// Which page of an inbox.
 #[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
 pub struct InboxQuery {
     /// The `cursor` of the page before.
     cursor: Option<String>,
-    /// At most so many.
+    /// The largest number; 50 by default.
     limit: Option<u32>,
 }
 

@@ -270,7 +270,11 @@ async fn read(
                         let _ = socket.pong(&bytes).now_or_never();
                     },
                     Ok(Incoming::Pong | Incoming::Fragment) => { session.count_frame(); }
-                    Ok(Incoming::Close) => outbound.close(Close::Normal),
+                    Ok(Incoming::Close) => {
+                        outbound.close(Close::Normal);
+                        // RFC 6455, 1.4: frames behind a Close are discarded; the writer ends us.
+                        std::future::pending::<()>().await;
+                    }
                     Err(ReadError::Gone) => return,
                     Err(broken) => {
                         let (code, reason, message) = match broken {
