@@ -4,6 +4,9 @@ use crate::attack::{COUNTERPART, fill};
 use crate::service::Service;
 use chat_client::Api;
 use clap::Args;
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -63,29 +66,28 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let many = Api::new(service.access(0), MANY).await?;
     let few = Api::new(service.access(0), FEW).await?;
     let (middle, mut took) = (options.messages / 2, [const { Vec::new() }; 6]);
-    // In turn, so that whatever else the machine does meets all of them.
+    let pages = [
+        ("before", options.messages + 1),
+        ("before", middle),
+        ("after", middle),
+        ("after", 0),
+    ];
+    // In a random order each time: the machine, and the request before, affect all alike.
+    let mut rng = StdRng::seed_from_u64(1);
+    let mut order = [0, 1, 2, 3, 4, 5];
     for _ in 0..options.reads {
-        for (kind, (bound, seq)) in [
-            ("before", options.messages + 1),
-            ("before", middle),
-            ("after", middle),
-            ("after", 0),
-        ]
-        .into_iter()
-        .enumerate()
-        {
+        order.shuffle(&mut rng);
+        for kind in order {
             let begun = Instant::now();
-            let page = many
-                .history(COUNTERPART, &[(bound, seq), ("limit", PAGE)])
-                .await?;
+            let length = if let Some((bound, seq)) = pages.get(kind) {
+                let query = [(*bound, *seq), ("limit", PAGE)];
+                many.history(COUNTERPART, &query).await?.messages.len()
+            } else {
+                let api = if kind == 4 { &few } else { &many };
+                api.inbox(PAGE as u32, None).await?.dialogs.len()
+            };
             took[kind].push(begun.elapsed());
-            anyhow::ensure!(page.messages.len() as u64 == PAGE, "{bound} {seq}");
-        }
-        for (kind, api) in [(4, &few), (5, &many)] {
-            let begun = Instant::now();
-            let inbox = api.inbox(PAGE as u32, None).await?;
-            took[kind].push(begun.elapsed());
-            anyhow::ensure!(inbox.dialogs.len() as u64 == PAGE);
+            anyhow::ensure!(length as u64 == PAGE, "{length} of kind {kind}");
         }
     }
     let [end, down, up, beginning, few, many] = took.map(median);

@@ -1,17 +1,18 @@
-//! Where the server is, and who we say we are.
+//! The address of the server, and the credentials of a user.
 
 use crate::ClientError;
+use chat_wire::{ErrorBody, ErrorCode};
 use serde::Serialize;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// How a user's token is come by.
+/// The source of tokens.
 #[derive(Clone)]
 pub enum TokenSource {
-    /// It is given.
+    /// A token that the caller has.
     Given(String),
     /// Minted here with the server's HS256 secret: for tests and load, where the secret is at hand.
     Secret(String),
-    /// Asked of a server in embedded mode.
+    /// Requested from a server in embedded mode.
     Dev,
 }
 
@@ -25,10 +26,10 @@ pub struct Access {
     http: reqwest::Client,
 }
 
-/// When a token expires, in seconds since 1970; `None` if it does not say.
+/// When a token expires, in seconds since 1970; `None` if it has no readable `exp`.
 #[must_use]
 pub fn expiry(token: &str) -> Option<u64> {
-    // It is the server that checks it; we only want to know when to bring another.
+    // The server checks the token; here only the time to renew it matters.
     let claims: Result<Expiry, _> = jsonwebtoken::dangerous::insecure_decode_claims(token);
     claims.ok().map(|claims| claims.exp)
 }
@@ -116,7 +117,7 @@ impl Access {
     /// If the server is asked and does not give one.
     pub async fn token(&self, user: u64) -> Result<String, ClientError> {
         match &self.tokens {
-            TokenSource::Given(token) => Ok(token.clone()),
+            TokenSource::Given(token) => given(token, user),
             TokenSource::Secret(secret) => {
                 mint(secret, user).map_err(|e| ClientError::Connection(e.to_string()))
             }
@@ -130,6 +131,31 @@ impl Access {
             }
         }
     }
+}
+
+/// A given token, if it is one of `user`. One that cannot be read here is for the server to judge.
+fn given(token: &str, user: u64) -> Result<String, ClientError> {
+    let claims: Result<Owner, _> = jsonwebtoken::dangerous::insecure_decode_claims(token);
+    let text = |sub: serde_json::Value| sub.as_str().map_or_else(|| sub.to_string(), str::to_owned);
+    let owner = claims.ok().map(|claims| text(claims.sub));
+    match owner {
+        Some(owner) if owner != user.to_string() => {
+            Err(ClientError::Refused(Box::new(ErrorBody {
+                code: ErrorCode::Forbidden,
+                message: format!("the token is of user {owner}, not of {user}"),
+                retryable: false,
+                retry_after_ms: None,
+                key: None,
+                id: None,
+            })))
+        }
+        _ => Ok(token.to_owned()),
+    }
+}
+
+#[derive(serde::Deserialize)]
+struct Owner {
+    sub: serde_json::Value,
 }
 
 fn mint(secret: &str, user: u64) -> Result<String, Box<dyn std::error::Error>> {

@@ -4,6 +4,7 @@
 //! cannot hide it by slowing the generator down (no coordinated omission).
 
 use crate::journal::Journal;
+use crate::output;
 use crate::report::{Latencies, Percentiles};
 use crate::verify::{self, Findings};
 use anyhow::{Context, bail};
@@ -24,19 +25,19 @@ use tokio::sync::mpsc;
 #[derive(Args)]
 pub struct Options {
     /// How many users are connected.
-    #[arg(long, default_value_t = 1000)]
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u64).range(2..=1_000_000))]
     users: u64,
     /// The first user's id; the others follow.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1 << 52))]
     first_user: u64,
     /// How many messages are sent.
-    #[arg(long, default_value_t = 100_000)]
+    #[arg(long, default_value_t = 100_000, value_parser = clap::value_parser!(u64).range(1..=1_000_000_000))]
     messages: u64,
     /// Messages a second, planned.
-    #[arg(long, default_value_t = 2000.0)]
+    #[arg(long, default_value_t = 2000.0, value_parser = rate)]
     rate: f64,
     /// The number of dialogs; by default, pairs are random.
-    #[arg(long)]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
     dialogs: Option<u64>,
     /// Characters of a text.
     #[arg(long, default_value_t = 100)]
@@ -62,6 +63,15 @@ pub struct Options {
     /// How long to wait for the last answers and deliveries, in seconds.
     #[arg(long, default_value_t = 60)]
     patience_seconds: u64,
+}
+
+/// A rate that a plan can keep.
+fn rate(text: &str) -> Result<f64, String> {
+    let rate: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
+    if (0.001..=1_000_000.0).contains(&rate) {
+        return Ok(rate);
+    }
+    Err("a rate is from 0.001 to 1000000 messages a second".into())
 }
 
 #[derive(Serialize)]
@@ -115,12 +125,9 @@ struct Run {
 const PARTS: usize = 16;
 
 pub async fn run(servers: &[Access], options: Options) -> anyhow::Result<()> {
-    if options.users < 2 {
-        bail!("--users must be at least 2");
-    }
     let seed = options.seed.unwrap_or_else(rand::random);
     let mut rng = StdRng::seed_from_u64(seed);
-    println!("seed {seed}");
+    output::line(&format!("seed {seed}"))?;
 
     let mut clients = Vec::new();
     let mut receivers = Vec::new();
@@ -141,11 +148,11 @@ pub async fn run(servers: &[Access], options: Options) -> anyhow::Result<()> {
             | Event::Resync(_) => {}
         }
     }
-    println!(
+    output::line(&format!(
         "{} users are connected to {} instances",
         options.users,
         servers.len()
-    );
+    ))?;
 
     let pairs = options.dialogs.map(|count| {
         (0..count)
@@ -244,7 +251,7 @@ pub async fn run(servers: &[Access], options: Options) -> anyhow::Result<()> {
         verified,
     };
     let text = serde_json::to_string_pretty(&report)?;
-    println!("{text}");
+    output::line(&text)?;
     if let Some(path) = &options.report {
         std::fs::write(path, &text).with_context(|| path.display().to_string())?;
     }

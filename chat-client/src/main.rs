@@ -2,17 +2,20 @@
 
 mod journal;
 mod load;
+mod output;
 mod replay;
 mod report;
 mod talk;
 mod verify;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use chat_client::{Access, Api, Client, Event, TokenSource};
 use chat_wire::Message;
-use clap::{Args, Parser, Subcommand};
-use std::path::PathBuf;
+use clap::parser::ValueSource;
+use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 #[derive(Parser)]
 #[command(
@@ -35,24 +38,46 @@ struct Servers {
         global = true,
         env = "CHAT_URL",
         default_value = "http://127.0.0.1:8080",
-        value_delimiter = ','
+        value_delimiter = ',',
+        value_parser = instance
     )]
     url: Vec<String>,
     /// A token. Without one or a secret, an instance in embedded mode is asked for it.
     #[arg(long, global = true, env = "CHAT_TOKEN", hide_env_values = true)]
     token: Option<String>,
+    /// A file with a token, which is not shown in the list of processes; `-` is standard input.
+    #[arg(long, global = true, conflicts_with = "token")]
+    token_file: Option<PathBuf>,
     /// The service's HS256 secret, to mint tokens here.
-    #[arg(
-        long,
-        global = true,
-        env = "CHAT_SECRET",
-        hide_env_values = true,
-        conflicts_with = "token"
-    )]
+    #[arg(long, global = true, env = "CHAT_SECRET", hide_env_values = true)]
     secret: Option<String>,
 }
 
+/// The address of an instance.
+fn instance(text: &str) -> Result<String, String> {
+    let url =
+        reqwest::Url::parse(text).map_err(|e| format!("{e}; an instance is http://host:port"))?;
+    if !matches!(url.scheme(), "http" | "https") || url.host().is_none() || url.path() != "/" {
+        return Err("an instance is http://host:port or https://host:port".into());
+    }
+    Ok(text.to_owned())
+}
+
 impl Servers {
+    /// What is given on the command line comes before what the environment has.
+    fn prefer_arguments(&mut self, matches: &ArgMatches) -> anyhow::Result<()> {
+        let given = |name| matches.value_source(name) == Some(ValueSource::CommandLine);
+        if let Some(path) = &self.token_file {
+            self.token = Some(read_token(path).with_context(|| path.display().to_string())?);
+            self.secret = None;
+        } else if given("token") {
+            self.secret = None;
+        } else if given("secret") {
+            self.token = None;
+        }
+        Ok(())
+    }
+
     fn all(&self) -> Vec<Access> {
         let source = match (&self.token, &self.secret) {
             (Some(token), _) => TokenSource::Given(token.clone()),
@@ -65,11 +90,46 @@ impl Servers {
             .collect()
     }
 
-    /// The first; when it is away, one of the others.
+    /// The first, for a session: it goes to one of the others when that is away.
     fn first(&self) -> anyhow::Result<Access> {
         let first = self.all().into_iter().next().context("--url is empty")?;
         Ok(first.with_others(self.url.iter().map(String::as_str)))
     }
+
+    /// The first that answers, for requests.
+    async fn answering(&self) -> anyhow::Result<Access> {
+        let mut reasons = Vec::new();
+        for access in self.all() {
+            let url = access.url("/livez");
+            let request = access.http().get(&url).timeout(ANSWER_LIMIT).send().await;
+            match request.and_then(reqwest::Response::error_for_status) {
+                Ok(_) => return Ok(access),
+                Err(e) => reasons.push(format!("{url}: {}", cause(&e))),
+            }
+        }
+        bail!("no instance answers: {}", reasons.join("; "))
+    }
+}
+
+/// How long an instance may take to answer before the next one is tried.
+const ANSWER_LIMIT: Duration = Duration::from_secs(3);
+
+/// The innermost reason of an error, which names what the system said.
+fn cause(error: &dyn std::error::Error) -> String {
+    let mut innermost = error;
+    while let Some(source) = innermost.source() {
+        innermost = source;
+    }
+    innermost.to_string()
+}
+
+fn read_token(path: &Path) -> std::io::Result<String> {
+    let text = if path == Path::new("-") {
+        std::io::read_to_string(std::io::stdin())?
+    } else {
+        std::fs::read_to_string(path)?
+    };
+    Ok(text.trim().to_owned())
 }
 
 #[derive(Subcommand)]
@@ -91,6 +151,9 @@ enum Command {
         /// once.
         #[arg(long)]
         key: Option<String>,
+        /// How long to wait for the acknowledgement, in seconds.
+        #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+        timeout: u64,
         text: String,
     },
     /// Print a dialog, a JSON object a message.
@@ -147,23 +210,33 @@ async fn run() -> anyhow::Result<()> {
         .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
         .with_writer(std::io::stderr)
         .init();
-    let Cli { server, command } = Cli::parse();
+    let matches = Cli::command().get_matches();
+    let Cli {
+        mut server,
+        command,
+    } = Cli::from_arg_matches(&matches)?;
+    server.prefer_arguments(&matches)?;
     match command {
         Command::Talk { user, with } => talk::run(server.first()?, user, with).await,
         Command::Send {
             user,
             to,
             key,
+            timeout,
             text,
         } => {
             let (client, mut events) = Client::start(server.first()?, user);
             let fate = tokio::spawn(async move { closed(&mut events).await });
             let key = key.unwrap_or_else(new_key);
-            let sent = client.send(to, key, text).await;
+            let limit = Duration::from_secs(timeout);
+            let sent = tokio::time::timeout(limit, client.send(to, key.clone(), text)).await;
             drop(client);
             match sent {
-                Ok(sent) => print_json(&sent),
-                Err(e) => Err(fate.await?.unwrap_or(e).into()),
+                Ok(Ok(sent)) => output::json(&sent),
+                Ok(Err(e)) => Err(fate.await?.unwrap_or(e).into()),
+                Err(_) => bail!(
+                    "no answer within {timeout} s; it may or may not be stored: repeat it with --key {key}"
+                ),
             }
         }
         Command::History {
@@ -174,7 +247,7 @@ async fn run() -> anyhow::Result<()> {
             limit,
             all,
         } => {
-            let api = Api::new(server.first()?, user).await?;
+            let api = Api::new(server.answering().await?, user).await?;
             let messages = if all {
                 api.log_upwards(with).await?
             } else {
@@ -193,14 +266,14 @@ async fn run() -> anyhow::Result<()> {
                 }
                 page.messages
             };
-            messages.iter().try_for_each(print_json)
+            messages.iter().try_for_each(output::json)
         }
         Command::Inbox { user } => {
-            let api = Api::new(server.first()?, user).await?;
+            let api = Api::new(server.answering().await?, user).await?;
             let mut cursor = None;
             loop {
                 let page = api.inbox(100, cursor.as_deref()).await?;
-                page.dialogs.iter().try_for_each(print_json)?;
+                page.dialogs.iter().try_for_each(output::json)?;
                 if !page.incomplete.is_empty() {
                     eprintln!("incomplete: {} did not answer", page.incomplete.join(", "));
                 }
@@ -214,7 +287,7 @@ async fn run() -> anyhow::Result<()> {
             let (_client, mut events) = Client::start(server.first()?, user);
             while let Some(event) = events.recv().await {
                 match event {
-                    Event::Message(message) => print_json::<Message>(&message)?,
+                    Event::Message(message) => output::json::<Message>(&message)?,
                     Event::Connected => eprintln!("connected"),
                     Event::Disconnected { reason, .. } => eprintln!("disconnected: {reason}"),
                     Event::Closed(e) => return Err(e.into()),
@@ -232,12 +305,24 @@ async fn run() -> anyhow::Result<()> {
     }
 }
 
-/// Waits for the end of a session that could not be had, and says why; `None` if it ended because
-/// we did.
+/// Waits for the end of a session, and prints why it is not connected. The reason of a session that
+/// was refused; `None` if it ended because this command did.
 async fn closed(events: &mut chat_client::Events) -> Option<chat_client::ClientError> {
+    let mut last = String::new();
     while let Some(event) = events.recv().await {
-        if let Event::Closed(e) = event {
-            return Some(e);
+        match event {
+            Event::Closed(e) => return Some(e),
+            Event::Disconnected { reason, .. } if reason != last => {
+                eprintln!("not connected: {reason}; trying again");
+                last = reason;
+            }
+            Event::Connected
+            | Event::Disconnected { .. }
+            | Event::Message(_)
+            | Event::Read(_)
+            | Event::Typing { .. }
+            | Event::Presence(_)
+            | Event::Resync(_) => {}
         }
     }
     None
@@ -245,9 +330,4 @@ async fn closed(events: &mut chat_client::Events) -> Option<chat_client::ClientE
 
 fn new_key() -> String {
     format!("{:032x}", rand::random::<u128>())
-}
-
-fn print_json<T: serde::Serialize>(value: &T) -> anyhow::Result<()> {
-    println!("{}", serde_json::to_string(value)?);
-    Ok(())
 }

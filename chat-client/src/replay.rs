@@ -1,5 +1,6 @@
 //! Real conversations, sent as they were: in order per dialog, many users at once.
 
+use crate::output;
 use anyhow::{Context, bail};
 use chat_client::checker;
 use chat_client::{Access, Client, Event};
@@ -43,18 +44,18 @@ pub async fn run(servers: &[Access], options: Options) -> anyhow::Result<()> {
         let begun = std::time::Instant::now();
         send(servers, &dialogs, lines, options.at_once).await?;
         let seconds = begun.elapsed().as_secs_f64();
-        println!(
+        output::line(&format!(
             "sent      {lines} messages of {} dialogs in {seconds:.1} s ({:.0}/s)",
             dialogs.len(),
             lines as f64 / seconds
-        );
+        ))?;
     }
     if options.check || options.check_only {
         let read = check(servers, &dialogs).await?;
-        println!(
+        output::line(&format!(
             "compared  {read} messages: every dialog as both its users, through {} instances, upwards and downwards: all as in the file",
             servers.len()
-        );
+        ))?;
     }
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! Reads back what was acknowledged, through every instance, and compares.
 
 use crate::journal;
+use crate::output;
 use crate::replay::bar;
 use anyhow::bail;
 use chat_client::Access;
@@ -56,7 +57,7 @@ impl Findings {
 
 pub async fn run(servers: &[Access], journal: &Path) -> anyhow::Result<()> {
     let findings = compare(servers, &journal::read(journal)?).await?;
-    println!("{}", serde_json::to_string_pretty(&findings)?);
+    output::line(&serde_json::to_string_pretty(&findings)?)?;
     if !findings.good() {
         bail!("the logs are not what was acknowledged");
     }

@@ -12,7 +12,7 @@ use chat::resharding::estimate::{Plan, plan as work_out};
 use chat::server::read_shards_file;
 use serde_json::Value;
 use std::fmt::Write as _;
-use std::io::IsTerminal;
+use std::io::{ErrorKind, IsTerminal, Write as _};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
@@ -43,10 +43,10 @@ pub async fn find(settings: &Settings, dialog: DialogId) -> anyhow::Result<()> {
         "unknown: no shard that answers owns it".to_owned(),
         |shard| shard.name().to_owned(),
     );
-    println!(
-        "dialog {dialog}\nslot   {slot} of {SLOTS}\nowner  {owner}\ntarget {}",
+    print(&format!(
+        "dialog {dialog}\nslot   {slot} of {SLOTS}\nowner  {owner}\ntarget {}\n",
         view.target(slot)
-    );
+    ))?;
     for shard in &view.shards {
         let rows = shard
             .ask(
@@ -63,12 +63,12 @@ pub async fn find(settings: &Settings, dialog: DialogId) -> anyhow::Result<()> {
             } else {
                 format!(", {}", row.history)
             };
-            println!(
-                "       {:<12} {} (term {}{peer}{gap})",
+            print(&format!(
+                "       {:<12} {} (term {}{peer}{gap})\n",
                 shard.name(),
                 row.state,
                 row.term
-            );
+            ))?;
         }
     }
     Ok(())
@@ -105,7 +105,7 @@ pub async fn plan(settings: &Settings, file: &Path) -> anyhow::Result<()> {
             }
         }
     }
-    print!("{}", describe(&found));
+    print(&describe(&found))?;
     Ok(())
 }
 
@@ -159,9 +159,9 @@ pub async fn status(admin: SocketAddr, token: Option<&Secret>, watch: bool) -> a
         let text = table(&change, &topology, &shards);
         if watch && std::io::stdout().is_terminal() {
             // Home, text, and whatever was below it before is cleared.
-            print!("\x1b[H{}\x1b[J", text.replace('\n', "\x1b[K\n"));
+            print(&format!("\x1b[H{}\x1b[J", text.replace('\n', "\x1b[K\n")))?;
         } else {
-            print!("{text}");
+            print(&text)?;
         }
         if !watch {
             return Ok(());
@@ -181,7 +181,7 @@ pub async fn pause(admin: SocketAddr, token: Option<&Secret>, pause: bool) -> an
         ("/admin/resharding/resume", "rebalancing resumed")
     };
     ask(admin, token, "POST", path).await?;
-    println!("{now}");
+    print(&format!("{now}\n"))?;
     Ok(())
 }
 
@@ -336,4 +336,17 @@ async fn ask(
         );
     }
     Ok(body)
+}
+
+/// Prints a text. A closed pipe, as of `| head`, ends the command: the reader has all that it wants.
+///
+/// # Errors
+/// Any other failure to write.
+pub fn print(text: &str) -> anyhow::Result<()> {
+    let mut output = std::io::stdout().lock();
+    let written = output.write_all(text.as_bytes());
+    match written.and_then(|()| output.flush()) {
+        Err(e) if e.kind() == ErrorKind::BrokenPipe => std::process::exit(0),
+        written => Ok(written?),
+    }
 }

@@ -133,11 +133,8 @@ async fn run() -> anyhow::Result<()> {
         } => {
             embedded.read(&mut settings)?;
             let tokens = Tokens::new(&settings.auth, settings.demo)?;
-            println!(
-                "{}",
-                tokens.mint(UserId::new(user)?, Duration::from_secs(seconds))?
-            );
-            Ok(())
+            let token = tokens.mint(UserId::new(user)?, Duration::from_secs(seconds))?;
+            cli::print(&format!("{token}\n"))
         }
         Command::Plan { file, embedded } => {
             embedded.read(&mut settings)?;

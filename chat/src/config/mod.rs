@@ -300,7 +300,7 @@ mod tests {
 
     #[test]
     fn a_secret_is_never_printed() {
-        let settings = Settings::from_toml("admin_token = \"hunter2hunter2\"").unwrap();
+        let settings = Settings::from_toml("admin_token = \"hunter2hunter2hunter2\"").unwrap();
         assert!(!format!("{settings:?}").contains("hunter2"));
     }
 }

@@ -13,6 +13,7 @@ use jsonwebtoken::jwk::{Jwk, JwkSet, PublicKeyUse};
 use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// The secret of `.env.sample`: public, and refused outside a demonstration.
@@ -46,37 +47,28 @@ struct Minted<'a> {
     iss: Option<&'a str>,
 }
 
-/// The claims of a token that are used here. [`Validation`] has checked their values.
+/// The claims of a token that are used here. [`Validation`] has checked their values, and names the
+/// one that is missing or malformed.
 #[derive(Deserialize)]
 struct Claims {
-    sub: Subject,
-    exp: NumericDate,
+    sub: Option<Value>,
+    exp: Option<Value>,
     aud: Option<IgnoredAny>,
 }
 
-/// A string by RFC 7519; a number is accepted too.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Subject {
-    Text(String),
-    Number(u64),
-}
+impl Claims {
+    /// A string by RFC 7519; a number is accepted too.
+    fn user(&self) -> Option<UserId> {
+        let sub = self.sub.as_ref()?;
+        let of_text = sub.as_str().and_then(|text| text.parse().ok());
+        of_text.or_else(|| UserId::new(sub.as_u64()?).ok())
+    }
 
-/// Seconds since 1970. RFC 7519 allows fractions.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum NumericDate {
-    Whole(u64),
-    Fraction(f64),
-}
-
-impl NumericDate {
-    fn seconds(&self) -> u64 {
-        match self {
-            NumericDate::Whole(seconds) => *seconds,
-            // A conversion that ends at the bounds of u64.
-            NumericDate::Fraction(seconds) => *seconds as u64,
-        }
+    /// Seconds since 1970. RFC 7519 allows fractions.
+    fn expires(&self) -> Option<u64> {
+        let exp = self.exp.as_ref()?;
+        // The conversion ends at the bounds of u64.
+        exp.as_u64().or_else(|| exp.as_f64().map(|exp| exp as u64))
     }
 }
 
@@ -214,7 +206,8 @@ fn is_for(key: &Jwk, algorithm: &str) -> bool {
 fn validation(settings: &config::Auth, algorithm: Algorithm) -> Validation {
     let mut validation = Validation::new(algorithm);
     validation.leeway = settings.leeway_seconds;
-    validation.set_required_spec_claims(&["sub", "exp"]);
+    // `sub` is checked here, because a number is no `sub` for the crate.
+    validation.set_required_spec_claims(&["exp"]);
     validation.validate_nbf = true;
     match &settings.audience {
         Some(audience) => {
@@ -250,15 +243,17 @@ impl Authenticate for Tokens {
                 "the token has an aud, but auth.audience is not set here".into(),
             ));
         }
-        let user = match claims.sub {
-            Subject::Text(text) => text.parse().ok(),
-            Subject::Number(number) => UserId::new(number).ok(),
-        };
+        if claims.sub.is_none() {
+            return Err(refuse("the token lacks the claim sub".into()));
+        }
+        let user = claims.user();
         let user = user.ok_or_else(|| refuse("the sub of the token is not a user id".into()))?;
+        let expires = claims.expires();
+        let expires = expires.ok_or_else(|| refuse("the exp of the token is no time".into()))?;
         let leeway = self.settings.leeway_seconds;
         Ok(Identity {
             user,
-            expires: claims.exp.seconds().saturating_add(leeway),
+            expires: expires.saturating_add(leeway),
         })
     }
 }
