@@ -28,8 +28,8 @@ pub const PROTOCOL: &str = "chat.v1";
 /// instead.
 pub const BEARER_PROTOCOL_PREFIX: &str = "bearer.";
 
-/// Seqs of a later generation begin above the next multiple of this; a generation begins when a
-/// shard is declared down.
+/// Seqs of a later generation begin above a multiple of this; a generation begins when a shard is
+/// declared down.
 pub const GENERATION: u64 = 1 << 40;
 
 /// Whether a message with `seq` may be the next one of a dialog after `before`: one more, or the
