@@ -5,13 +5,15 @@ use crate::budget::cost;
 use crate::domain::dialog::UserId;
 use crate::error::ApiError;
 use crate::messages::{Outgoing, RequestError};
-use crate::session::{Identity, range};
-use actix_web::{HttpRequest, HttpResponse, web};
+use crate::session::range;
+use actix_web::dev::Payload;
+use actix_web::{FromRequest, HttpRequest, HttpResponse, web};
 use chat_wire::{
     DevTokenRequest, ErrorBody, ErrorCode, HistoryPage, InboxEntry, InboxPage, Message, Presence,
     ReadMark, ReadRequest, SendRequest, Sent, Token,
 };
 use serde::Deserialize;
+use std::future::{Ready, ready};
 use std::time::Duration;
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::{IntoParams, Modify, OpenApi};
@@ -42,23 +44,33 @@ impl Modify for Bearer {
     }
 }
 
-/// Whose request it is.
-fn identity(request: &HttpRequest, app: &App) -> Result<Identity, HttpError> {
+/// The user of the token. It is the first parameter of a handler, so that the token is checked before
+/// the query and the body are read.
+pub struct Caller(UserId);
+
+impl FromRequest for Caller {
+    type Error = HttpError;
+    type Future = Ready<Result<Self, HttpError>>;
+
+    fn from_request(request: &HttpRequest, _: &mut Payload) -> Self::Future {
+        let app = request.app_data::<web::Data<App>>();
+        let app = app
+            .ok_or_else(|| HttpError(ApiError::new(ErrorCode::Internal, "the app is not set up")));
+        ready(app.and_then(|app| caller(request, app).map(Caller)))
+    }
+}
+
+fn caller(request: &HttpRequest, app: &App) -> Result<UserId, HttpError> {
     let missing = || {
         ApiError::new(
             ErrorCode::Unauthenticated,
             "no token; send it as Authorization: Bearer",
         )
     };
-    let token = auth::token(request)
-        .ok_or_else(missing)
-        .map_err(|refusal| counted(app, refusal))?;
-    let identity = app
-        .context
-        .authenticate
-        .authenticate(token)
-        .map_err(|refusal| counted(app, refusal))?;
-    app.requests.check(&identity.user).map_err(|wait| {
+    let token = auth::token(request).ok_or_else(missing);
+    let identity = token.and_then(|token| app.context.authenticate.authenticate(token));
+    let user = identity.map_err(|refusal| counted(app, refusal))?.user;
+    app.requests.check(&user).map_err(|wait| {
         let limit = app.context.limits.requests_per_second;
         let message = format!("too many requests: at most {limit} a second");
         counted(
@@ -66,7 +78,7 @@ fn identity(request: &HttpRequest, app: &App) -> Result<Identity, HttpError> {
             ApiError::new(ErrorCode::RateLimited, message).retry_after(wait),
         )
     })?;
-    Ok(identity)
+    Ok(user)
 }
 
 fn counted(app: &App, refusal: impl Into<ApiError>) -> HttpError {
@@ -94,18 +106,17 @@ fn user(app: &App, path: &str) -> Result<u64, HttpError> {
     security(("bearer" = []))
 )]
 pub async fn send(
-    request: HttpRequest,
+    Caller(me): Caller,
     path: web::Path<String>,
     body: web::Json<SendRequest>,
     app: web::Data<App>,
 ) -> Result<HttpResponse, HttpError> {
-    let me = identity(&request, &app)?;
     let to = user(&app, &path)?;
     let SendRequest { key, text } = body.into_inner();
     let sending = app
         .context
         .messages
-        .sending(me.user, Outgoing { to, key, text })
+        .sending(me, Outgoing { to, key, text })
         .map_err(|e| counted(&app, e))?;
     let sent = sending.await.map_err(|e| counted(&app, e))?;
     let body = Sent {
@@ -139,18 +150,17 @@ pub struct HistoryQuery {
     security(("bearer" = []))
 )]
 pub async fn history(
-    request: HttpRequest,
+    Caller(me): Caller,
     path: web::Path<String>,
     query: web::Query<HistoryQuery>,
     app: web::Data<App>,
 ) -> Result<web::Json<HistoryPage>, HttpError> {
-    let me = identity(&request, &app)?;
     let with = user(&app, &path)?;
     let range = range(query.before, query.after).map_err(|e| counted(&app, e))?;
     let page = app
         .context
         .messages
-        .history(me.user, with, range, query.limit)
+        .history(me, with, range, query.limit)
         .await
         .map_err(|e| counted(&app, e))?;
     Ok(web::Json(page))
@@ -173,15 +183,14 @@ pub struct InboxQuery {
     security(("bearer" = []))
 )]
 pub async fn inbox(
-    request: HttpRequest,
+    Caller(me): Caller,
     query: web::Query<InboxQuery>,
     app: web::Data<App>,
 ) -> Result<web::Json<InboxPage>, HttpError> {
-    let me = identity(&request, &app)?;
     let page = app
         .context
         .messages
-        .inbox(me.user, query.limit, query.cursor.as_deref())
+        .inbox(me, query.limit, query.cursor.as_deref())
         .await
         .map_err(|e| counted(&app, e))?;
     Ok(web::Json(page))
@@ -194,20 +203,19 @@ pub async fn inbox(
     security(("bearer" = []))
 )]
 pub async fn mark_read(
-    request: HttpRequest,
+    Caller(me): Caller,
     path: web::Path<String>,
     body: web::Json<ReadRequest>,
     app: web::Data<App>,
 ) -> Result<web::Json<ReadMark>, HttpError> {
-    let me = identity(&request, &app)?;
     let with = user(&app, &path)?;
     let read = app
         .context
         .messages
-        .mark_read(me.user, with, body.seq)
+        .mark_read(me, with, body.seq)
         .await
         .map_err(|e| counted(&app, e))?;
-    Ok(web::Json(read.wire(me.user)))
+    Ok(web::Json(read.wire(me)))
 }
 
 /// Whether `user` has a session on any instance.
@@ -217,15 +225,14 @@ pub async fn mark_read(
     security(("bearer" = []))
 )]
 pub async fn presence(
-    request: HttpRequest,
+    Caller(me): Caller,
     path: web::Path<String>,
     app: web::Data<App>,
 ) -> Result<web::Json<Presence>, HttpError> {
-    let me = identity(&request, &app)?;
     let who: UserId = path
         .parse()
         .map_err(|e| counted(&app, RequestError::InvalidUserId(e)))?;
-    let afforded = app.context.messages.afford(me.user, cost::STATEMENT);
+    let afforded = app.context.messages.afford(me, cost::STATEMENT);
     afforded.map_err(|e| counted(&app, e))?;
     let online = app.context.presence.ask(who).await;
     let online = online.ok_or_else(|| counted(&app, RequestError::Unavailable))?;
