@@ -15,7 +15,7 @@ use std::net::{AddrParseError, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 /// It gives memory back some seconds after a crowd has left; glibc's keeps it.
@@ -170,7 +170,12 @@ async fn run() -> anyhow::Result<()> {
 
 async fn serve(settings: Settings) -> anyhow::Result<()> {
     let embedded = settings.embedded;
-    let server = Server::build(settings).await?;
+    // Before the address is printed: a signal right after it ends the server in order, too.
+    let mut signals = Signals::register()?;
+    let server = tokio::select! {
+        server = Server::build(settings) => server?,
+        () = signals.any() => return Ok(()),
+    };
     let address = server.address();
     tracing::info!(%address, admin = %server.admin_address(), "serving");
     if embedded && address.ip().is_loopback() {
@@ -182,17 +187,29 @@ async fn serve(settings: Settings) -> anyhow::Result<()> {
              Or talk here:  cargo run --release -p chat-client -- talk --url http://{address} --user 7 --with 42\n"
         );
     }
-    let mut terminate = signal(SignalKind::terminate())?;
-    // A terminal that is closed.
-    let mut hangup = signal(SignalKind::hangup())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    server
-        .run_until(async {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = hangup.recv() => {}
-                _ = interrupt.recv() => {}
-            }
-        })
-        .await
+    server.run_until(signals.any()).await
+}
+
+/// The signals that end the server.
+struct Signals([Signal; 3]);
+
+impl Signals {
+    fn register() -> std::io::Result<Self> {
+        Ok(Self([
+            signal(SignalKind::terminate())?,
+            signal(SignalKind::interrupt())?,
+            // The terminal was closed.
+            signal(SignalKind::hangup())?,
+        ]))
+    }
+
+    /// Waits for one of them.
+    async fn any(&mut self) {
+        let [terminate, interrupt, hangup] = &mut self.0;
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+            _ = hangup.recv() => {}
+        }
+    }
 }
