@@ -2,7 +2,8 @@
 
 use std::io::{ErrorKind, Write};
 
-/// Prints a line. A closed pipe, as of `| head`, ends the command: the reader has all that it wants.
+/// Prints a line. A closed pipe, as of `| head`, ends the command: the reader has all that it
+/// wants.
 ///
 /// # Errors
 /// Any other failure to write.

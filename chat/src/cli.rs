@@ -338,7 +338,8 @@ async fn ask(
     Ok(body)
 }
 
-/// Prints a text. A closed pipe, as of `| head`, ends the command: the reader has all that it wants.
+/// Prints a text. A closed pipe, as of `| head`, ends the command: the reader has all that it
+/// wants.
 ///
 /// # Errors
 /// Any other failure to write.

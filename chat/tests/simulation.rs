@@ -1210,7 +1210,8 @@ fn no_prefix_of_a_file_changes_anything() {
 /// needed.
 #[test]
 fn each_guard_that_is_turned_off_is_missed() {
-    // Each begins at a seed that has detected it: any change of the random choices moves these seeds.
+    // Each begins at a seed that has detected it: any change of the random choices moves these
+    // seeds.
     for (guard, first) in [
         (Guard::OwnerOfWrites, 175),
         (Guard::OwnerOfPages, 15),

@@ -173,8 +173,8 @@ impl Bus for NatsBus {
                     delivery = deliveries.next() => {
                         let Some(delivery) = delivery else { return };
                         if let Some(asked) = delivery.reply {
-                            // Another instance asks whether we subscribe. If the answer is lost, it asks
-                            // again.
+                            // Another instance asks whether we subscribe. If the answer is lost, it
+                            // asks again.
                             let _ = client.publish(asked, Bytes::new()).await;
                             continue;
                         }

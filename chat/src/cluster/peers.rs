@@ -161,14 +161,15 @@ impl Peers {
         })
     }
 
-    /// Reports to the other instances that this one was disconnected from the bus: they did not receive
-    /// what it published meanwhile.
+    /// Reports to the other instances that this one was disconnected from the bus: they did not
+    /// receive what it published meanwhile.
     pub fn announce_reconnected(&self, disconnected: Duration) {
         let millis = u64::try_from(disconnected.as_millis()).unwrap_or(u64::MAX);
         self.inner.announce(Status::Reconnected(millis));
     }
 
-    /// Reports to the other instances that this one shuts down: it sends no hints for its last messages.
+    /// Reports to the other instances that this one shuts down: it sends no hints for its last
+    /// messages.
     pub async fn announce_shutdown(&self) {
         self.inner.announce(Status::Leaving);
         self.inner.bus.flush().await;

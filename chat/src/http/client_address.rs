@@ -2,8 +2,8 @@
 
 use std::net::{IpAddr, Ipv6Addr};
 
-/// The last entry of an `X-Forwarded-For`, in the forms in which proxies write it: with or without a
-/// port, in brackets, in quotes.
+/// The last entry of an `X-Forwarded-For`, in the forms in which proxies write it: with or without
+/// a port, in brackets, in quotes.
 pub fn last_forwarded(header: &str) -> Option<IpAddr> {
     let last = header.rsplit(',').next()?.trim().trim_matches('"').trim();
     let bare = || last.strip_prefix('[')?.strip_suffix(']')?.parse().ok();

@@ -44,8 +44,8 @@ impl Modify for Bearer {
     }
 }
 
-/// The user of the token. It is the first parameter of a handler, so that the token is checked before
-/// the query and the body are read.
+/// The user of the token. It is the first parameter of a handler, so that the token is checked
+/// before the query and the body are read.
 pub struct Caller(UserId);
 
 impl FromRequest for Caller {

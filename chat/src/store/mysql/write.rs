@@ -413,8 +413,8 @@ async fn lock(
         })
         .collect();
     if !missing.is_empty() {
-        // Another instance may create them at the same moment: what counts is what is there once we hold
-        // the lock.
+        // Another instance may create them at the same moment: what counts is what is there once we
+        // hold the lock.
         let mut rows = String::new();
         let mut members = String::new();
         for (slot, dialog) in missing {
