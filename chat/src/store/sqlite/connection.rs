@@ -5,6 +5,7 @@ use crate::store::StoreError;
 use crate::store::served_slots::ServedSlotsCache;
 use rusqlite::{Connection, ErrorCode, Transaction, TransactionBehavior};
 use std::fs::OpenOptions;
+use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -99,14 +100,7 @@ impl SqliteStore {
 }
 
 fn open(path: &Path) -> Result<Connection, StoreError> {
-    // Before SQLite makes it: a file with messages is for its owner only, and so are those beside
-    // it.
-    let made = OpenOptions::new()
-        .create(true)
-        .append(true)
-        .mode(0o600)
-        .open(path);
-    made.map_err(|e| StoreError::Unreachable(e.to_string()))?;
+    make_private(path).map_err(|e| StoreError::Unreachable(e.to_string()))?;
     let connection = Connection::open(path).map_err(|e| StoreError::Unreachable(e.to_string()))?;
     connection
         .busy_timeout(BUSY_LIMIT)
@@ -118,6 +112,28 @@ fn open(path: &Path) -> Result<Connection, StoreError> {
         .map_err(|e| StoreError::Unreachable(e.to_string()))?;
     connection.set_prepared_statement_cache_capacity(64);
     Ok(connection)
+}
+
+/// Makes the file, for its owner only, if it is missing; SQLite gives its mode to the files beside
+/// it. An existing file must not be opened here: closing it would drop the locks of all connections
+/// that this process has to it. So a new one gets its name when it is closed.
+fn make_private(path: &Path) -> io::Result<()> {
+    if path.exists() {
+        return Ok(());
+    }
+    let mut new = path.as_os_str().to_owned();
+    new.push(format!(".new-{:016x}", rand::random::<u64>()));
+    OpenOptions::new()
+        .create_new(true)
+        .write(true)
+        .mode(0o600)
+        .open(&new)?;
+    let named = std::fs::hard_link(&new, path);
+    std::fs::remove_file(&new)?;
+    match named {
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        named => named,
+    }
 }
 
 pub(super) fn immediate(connection: &mut Connection) -> Result<Transaction<'_>, StoreError> {
@@ -137,5 +153,36 @@ pub(super) fn classify(e: &rusqlite::Error) -> StoreError {
         // Other messages name tables and columns at most: values are bound, never part of a
         // statement.
         _ => StoreError::Refused(e.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::open;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+    /// The kernel drops all POSIX locks that a process has on a file when it closes any descriptor
+    /// of that file: another process could then take the WAL for abandoned.
+    #[test]
+    fn a_connection_keeps_its_locks_when_another_one_is_opened() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("shard.db");
+        let connection = open(&path).unwrap();
+        connection.execute_batch("CREATE TABLE t (n)").unwrap();
+        let file = std::fs::metadata(&path).unwrap();
+        assert_eq!(file.permissions().mode() & 0o777, 0o600);
+        let (owner, inode) = (std::process::id().to_string(), format!(":{}", file.ino()));
+        let locks = || {
+            let locks = std::fs::read_to_string("/proc/locks").unwrap();
+            let ours = locks
+                .lines()
+                .map(|line| line.split_whitespace().collect::<Vec<_>>());
+            ours.filter(|lock| lock[4] == owner && lock[5].ends_with(&inode))
+                .count()
+        };
+        assert!(locks() > 0);
+        let other = open(&path).unwrap();
+        assert!(locks() > 0, "the locks are gone");
+        drop((connection, other));
     }
 }
