@@ -31,17 +31,17 @@ pub struct Options {
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1 << 52))]
     first_user: u64,
     /// How many messages are sent.
-    #[arg(long, default_value_t = 100_000, value_parser = clap::value_parser!(u64).range(1..=1_000_000_000))]
+    #[arg(long, default_value_t = 100_000, value_parser = clap::value_parser!(u64).range(1..=100_000_000))]
     messages: u64,
     /// Messages a second, planned.
     #[arg(long, default_value_t = 2000.0, value_parser = rate)]
     rate: f64,
     /// The number of dialogs; by default, pairs are random.
-    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=10_000_000))]
     dialogs: Option<u64>,
     /// Characters of a text.
-    #[arg(long, default_value_t = 100)]
-    chars: usize,
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    chars: u32,
     /// The seed of the random numbers; printed, so that a run can be repeated.
     #[arg(long)]
     seed: Option<u64>,
@@ -61,7 +61,7 @@ pub struct Options {
     #[arg(long, env = "ADMIN_TOKEN", hide_env_values = true)]
     admin_token: Option<String>,
     /// How long to wait for the last answers and deliveries, in seconds.
-    #[arg(long, default_value_t = 60)]
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(0..=86_400))]
     patience_seconds: u64,
 }
 
@@ -118,7 +118,7 @@ struct Run {
     disconnections: AtomicU64,
     deliveries: Vec<Mutex<Latencies>>,
     bar: ProgressBar,
-    chars: usize,
+    chars: u32,
 }
 
 /// Parts of what every delivery writes to, so that receivers do not wait for each other.
@@ -315,7 +315,7 @@ async fn send(run: Arc<Run>, client: Client, planned: Planned, out: mpsc::Sender
 }
 
 /// A text that looks like words, different for every message.
-fn text(seed: u64, chars: usize) -> String {
+fn text(seed: u64, chars: u32) -> String {
     let mut rng = StdRng::seed_from_u64(seed);
     (0..chars)
         .map(|_| {

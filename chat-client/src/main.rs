@@ -199,7 +199,7 @@ async fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             // One line, with its causes.
-            eprintln!("chat-client: {e:#}");
+            output::note(&format!("chat-client: {e:#}"));
             ExitCode::FAILURE
         }
     }
@@ -275,7 +275,8 @@ async fn run() -> anyhow::Result<()> {
                 let page = api.inbox(100, cursor.as_deref()).await?;
                 page.dialogs.iter().try_for_each(output::json)?;
                 if !page.incomplete.is_empty() {
-                    eprintln!("incomplete: {} did not answer", page.incomplete.join(", "));
+                    let names = page.incomplete.join(", ");
+                    output::note(&format!("incomplete: {names} did not answer"));
                 }
                 cursor = page.cursor;
                 if cursor.is_none() {
@@ -289,7 +290,9 @@ async fn run() -> anyhow::Result<()> {
                 match event {
                     Event::Message(message) => output::json::<Message>(&message)?,
                     Event::Connected => eprintln!("connected"),
-                    Event::Disconnected { reason, .. } => eprintln!("disconnected: {reason}"),
+                    Event::Disconnected { reason, .. } => {
+                        output::note(&format!("disconnected: {reason}"));
+                    }
                     Event::Closed(e) => return Err(e.into()),
                     Event::Resync(dialog) => {
                         eprintln!("messages were missed in {dialog}: read its history")
@@ -313,7 +316,7 @@ async fn closed(events: &mut chat_client::Events) -> Option<chat_client::ClientE
         match event {
             Event::Closed(e) => return Some(e),
             Event::Disconnected { reason, .. } if reason != last => {
-                eprintln!("not connected: {reason}; trying again");
+                output::note(&format!("not connected: {reason}; trying again"));
                 last = reason;
             }
             Event::Connected

@@ -1,4 +1,4 @@
-//! The standard output of the commands.
+//! What the commands print. Text from others cannot steer the terminal.
 
 use std::io::{ErrorKind, Write};
 
@@ -22,21 +22,38 @@ pub fn json<T: serde::Serialize>(value: &T) -> anyhow::Result<()> {
     line(&masked(&serde_json::to_string(value)?))
 }
 
-/// JSON with the characters escaped that steer a terminal or the direction of its text. JSON itself
-/// escapes those below U+0020; the others occur in its strings only.
+/// Prints a line of text to standard error.
+pub fn note(text: &str) {
+    eprintln!("{}", plain(text));
+}
+
+/// A text whose characters that steer are shown as a replacement character.
+pub fn plain(text: &str) -> String {
+    let shown = |c| if steers(c) { '\u{fffd}' } else { c };
+    text.chars().map(shown).collect()
+}
+
+/// JSON whose characters that steer are escaped. JSON itself escapes those below U+0020; the others
+/// occur in its strings only.
 fn masked(json: &str) -> String {
     let mut text = String::with_capacity(json.len());
     for c in json.chars() {
-        match c {
-            '\u{7f}'..='\u{9f}'
-            | '\u{200e}'
-            | '\u{200f}'
-            | '\u{202a}'..='\u{202e}'
-            | '\u{2066}'..='\u{2069}' => text += &format!("\\u{:04x}", u32::from(c)),
-            c => text.push(c),
+        if steers(c) {
+            text += &format!("\\u{:04x}", u32::from(c));
+        } else {
+            text.push(c);
         }
     }
     text
+}
+
+/// Whether a character steers a terminal or the direction of its text.
+fn steers(c: char) -> bool {
+    let direction = matches!(
+        c,
+        '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
+    );
+    direction || c.is_control()
 }
 
 #[cfg(test)]
@@ -50,5 +67,8 @@ mod tests {
         assert!(masked.contains("äö€😀"));
         let steers = |c: char| c.is_control() || ('\u{202a}'..='\u{202e}').contains(&c);
         assert!(!masked.chars().any(steers), "{masked:?}");
+        let plain = super::plain(text);
+        assert!(!plain.chars().any(steers), "{plain:?}");
+        assert!(plain.starts_with("a\u{fffd}[31m ") && plain.contains("äö€😀"));
     }
 }

@@ -17,8 +17,8 @@ pub struct Options {
     /// JSON lines with from, to and text.
     file: PathBuf,
     /// Dialogs that are under way at once.
-    #[arg(long, default_value_t = 256)]
-    at_once: usize,
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    at_once: u32,
     /// Afterwards read every dialog back, as both users, through every instance, in both
     /// directions, and compare.
     #[arg(long)]
@@ -42,7 +42,7 @@ pub async fn run(servers: &[Access], options: Options) -> anyhow::Result<()> {
     let lines: usize = dialogs.values().map(Vec::len).sum();
     if !options.check_only {
         let begun = std::time::Instant::now();
-        send(servers, &dialogs, lines, options.at_once).await?;
+        send(servers, &dialogs, lines, options.at_once as usize).await?;
         let seconds = begun.elapsed().as_secs_f64();
         output::line(&format!(
             "sent      {lines} messages of {} dialogs in {seconds:.1} s ({:.0}/s)",

@@ -1,5 +1,6 @@
 //! Two users, one terminal each.
 
+use crate::output;
 use anyhow::Context;
 use chat_client::{Access, Client, ClientError, Event};
 use chat_wire::{HistoryPage, Message};
@@ -196,11 +197,7 @@ impl View {
 /// `12:34 7: hello`, with control characters shown as what they are: a text must not move the
 /// cursor of its reader.
 fn line(message: &Message) -> String {
-    let text: String = message
-        .text
-        .chars()
-        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
-        .collect();
+    let text = output::plain(&message.text);
     let time = message.at.get(11..16).unwrap_or_default();
     format!("{time} {}: {text}", message.from)
 }

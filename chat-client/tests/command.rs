@@ -101,6 +101,10 @@ fn absurd_arguments_are_refused_at_once() {
         &["load", "--users", "1"],
         &["load", "--messages", "0"],
         &["load", "--dialogs", "0"],
+        &["load", "--dialogs", "18446744073709551615"],
+        &["load", "--chars", "4000000000"],
+        &["load", "--patience-seconds", "18446744073709551615"],
+        &["replay", "file", "--at-once", "0"],
         &["send", "--user", "7", "--to", "42", "--timeout", "0", "x"],
     ] {
         let (code, _, error) = run(&mut client("http://127.0.0.1:1", arguments));
