@@ -406,7 +406,18 @@ async fn tokens_that_are_signed_with_a_private_key_are_taken_by_the_public_one()
             ("AUTH__ALGORITHM", algorithm),
             ("AUTH__KEY_FILE", set.to_str().unwrap()),
         ];
-        for keys in [json!([]), json!([for_encryption, of_another])] {
+        // Of another type, and it does not say of which algorithm it is.
+        let mut of_another_type = match algorithm {
+            "RS256" => key_pair(&folder, "ES256", "other"),
+            _ => key_pair(&folder, "RS256", "other"),
+        };
+        of_another_type.as_object_mut().unwrap().remove("alg");
+        let secret = json!({"kty": "oct", "kid": "secret", "k": "c2VjcmV0"});
+        for keys in [
+            json!([]),
+            json!([for_encryption, of_another]),
+            json!([of_another_type, secret]),
+        ] {
             std::fs::write(&set, json!({ "keys": keys }).to_string()).unwrap();
             let error = refusal(&shards, &settings);
             assert!(

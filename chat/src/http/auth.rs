@@ -9,7 +9,7 @@ use actix_web::HttpRequest;
 use actix_web::http::header::{AUTHORIZATION, SEC_WEBSOCKET_PROTOCOL};
 use anyhow::{Context, bail};
 use chat_wire::ErrorCode;
-use jsonwebtoken::jwk::{Jwk, JwkSet, PublicKeyUse};
+use jsonwebtoken::jwk::{AlgorithmParameters, EllipticCurve, Jwk, JwkSet, PublicKeyUse};
 use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
@@ -192,14 +192,27 @@ fn public_keys(settings: &config::Auth, algorithm: Algorithm) -> anyhow::Result<
     Ok(Keys::One(key.with_context(invalid)?))
 }
 
-/// Whether a key of a set verifies signatures of this algorithm, as far as it states its use.
+/// Whether a key of a set verifies signatures of this algorithm: by its type, and by its use and
+/// algorithm if it has them.
 fn is_for(key: &Jwk, algorithm: &str) -> bool {
     let signs = matches!(
         key.common.public_key_use,
         None | Some(PublicKeyUse::Signature)
     );
     let named = key.common.key_algorithm.map(serde_json::to_value);
-    signs && named.is_none_or(|named| named.is_ok_and(|named| named == algorithm))
+    let named = named.is_none_or(|named| named.is_ok_and(|named| named == algorithm));
+    #[allow(clippy::wildcard_enum_match_arm)] // the enum is non-exhaustive
+    let fits = match &key.algorithm {
+        AlgorithmParameters::OctetKeyPair(key) => {
+            algorithm == "EdDSA" && key.curve == EllipticCurve::Ed25519
+        }
+        AlgorithmParameters::EllipticCurve(key) => {
+            algorithm == "ES256" && key.curve == EllipticCurve::P256
+        }
+        AlgorithmParameters::RSA(_) => algorithm == "RS256",
+        _ => false,
+    };
+    signs && named && fits
 }
 
 /// The claims that a token must have.
@@ -443,7 +456,7 @@ mod tests {
         for (tokens, claims, expected) in [
             (
                 &tokens,
-                json!({"sub": "7", "exp": seconds_from_now(-60)}),
+                json!({"sub": "7", "exp": seconds_from_now(-10)}),
                 "(exp)",
             ),
             (
