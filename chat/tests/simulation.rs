@@ -1120,24 +1120,12 @@ fn simulate(seed: u64, off: Option<Guard>) -> Result<u64, String> {
     thread.join().unwrap_or_else(|_| Err("it panicked".into()))
 }
 
-fn seeds() -> std::ops::Range<u64> {
-    let Ok(text) = std::env::var("CHAT_SIMULATE") else {
-        let first = u64::from(rand::random::<u32>());
-        return first..first + 50;
-    };
-    let number = |text: &str| text.parse().expect("CHAT_SIMULATE is a seed or FROM..TO");
-    match text.split_once("..") {
-        Some((from, to)) => number(from)..number(to),
-        None => number(&text)..number(&text) + 1,
-    }
-}
-
 #[test]
 fn seeds_end_with_every_message_once_and_in_order() {
     if let Ok(filter) = std::env::var("CHAT_LOG") {
         tracing_subscriber::fmt().with_env_filter(filter).init();
     }
-    let seeds = seeds();
+    let seeds = testkit::seeds("CHAT_SIMULATE", 50);
     println!("seeds {seeds:?}");
     let next = Mutex::new(seeds);
     let failed = Mutex::new(Vec::new());

@@ -69,6 +69,23 @@ pub fn seed() -> u64 {
     seed
 }
 
+/// The seeds of a test: a seed or `FROM..TO` in the environment variable, or else `number` of them
+/// from a random one on.
+pub fn seeds(variable: &str, number: u64) -> std::ops::Range<u64> {
+    let Ok(text) = std::env::var(variable) else {
+        let first = u64::from(rand::random::<u32>());
+        return first..first + number;
+    };
+    let seed = |text: &str| match text.parse::<u64>() {
+        Ok(seed) => seed,
+        Err(_) => panic!("{variable} is a seed or FROM..TO"),
+    };
+    match text.split_once("..") {
+        Some((from, to)) => seed(from)..seed(to),
+        None => seed(&text)..seed(&text) + 1,
+    }
+}
+
 /// `nats://…` of the NATS that `./test` started.
 pub fn nats_url() -> String {
     std::env::var("CHAT_TEST_NATS")

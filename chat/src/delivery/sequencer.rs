@@ -689,25 +689,12 @@ mod tests {
         }
     }
 
-    /// `CHAT_SEQUENCE=SEED` or `FROM..TO`, or else so many seeds from a random one on.
-    fn seeds(number: u64) -> std::ops::Range<u64> {
-        let Ok(text) = std::env::var("CHAT_SEQUENCE") else {
-            let first = u64::from(rand::random::<u32>());
-            return first..first + number;
-        };
-        let seed = |text: &str| text.parse().expect("CHAT_SEQUENCE is a seed or FROM..TO");
-        match text.split_once("..") {
-            Some((from, to)) => seed(from)..seed(to),
-            None => seed(&text)..seed(&text) + 1,
-        }
-    }
-
     /// A growing log whose events are lost, repeated and reordered, with sends of the session,
     /// reads that fail, and connections that are lost: what was not answered is sent again, before
     /// or after the position.
     #[test]
     fn whatever_is_lost_doubled_or_overtaken_the_client_has_the_log() {
-        for seed in seeds(1000) {
+        for seed in testkit::seeds("CHAT_SEQUENCE", 1000) {
             let mut rng = StdRng::seed_from_u64(seed);
             let what = format!("seed {seed}");
             let lossless = rng.random();
