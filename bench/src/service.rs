@@ -329,7 +329,7 @@ impl Service {
                 }
             }
             ensure!(
-                begun.elapsed() < Duration::from_secs(300),
+                begun.elapsed() < Duration::from_secs(120),
                 "version {version} is not complete: {status}"
             );
             tokio::time::sleep(Duration::from_millis(100)).await;
