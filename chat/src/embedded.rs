@@ -19,9 +19,6 @@ pub struct Embedded {
     data: PathBuf,
 }
 
-/// The folder is in use by this process until this is dropped.
-pub struct InUse(#[allow(dead_code)] File);
-
 impl Embedded {
     /// No embedded mode.
     pub fn off() -> Self {
@@ -31,11 +28,12 @@ impl Embedded {
         }
     }
 
-    /// For `serve`: makes the files on the first run, and locks the folder.
+    /// For `serve`: makes the files on the first run, and locks the folder until the returned file
+    /// is dropped.
     ///
     /// # Errors
     /// One line, if a setting contradicts embedded mode or another process uses the folder.
-    pub fn serve(&self, settings: &mut Settings) -> anyhow::Result<Option<InUse>> {
+    pub fn serve(&self, settings: &mut Settings) -> anyhow::Result<Option<File>> {
         if !self.embedded {
             return Ok(None);
         }
@@ -55,7 +53,7 @@ impl Embedded {
         }
         make_files(&self.data).with_context(|| data.to_string())?;
         self.apply(settings)?;
-        Ok(Some(InUse(lock)))
+        Ok(Some(lock))
     }
 
     /// For commands that read: makes nothing.

@@ -123,7 +123,7 @@ async fn run() -> anyhow::Result<()> {
     });
     match command {
         Command::Serve { embedded } => {
-            let _in_use = embedded.serve(&mut settings)?;
+            let _lock = embedded.serve(&mut settings)?;
             serve(settings).await
         }
         Command::Token {

@@ -179,6 +179,35 @@ async fn a_terminal_that_is_closed_ends_the_server_in_order() {
 }
 
 #[tokio::test]
+async fn a_signal_during_the_start_ends_the_server_in_order() {
+    let folder = tempfile::tempdir().unwrap();
+    // A new service waits for all its shards, and this one is not there.
+    let file = folder.path().join("shards.toml");
+    let shard = "[[shard]]\nname = \"a\"\nurl = \"mysql://root@127.0.0.1:1/x\"\n";
+    std::fs::write(&file, shard).unwrap();
+    let mut server = Command::new(env!("CARGO_BIN_EXE_chat"));
+    server
+        .arg("serve")
+        .env("CHAT__LISTEN", "127.0.0.1:0")
+        .env("CHAT__ADMIN_LISTEN", "127.0.0.1:0")
+        .env("CHAT__SHARDS_FILE", &file)
+        .env("CHAT__AUTH__SECRET", testkit::SECRET)
+        .stderr(Stdio::null());
+    let mut server = Embedded(server.spawn().unwrap(), String::new());
+    let status = format!("/proc/{}/status", server.0.id());
+    until("it takes SIGTERM", async || {
+        let status = std::fs::read_to_string(&status).unwrap();
+        let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+        let caught = u64::from_str_radix(caught.unwrap().trim(), 16).unwrap();
+        (caught & (1 << 14) != 0).then_some(())
+    })
+    .await;
+    testkit::process::signal(server.0.id(), "TERM").unwrap();
+    let status = until("it ends", async || server.0.try_wait().unwrap()).await;
+    assert!(status.success(), "{status}");
+}
+
+#[tokio::test]
 async fn where_names_slot_owner_and_wanted_shard() {
     let folder = tempfile::tempdir().unwrap();
     let asked = |data: &Path| text(&chat(data, &["where", "178", "25"]).output().unwrap());

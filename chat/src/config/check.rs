@@ -112,7 +112,7 @@ pub fn weak_secrets(settings: &Settings) -> Vec<String> {
 pub fn contradictions(settings: &Settings) -> Vec<String> {
     let (limits, store) = (&settings.limits, &settings.store);
     let needed = u64::from(limits.text_chars) * JSON_BYTES_OF_CHAR + FRAME_BESIDE_TEXT;
-    // A setting, the least or greatest value that another one allows it, and the reason.
+    // A setting, its value, the least value that another setting allows, and the reason.
     let at_least = [
         (
             "limits.frame_bytes",

@@ -68,7 +68,7 @@ pub struct Auth {
     pub issuer: Option<String>,
     /// The clock skew that `exp` and `nbf` of a token allow, in seconds.
     pub leeway_seconds: u64,
-    /// Origins of pages that may open a WebSocket, compared exactly, e.g.
+    /// Origins of pages that may open a WebSocket, in one form, e.g.
     /// `https://chat.example.org`. The server's own page is always allowed.
     #[serde(default, deserialize_with = "origin::list")]
     pub allowed_origins: Vec<String>,
@@ -245,8 +245,8 @@ impl Settings {
         refuse(&check::out_of_range(&merged))?;
         let mut settings: Self = merged.try_deserialize()?;
         settings.unset_empty();
-        refuse(&check::contradictions(&settings))?;
-        refuse(&check::weak_secrets(&settings))?;
+        let contradictions = check::contradictions(&settings);
+        refuse(&[contradictions, check::weak_secrets(&settings)].concat())?;
         Ok(settings)
     }
 }

@@ -1,6 +1,7 @@
 //! The connections to the file: one that writes, and a pool of readers.
 
 use crate::config;
+use crate::rng;
 use crate::store::StoreError;
 use crate::store::served_slots::ServedSlotsCache;
 use rusqlite::{Connection, ErrorCode, Transaction, TransactionBehavior};
@@ -122,7 +123,7 @@ fn make_private(path: &Path) -> io::Result<()> {
         return Ok(());
     }
     let mut new = path.as_os_str().to_owned();
-    new.push(format!(".new-{:016x}", rand::random::<u64>()));
+    new.push(format!(".new-{:032x}", rng::number()));
     OpenOptions::new()
         .create_new(true)
         .write(true)
