@@ -146,6 +146,7 @@ fn given(token: &str, user: u64) -> Result<String, ClientError> {
                 retryable: false,
                 retry_after_ms: None,
                 key: None,
+                dialog: None,
                 id: None,
             })))
         }

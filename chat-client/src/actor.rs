@@ -2,6 +2,7 @@
 //! delivers messages in order.
 
 use crate::access::expiry;
+use crate::backlog::{Backlog, Of, Unanswered, encode};
 use crate::connection::{Connection, Incoming};
 use crate::event::Event;
 use crate::streams::Streams;
@@ -10,7 +11,7 @@ use chat_wire::{
     ClientFrame, Close, ErrorBody, ErrorCode, HistoryPage, Message, Sent, ServerFrame,
 };
 use rand::RngExt;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
@@ -44,9 +45,6 @@ pub(crate) enum Command {
         dialog: String,
         after: u64,
     },
-    Repeat {
-        order: u64,
-    },
 }
 
 /// See the module.
@@ -54,18 +52,10 @@ pub(crate) struct Actor {
     access: Access,
     user: u64,
     events: mpsc::Sender<Event>,
-    repeats: mpsc::WeakSender<Command>,
-    /// Sends without an answer, in the order they were made.
-    sends: BTreeMap<u64, Unanswered>,
-    /// By key, where in `sends`.
-    orders: HashMap<(u64, String), u64>,
-    /// Requests without an answer, by the number that is their id.
-    asked: BTreeMap<u64, Asked>,
-    next: u64,
-    /// Numbers of what is to be sent, in order, as fast as the server takes it.
-    queue: BTreeSet<u64>,
+    /// Requests without an answer.
+    backlog: Backlog,
     pace: Pace,
-    /// What is sent before all that; gone with the connection.
+    /// What is sent before them; gone with the connection.
     first: Vec<Utf8Bytes>,
     /// Read marks to be sent, the farthest of each dialog, and when: who reads a hundred messages
     /// at once says so once.
@@ -76,36 +66,13 @@ pub(crate) struct Actor {
     since: Option<String>,
     /// Dialogs that one `resume` may name.
     resume_dialogs: usize,
+    /// Bytes that a frame may have.
+    frame_bytes: usize,
     watched: BTreeSet<u64>,
     /// Counts attempts that failed, so that each goes to another instance.
     attempt: usize,
     /// The server asked for so long a pause.
     wait: Duration,
-}
-
-/// A send.
-struct Unanswered {
-    to: u64,
-    key: String,
-    text: String,
-    frame: Utf8Bytes,
-    answer: oneshot::Sender<Result<Sent, ClientError>>,
-}
-
-/// A request that is not a send.
-struct Asked {
-    frame: Utf8Bytes,
-    by: By,
-}
-
-/// Who asked.
-enum By {
-    Caller(oneshot::Sender<Result<ServerFrame, ClientError>>),
-    /// A `resume` of these.
-    Resume(Vec<String>),
-    /// A page of what was missed in this dialog; `false` once we have seen that there is nothing
-    /// above what we have.
-    Reading(String, bool),
 }
 
 /// The longest first pause before a new attempt, and the longest of all.
@@ -120,26 +87,22 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// Between two rounds of read marks.
 const MARKS_EVERY: Duration = Duration::from_millis(200);
 
+/// The most that a position takes in a `resume`: two user ids and a seq in decimal, with quotes.
+const POSITION_BYTES: usize = 64;
+
+/// The most that a user id takes in a `watch`.
+const USER_BYTES: usize = 20;
+
 /// Commands that are sent together.
 const TOGETHER: usize = 64;
 
 impl Actor {
-    pub(crate) fn new(
-        access: Access,
-        user: u64,
-        events: mpsc::Sender<Event>,
-        repeats: mpsc::WeakSender<Command>,
-    ) -> Self {
+    pub(crate) fn new(access: Access, user: u64, events: mpsc::Sender<Event>) -> Self {
         Self {
             access,
             user,
             events,
-            repeats,
-            sends: BTreeMap::new(),
-            orders: HashMap::new(),
-            asked: BTreeMap::new(),
-            next: 0,
-            queue: BTreeSet::new(),
+            backlog: Backlog::default(),
             pace: Pace::new(1),
             first: Vec::new(),
             marks: BTreeMap::new(),
@@ -147,6 +110,7 @@ impl Actor {
             streams: Streams::default(),
             since: None,
             resume_dialogs: 1,
+            frame_bytes: usize::MAX,
             watched: BTreeSet::new(),
             attempt: 0,
             wait: Duration::ZERO,
@@ -185,6 +149,7 @@ impl Actor {
                 }
                 Ended::Lost(code, reason) => (code, reason),
             };
+            self.backlog.disconnected(code, &reason);
             self.attempt += 1;
             self.emit(Event::Disconnected { code, reason }).await;
             // A connection that held for a while starts the pauses anew. Any time within the pause:
@@ -234,6 +199,7 @@ impl Actor {
                 };
                 self.pace = Pace::new(limits.sends_per_second);
                 self.resume_dialogs = (limits.resume_dialogs as usize).max(1);
+                self.frame_bytes = limits.frame_bytes as usize;
                 self.begin(now);
             }
             Ok(Incoming::Closed(code, reason)) => return Ended::of(code, reason),
@@ -249,6 +215,7 @@ impl Actor {
                 return Ended::Lost(None, e.to_string());
             }
             let next = self.pace.next;
+            let wakes = self.backlog.wakes();
             tokio::select! {
                 count = commands.recv_many(&mut batch, TOGETHER) => {
                     if count == 0 {
@@ -261,14 +228,15 @@ impl Actor {
                     Incoming::Frame(frame) => self.take(*frame).await,
                     Incoming::Closed(code, reason) => return Ended::of(code, reason),
                 },
-                () = sleep_until(next), if !self.queue.is_empty() => {}
+                () = sleep_until(next), if self.backlog.is_ready() => {}
+                () = sleep_until(wakes.unwrap_or(next)), if wakes.is_some() => {}
                 () = sleep_until(self.marks_due), if !self.marks.is_empty() => {}
                 () = sleep_until(renew.unwrap_or(next)), if renew.is_some() => {
                     // If there is none now, the connection will be closed in time, and begun anew
                     // with what there is then.
                     let token = self.access.token(self.user).await.ok();
                     renew = token.as_deref().and_then(|token| self.renewal(token));
-                    self.first.extend(token.map(|token| encode(&ClientFrame::Auth { token })));
+                    self.first.extend(token.map(|token| encode(&ClientFrame::Auth { id: None, token })));
                 }
             }
         }
@@ -277,27 +245,20 @@ impl Actor {
     /// Says where we are, and asks again what was not answered.
     fn begin(&mut self, now: String) {
         self.first.clear();
-        self.asked
-            .retain(|_, asked| matches!(asked.by, By::Caller(_)));
+        self.backlog.restart();
         self.streams.interrupt();
         let since = self.since.replace(now);
         self.resume(since);
-        if !self.watched.is_empty() {
-            let users = self.watched.iter().copied().collect();
-            self.first.push(encode(&ClientFrame::Watch { users }));
-        }
-        self.queue = self
-            .sends
-            .keys()
-            .chain(self.asked.keys())
-            .copied()
-            .collect();
+        let users: Vec<u64> = self.watched.iter().copied().collect();
+        self.watch(&users);
     }
 
     /// Sends the positions of the client, in as many frames as needed.
     fn resume(&mut self, mut since: Option<String>) {
         let positions: Vec<(String, u64)> = self.streams.positions().into_iter().collect();
-        let mut parts: Vec<&[(String, u64)]> = positions.chunks(self.resume_dialogs).collect();
+        let fitting = (self.frame_bytes / POSITION_BYTES).max(1);
+        let mut parts: Vec<&[(String, u64)]> =
+            positions.chunks(self.resume_dialogs.min(fitting)).collect();
         // A client that follows more dialogs than one frame takes would receive those in the other
         // frames, too.
         if parts.len() > 1 {
@@ -308,46 +269,50 @@ impl Actor {
         }
         for part in parts {
             let positions: BTreeMap<String, u64> = part.iter().cloned().collect();
-            let dialogs = positions.keys().cloned().collect();
-            let since = since.take();
-            self.ask(By::Resume(dialogs), |id| ClientFrame::Resume {
-                id: Some(id),
-                positions,
-                since,
-            });
+            self.resume_these(positions, since.take());
         }
     }
 
-    /// A request of our own, which is not repeated on another connection. Positions are sent before
-    /// anything else.
-    fn ask(&mut self, by: By, frame: impl FnOnce(String) -> ClientFrame) {
-        self.next += 1;
-        let frame = encode(&frame(self.next.to_string()));
-        if let By::Resume(_) = by {
-            self.first.push(frame.clone());
-        } else {
-            self.queue.insert(self.next);
-        }
-        self.asked.insert(self.next, Asked { frame, by });
+    /// Positions are sent before anything else.
+    fn resume_these(&mut self, positions: BTreeMap<String, u64>, since: Option<String>) {
+        let dialogs = positions.keys().cloned().collect();
+        let resume = |id| ClientFrame::Resume {
+            id: Some(id),
+            positions,
+            since,
+        };
+        let frame = self.backlog.transmitted(Of::Resume(dialogs), resume);
+        self.first.push(frame);
     }
 
-    /// What may be sent now, in order; what was answered meanwhile is passed over.
+    fn watch(&mut self, users: &[u64]) {
+        let fitting = (self.frame_bytes / USER_BYTES).max(1);
+        let frames = users.chunks(fitting).map(|users| ClientFrame::Watch {
+            id: None,
+            users: users.to_vec(),
+        });
+        self.first.extend(frames.map(|frame| encode(&frame)));
+    }
+
+    /// What may be sent now, in order.
     fn due(&mut self, now: Instant) -> Vec<Utf8Bytes> {
         let mut due = std::mem::take(&mut self.first);
         if !self.marks.is_empty() && self.marks_due <= now {
             let marks = std::mem::take(&mut self.marks).into_iter();
-            due.extend(marks.map(|(with, seq)| encode(&ClientFrame::Read { with, seq })));
+            let read = |(with, seq)| ClientFrame::Read {
+                id: None,
+                with,
+                seq,
+            };
+            due.extend(marks.map(|mark| encode(&read(mark))));
             self.marks_due = now + MARKS_EVERY;
         }
-        while due.len() < TOGETHER && !self.queue.is_empty() && self.pace.allows(now) {
-            let Some(number) = self.queue.pop_first() else {
+        while due.len() < TOGETHER && self.pace.allows(now) {
+            let Some(frame) = self.backlog.next(now, self.frame_bytes) else {
                 break;
             };
-            let sent = self.sends.get(&number).map(|send| &send.frame);
-            if let Some(frame) = sent.or_else(|| self.asked.get(&number).map(|ask| &ask.frame)) {
-                due.push(frame.clone());
-                self.pace.take(now);
-            }
+            due.push(frame);
+            self.pace.take(now);
         }
         due
     }
@@ -360,32 +325,17 @@ impl Actor {
                 to,
                 text,
                 answer,
-            } => {
-                self.next += 1;
-                let frame = encode(&ClientFrame::Send {
-                    key: key.clone(),
-                    to,
-                    text: text.clone(),
-                });
-                self.orders.insert((to, key.clone()), self.next);
-                let send = Unanswered {
-                    to,
-                    key,
-                    text,
-                    frame,
-                    answer,
-                };
-                self.sends.insert(self.next, send);
-                self.queue.insert(self.next);
+            } => self.backlog.send(Unanswered {
+                to,
+                key,
+                text,
+                answer,
+            }),
+            Command::Ask { frame, answer } => self.backlog.ask(Of::Caller(answer), frame),
+            Command::Typing { with } => {
+                let typing = ClientFrame::Typing { id: None, with };
+                self.first.push(encode(&typing));
             }
-            Command::Ask { frame, answer } => {
-                self.next += 1;
-                let frame = encode(&frame(self.next.to_string()));
-                let by = By::Caller(answer);
-                self.asked.insert(self.next, Asked { frame, by });
-                self.queue.insert(self.next);
-            }
-            Command::Typing { with } => self.first.push(encode(&ClientFrame::Typing { with })),
             Command::Mark { with, seq } => {
                 let farthest = self.marks.entry(with).or_default();
                 *farthest = seq.max(*farthest);
@@ -393,26 +343,22 @@ impl Actor {
             Command::Watch { users, watch } => {
                 if watch {
                     self.watched.extend(&users);
-                    self.first.push(encode(&ClientFrame::Watch { users }));
+                    self.watch(&users);
                 } else {
                     self.watched.retain(|user| !users.contains(user));
-                    self.first.push(encode(&ClientFrame::Unwatch { users }));
+                    let unwatch = ClientFrame::Unwatch { id: None, users };
+                    self.first.push(encode(&unwatch));
                 }
             }
             Command::Follow { dialog, after } => {
                 self.streams.follow(&dialog, after);
                 self.resume_one(dialog, after);
             }
-            Command::Repeat { order } => drop(self.queue.insert(order)),
         }
     }
 
     fn resume_one(&mut self, dialog: String, after: u64) {
-        self.ask(By::Resume(vec![dialog.clone()]), |id| ClientFrame::Resume {
-            id: Some(id),
-            positions: BTreeMap::from([(dialog, after)]),
-            since: None,
-        });
+        self.resume_these(BTreeMap::from([(dialog, after)]), None);
     }
 
     async fn take(&mut self, frame: ServerFrame) {
@@ -422,12 +368,13 @@ impl Actor {
                 dialog,
                 seq,
                 at,
+                ..
             } => self.sent(key, dialog, seq, at).await,
             ServerFrame::Message(message) => {
                 // One of ours that we do not know to be stored, because the answer was lost with a
                 // connection.
                 if let (true, Some(key)) = (message.from == self.user, &message.key) {
-                    self.settle(message.to, key.clone(), &message);
+                    self.settle(message.to, key, &message);
                 }
                 if self.streams.message(&message.dialog, message.seq) {
                     self.emit(Event::Message(message)).await;
@@ -439,9 +386,7 @@ impl Actor {
                 ref reads,
                 ..
             } => {
-                let number = id.as_deref().and_then(|id| id.parse().ok());
-                let asked = number.and_then(|number: u64| self.asked.remove(&number));
-                if let Some(By::Resume(dialogs)) = asked.map(|asked| asked.by) {
+                if let Some(Of::Resume(dialogs)) = self.backlog.answered(id.as_deref()) {
                     self.streams.resumed(&dialogs);
                 }
                 for mark in reads.clone() {
@@ -463,12 +408,10 @@ impl Actor {
             ServerFrame::Presence(presence) => self.emit(Event::Presence(presence)).await,
             ServerFrame::Error(body) => self.refused(body),
             ServerFrame::History { ref id, .. } | ServerFrame::Inbox { ref id, .. } => {
-                let number = id.as_deref().and_then(|id| id.parse().ok());
-                let asked = number.and_then(|number: u64| self.asked.remove(&number));
-                match (asked.map(|asked| asked.by), frame) {
+                match (self.backlog.answered(id.as_deref()), frame) {
                     // The caller may have been dropped.
-                    (Some(By::Caller(answer)), frame) => drop(answer.send(Ok(frame))),
-                    (Some(By::Reading(dialog, above)), ServerFrame::History { page, .. }) => {
+                    (Some(Of::Caller(answer)), frame) => drop(answer.send(Ok(frame))),
+                    (Some(Of::Reading(dialog, above)), ServerFrame::History { page, .. }) => {
                         self.found(dialog, above, page).await;
                     }
                     _ => {}
@@ -476,17 +419,14 @@ impl Actor {
             }
             ServerFrame::Welcome { .. }
             | ServerFrame::Authenticated { .. }
+            | ServerFrame::Done { .. }
             | ServerFrame::Pong { .. } => {}
         }
     }
 
     async fn sent(&mut self, key: String, dialog: String, seq: u64, at: String) {
         let to = self.counterpart(&dialog);
-        let Some(send) = self
-            .orders
-            .remove(&(to, key))
-            .and_then(|order| self.sends.remove(&order))
-        else {
+        let Some(send) = self.backlog.sent(to, &key) else {
             return;
         };
         if self.streams.sent(&dialog, seq) {
@@ -505,9 +445,8 @@ impl Actor {
         let _ = send.answer.send(Ok(Sent { dialog, seq, at }));
     }
 
-    fn settle(&mut self, to: u64, key: String, message: &Message) {
-        let order = self.orders.remove(&(to, key));
-        if let Some(send) = order.and_then(|order| self.sends.remove(&order)) {
+    fn settle(&mut self, to: u64, key: &str, message: &Message) {
+        if let Some(send) = self.backlog.sent(to, key) {
             let _ = send.answer.send(Ok(Sent {
                 dialog: message.dialog.clone(),
                 seq: message.seq,
@@ -521,13 +460,14 @@ impl Actor {
     fn read_on(&mut self, dialog: String, above: bool) {
         let with = self.counterpart(&dialog);
         let after = self.streams.last(&dialog).filter(|_| above);
-        self.ask(By::Reading(dialog, above), |id| ClientFrame::History {
+        let page = |id| ClientFrame::History {
             id: Some(id),
             with,
             before: None,
             after,
             limit: after.is_none().then_some(1),
-        });
+        };
+        self.backlog.ask(Of::Reading(dialog, above), page);
     }
 
     async fn found(&mut self, dialog: String, above: bool, page: HistoryPage) {
@@ -557,44 +497,25 @@ impl Actor {
 
     /// Repeats what may succeed later; returns every other error to the caller.
     fn refused(&mut self, body: ErrorBody) {
-        let order = match (&body.key, &body.id) {
-            // The error does not say which dialog: among several sends with one key it is the
-            // oldest that is answered.
-            (Some(key), _) => self
-                .sends
-                .iter()
-                .find(|(_, send)| send.key == *key)
-                .map(|(order, _)| *order),
-            (None, Some(id)) => id.parse().ok(),
-            (None, None) => None,
-        };
-        let Some(order) = order else { return };
+        let to = body
+            .dialog
+            .as_deref()
+            .map(|dialog| self.counterpart(dialog));
+        let named = (self.backlog).named(to, body.key.as_deref(), body.id.as_deref());
+        let Some(number) = named else { return };
+        let now = Instant::now();
         if body.code == ErrorCode::RateLimited {
-            // Not this one alone is too early, but whatever comes from us: the queue waits, and
-            // keeps its order.
+            // Not this one alone is too early, but every request of this client.
             let after = Duration::from_millis(body.retry_after_ms.unwrap_or(1000));
-            self.pace.next = self.pace.next.max(Instant::now() + after);
-            self.queue.insert(order);
-            return;
-        }
-        if body.retryable {
-            let Some(commands) = self.repeats.upgrade() else {
-                return;
-            };
-            let after = Duration::from_millis(body.retry_after_ms.unwrap_or(200))
-                .mul_f64(rand::rng().random_range(1.0..1.5));
-            tokio::spawn(async move {
-                sleep(after).await;
-                // A full queue would block us here; waiting is what this task is for.
-                let _ = commands.send(Command::Repeat { order }).await;
-            });
-            return;
-        }
-        if let Some(send) = self.sends.remove(&order) {
-            self.orders.remove(&(send.to, send.key));
-            let _ = send.answer.send(Err(ClientError::Refused(Box::new(body))));
-        } else if let Some(By::Caller(answer)) = self.asked.remove(&order).map(|asked| asked.by) {
-            let _ = answer.send(Err(ClientError::Refused(Box::new(body))));
+            self.pace.next = self.pace.next.max(now + after);
+            self.backlog.repeat(number, now);
+        } else if body.retryable {
+            let after = Duration::from_millis(body.retry_after_ms.unwrap_or(200));
+            let after = after.mul_f64(rand::rng().random_range(1.0..1.5));
+            self.backlog.repeat(number, now + after);
+        } else {
+            let refusal = ClientError::Refused(Box::new(body));
+            self.backlog.fail(number, refusal);
         }
     }
 
@@ -659,11 +580,4 @@ impl Ended {
             code => Ended::Lost(code, reason),
         }
     }
-}
-
-fn encode(frame: &ClientFrame) -> Utf8Bytes {
-    // A frame has only strings for keys, and no value that JSON cannot write.
-    serde_json::to_string(frame)
-        .expect("a frame is JSON")
-        .into()
 }

@@ -25,7 +25,7 @@ impl Client {
     pub fn start(access: Access, user: u64) -> (Self, Events) {
         let (commands, commands_in) = mpsc::channel(QUEUE);
         let (events_out, events) = mpsc::channel(QUEUE);
-        let actor = Actor::new(access, user, events_out, commands.downgrade());
+        let actor = Actor::new(access, user, events_out);
         tokio::spawn(actor.run(commands_in));
         (Self { commands }, events)
     }
@@ -34,8 +34,23 @@ impl Client {
     /// key, across reconnections, for as long as the server says that it may succeed later.
     ///
     /// # Errors
-    /// [`ClientError::Refused`] for good, or [`ClientError::Closed`].
+    /// [`ClientError::Refused`] for good, [`ClientError::TooLarge`], or [`ClientError::Closed`].
     pub async fn send(&self, to: u64, key: String, text: String) -> Result<Sent, ClientError> {
+        self.enqueue(to, key, text).await?.await
+    }
+
+    /// As [`Client::send`], in two steps: when this returns, the message has its place in the order
+    /// of the dialog; the future that it returns ends when the message is stored. The sends of a
+    /// dialog are stored in the order of these calls, whatever the connection and the server do.
+    ///
+    /// # Errors
+    /// [`ClientError::Closed`]; the future has the errors of [`Client::send`].
+    pub async fn enqueue(
+        &self,
+        to: u64,
+        key: String,
+        text: String,
+    ) -> Result<impl Future<Output = Result<Sent, ClientError>> + Send + 'static, ClientError> {
         let (answer, answered) = oneshot::channel();
         self.command(Command::Send {
             key,
@@ -44,7 +59,7 @@ impl Client {
             answer,
         })
         .await?;
-        answered.await.map_err(|_| ClientError::Closed)?
+        Ok(async move { answered.await.map_err(|_| ClientError::Closed)? })
     }
 
     /// A page of the dialog with `with`.

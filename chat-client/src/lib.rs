@@ -9,6 +9,7 @@ pub mod checker;
 mod streams;
 mod connection;
 mod event;
+mod backlog;
 mod actor;
 mod client;
 
@@ -25,6 +26,9 @@ pub enum ClientError {
     /// The server refused, for good.
     #[error("{}: {}", .0.code, .0.message)]
     Refused(Box<ErrorBody>),
+    /// The request is larger than a frame may be.
+    #[error("too large: {0}")]
+    TooLarge(String),
     /// The server cannot be reached, or speaks another protocol.
     #[error("{0}")]
     Connection(String),

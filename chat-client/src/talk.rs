@@ -1,18 +1,15 @@
 //! Two users, one terminal each.
 
-use crate::output;
-use anyhow::Context;
-use chat_client::{Access, Client, ClientError, Event};
+mod terminal;
+
+use anyhow::{Context, bail};
+use chat_client::{Access, Client, Event};
 use chat_wire::{HistoryPage, Message};
-use rustyline::completion::Completer;
-use rustyline::error::ReadlineError;
-use rustyline::highlight::Highlighter;
-use rustyline::hint::Hinter;
-use rustyline::history::DefaultHistory;
-use rustyline::validate::Validator;
-use rustyline::{Editor, ExternalPrinter, Helper};
-use std::io::{BufRead, IsTerminal, Write};
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use jiff::{Timestamp, ZonedDateTime};
 use std::time::Duration;
+use terminal::{Input, Screen};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 
@@ -25,15 +22,30 @@ const TYPED: usize = 64;
 /// A user from whom no further `typing` arrives has stopped.
 const TYPING: Duration = Duration::from_secs(6);
 
+/// What `/help` shows.
+const HELP: &str = "\
+/help   this list
+/quit   ends; so does Ctrl-D
+//text  sends a text that begins with /
+Alt-Enter begins a new line of the same message; a pasted text keeps its lines.";
+
+/// Messages that are under way at once. More input waits.
+const UNDER_WAY: usize = 64;
+
+/// When the user is told that messages wait.
+const SLOW: Duration = Duration::from_secs(2);
+
 /// Talks as `user` with `with`, until the end of the input.
+///
+/// # Errors
+/// If the session is refused, or if something was not sent.
 pub async fn run(access: Access, user: u64, with: u64) -> anyhow::Result<()> {
     let (typed_out, mut typed) = mpsc::channel(TYPED);
-    let screen = read_input(typed_out)?;
+    let screen = terminal::open(typed_out)?;
     let (client, mut events) = Client::start(access, user);
     if with != user {
         client.watch(vec![with]).await?;
     }
-    let (done_out, mut done) = mpsc::channel::<Result<(), ClientError>>(TYPED);
     let newest = client.history(with, None, None, Some(ENTRY));
     tokio::pin!(newest);
     let mut view = View {
@@ -46,47 +58,69 @@ pub async fn run(access: Access, user: u64, with: u64) -> anyhow::Result<()> {
         mine: 0,
         seen: 0,
     };
-    let (mut open, mut under_way, mut shown_until) = (true, 0usize, Instant::now());
-    loop {
-        if !open && under_way == 0 {
-            return Ok(());
-        }
+    // Messages without an answer.
+    let mut under_way = FuturesUnordered::new();
+    let (mut open, mut shown_until) = (true, Instant::now());
+    let (mut not_sent, mut slow_at) = (0_u64, None);
+    // The end comes when all that was sent is on the screen.
+    let mut sent_up_to = 0;
+    while open || !under_way.is_empty() || view.last < Some(sent_up_to) {
         let typing_ends = view.theirs_typing.unwrap_or_else(Instant::now);
         tokio::select! {
             page = &mut newest, if view.last.is_none() => view.enter(page?).await?,
             event = events.recv() => view.event(event.context("the session ended")?).await?,
-            () = sleep_until(typing_ends), if view.theirs_typing.is_some() => view.theirs_typing = None,
-            input = typed.recv(), if open => match input {
+            () = sleep_until(typing_ends), if view.theirs_typing.is_some() => {
+                view.theirs_typing = None;
+            }
+            () = sleep_until(slow_at.unwrap_or_else(Instant::now)), if slow_at.is_some() => {
+                slow_at = None;
+                view.screen.say(&format!("— {} not sent yet; waiting —", under_way.len()))?;
+            }
+            input = typed.recv(), if open && under_way.len() < UNDER_WAY => match input {
                 Some(Input::Key) => if shown_until <= Instant::now() && with != user {
                     shown_until = Instant::now() + TYPING / 2;
                     client.typing(with).await?;
                 },
-                Some(Input::Line(line)) if line.trim().is_empty() => {}
-                Some(Input::Line(line)) => {
-                    // Sends take the order of their lines: the queue to the client keeps it.
-                    let (client, done) = (client.clone(), done_out.clone());
-                    under_way += 1;
+                Some(Input::Text(text)) => {
                     shown_until = Instant::now();
-                    tokio::spawn(async move {
-                        let sent = client.send(with, crate::new_key(), line).await;
-                        let _ = done.send(sent.map(drop)).await;
-                    });
-                    tokio::task::yield_now().await;
+                    if under_way.is_empty() {
+                        slow_at = Some(Instant::now() + SLOW);
+                    }
+                    under_way.push(client.enqueue(with, crate::new_key(), text).await?);
+                }
+                Some(Input::Command(command)) => match command.as_str() {
+                    "quit" => open = false,
+                    "help" => view.screen.say(HELP)?,
+                    other => view.screen.say(&format!("— no command /{other}; see /help —"))?,
+                },
+                Some(Input::Unusable(what)) => {
+                    not_sent += 1;
+                    view.screen.say(&format!("— not sent: {what} —"))?;
                 }
                 None => open = false,
             },
-            Some(sent) = done.recv() => {
-                under_way -= 1;
+            Some(sent) = under_way.next() => {
+                if under_way.is_empty() {
+                    slow_at = None;
+                }
                 // A sent message is shown at its place in the order; the client reports it before
                 // it answers.
                 while let Ok(event) = events.try_recv() {
                     view.event(event).await?;
                 }
-                if let Err(e) = sent {
-                    view.screen.say(&format!("— not sent: {e} —"))?;
+                match sent {
+                    Ok(sent) => sent_up_to = sent_up_to.max(sent.seq),
+                    Err(e) => {
+                        not_sent += 1;
+                        view.screen.say(&format!("— not sent: {e} —"))?;
+                    }
                 }
             }
         }
+    }
+    match not_sent {
+        0 => Ok(()),
+        n => bail!("{n} not sent"),
     }
 }
 
@@ -183,7 +217,7 @@ impl View {
         } else {
             self.theirs_typing = None;
         }
-        self.screen.say(&line(message))
+        self.screen.say(&line(message, &ZonedDateTime::now()))
     }
 
     async fn read(&self) -> anyhow::Result<()> {
@@ -194,90 +228,50 @@ impl View {
     }
 }
 
-/// `12:34 7: hello`, with control characters shown as what they are: a text must not move the
-/// cursor of its reader.
-fn line(message: &Message) -> String {
-    let text = output::plain(&message.text);
-    let time = message.at.get(11..16).unwrap_or_default();
-    format!("{time} {}: {text}", message.from)
-}
-
-enum Screen {
-    Terminal(Box<dyn ExternalPrinter + Send>),
-    Plain,
-}
-
-impl Screen {
-    fn say(&mut self, line: &str) -> anyhow::Result<()> {
-        match self {
-            Screen::Terminal(printer) => Ok(printer.print(format!("{line}\n"))?),
-            Screen::Plain => Ok(writeln!(std::io::stdout(), "{line}")?),
-        }
-    }
-}
-
-/// What comes from the keyboard.
-enum Input {
-    /// Something was typed into a line.
-    Key,
-    /// A line is done.
-    Line(String),
-}
-
-/// Reads lines on a thread of its own, from a terminal with editing, or from a pipe.
-fn read_input(out: mpsc::Sender<Input>) -> anyhow::Result<Screen> {
-    if !std::io::stdin().is_terminal() {
-        std::thread::spawn(move || {
-            for line in std::io::stdin().lock().lines().map_while(Result::ok) {
-                if out.blocking_send(Input::Line(line)).is_err() {
-                    return;
-                }
-            }
-        });
-        return Ok(Screen::Plain);
-    }
-    let mut editor = Editor::<Keys, DefaultHistory>::new()?;
-    editor.set_helper(Some(Keys(out.clone())));
-    let printer = editor.create_external_printer()?;
-    std::thread::spawn(move || {
-        loop {
-            match editor.readline("> ") {
-                Ok(line) => {
-                    let _ = editor.add_history_entry(&line);
-                    if out.blocking_send(Input::Line(line)).is_err() {
-                        return;
-                    }
-                }
-                Err(ReadlineError::Interrupted | ReadlineError::Eof) => return,
-                Err(e) => {
-                    eprintln!("{e}");
-                    return;
-                }
-            }
-        }
+/// `12:34 7: hello`, by the clock of this machine, with the date if it is another day. Lines after
+/// the first are indented.
+fn line(message: &Message, now: &ZonedDateTime) -> String {
+    let at: Option<Timestamp> = message.at.parse().ok();
+    let time = at.map_or_else(String::new, |at| {
+        let at = at.to_zoned_datetime(now.time_zone().clone());
+        let today = at.date() == now.date();
+        let form = if today { "%H:%M " } else { "%Y-%m-%d %H:%M " };
+        at.strftime(form).to_string()
     });
-    Ok(Screen::Terminal(Box::new(printer)))
+    let from = format!("{time}{}: ", message.from);
+    let indent = format!("\n{}", " ".repeat(from.len()));
+    from + &message.text.replace('\t', "    ").replace('\n', &indent)
 }
 
-/// Notices typing: the editor asks it for a hint at every key.
-struct Keys(mpsc::Sender<Input>);
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use jiff::tz::TimeZone;
 
-impl Hinter for Keys {
-    type Hint = String;
-
-    fn hint(&self, line: &str, _: usize, _: &rustyline::Context<'_>) -> Option<String> {
-        if !line.is_empty() {
-            // Of the moment only: there are more keys.
-            let _ = self.0.try_send(Input::Key);
-        }
-        None
+    #[test]
+    fn a_message_is_shown_with_its_lines_by_the_clock_of_this_machine() {
+        let message = Message {
+            dialog: "7_42".into(),
+            seq: 1,
+            from: 7,
+            to: 42,
+            text: "one\n\ttwo \u{1b}[2J".into(),
+            at: "2026-01-31T23:34:56.000001Z".into(),
+            key: None,
+        };
+        let zone = TimeZone::fixed(jiff::tz::offset(2));
+        let at = |time: &str| {
+            time.parse::<Timestamp>()
+                .unwrap()
+                .to_zoned_datetime(zone.clone())
+        };
+        assert_eq!(
+            line(&message, &at("2026-02-01T00:00:00Z")),
+            "01:34 7: one\n             two \u{1b}[2J"
+        );
+        assert_eq!(
+            line(&message, &at("2026-02-02T00:00:00Z")),
+            "2026-02-01 01:34 7: one\n                        two \u{1b}[2J"
+        );
     }
 }
-
-impl Completer for Keys {
-    type Candidate = String;
-}
-
-impl Highlighter for Keys {}
-impl Validator for Keys {}
-impl Helper for Keys {}

@@ -5,7 +5,7 @@
 
 use chat_client::{Access, Api, TokenSource};
 use serde_json::{Value, json};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Output, Stdio};
 use testkit::instance::Instance;
 use testkit::{Databases, Kind, SECRET};
@@ -176,4 +176,116 @@ async fn a_token_is_used_for_its_own_user_and_arguments_beat_the_environment() {
         .map(|message| json!(message.text))
         .collect();
     assert_eq!(texts, [json!("hi"), json!("hi")]);
+}
+
+/// `talk` with these bytes on standard input.
+fn talk(url: &str, with: u64, input: &[u8]) -> Output {
+    let with = with.to_string();
+    let mut child = client(url, &["talk", "--user", "7", "--with", &with])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(input).unwrap();
+    child.wait_with_output().unwrap()
+}
+
+/// The texts of a dialog, in order.
+async fn texts(instance: &Instance, with: u64) -> Vec<String> {
+    let log = instance.api(7).await.log_upwards(with).await.unwrap();
+    log.into_iter().map(|message| message.text).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lines_of_a_pipe_are_stored_and_shown_in_their_order() {
+    let databases = Databases::new(Kind::Sqlite, 1).await;
+    // Most sends are refused at first.
+    let slowly = [
+        ("LIMITS__SENDS_BURST", "2"),
+        ("LIMITS__SENDS_PER_SECOND", "40"),
+    ];
+    let instance = Instance::start(&databases.shards_file(), &slowly).await;
+    for with in 100..110 {
+        let lines: Vec<String> = (0..8).map(|n| format!("line {n}")).collect();
+        let output = talk(&instance.url, with, lines.join("\n").as_bytes());
+        assert_eq!(output.status.code(), Some(0));
+        assert_eq!(texts(&instance, with).await, lines);
+        let shown = String::from_utf8(output.stdout).unwrap();
+        let shown: Vec<&str> = shown
+            .lines()
+            .filter_map(|line| line.split_once(" 7: "))
+            .map(|(_, text)| text)
+            .collect();
+        assert_eq!(shown, lines);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_input_is_lost_without_a_word() {
+    let databases = Databases::new(Kind::Sqlite, 1).await;
+    let small = [
+        ("LIMITS__TEXT_CHARS", "100"),
+        ("LIMITS__FRAME_BYTES", "2000"),
+    ];
+    let instance = Instance::start(&databases.shards_file(), &small).await;
+    let long = "x".repeat(101);
+    let longer = "x".repeat(5000);
+    let input = [
+        b"one\r\nb\xffd\n\n".as_slice(),
+        long.as_bytes(),
+        b"\n",
+        longer.as_bytes(),
+        b"\n/two",
+    ]
+    .concat();
+    let output = talk(&instance.url, 42, &input);
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(texts(&instance, 42).await, ["one", "/two"]);
+    let shown = String::from_utf8(output.stdout).unwrap();
+    for reason in ["line 2 is not UTF-8", "text_too_long", "too large: 5"] {
+        assert!(
+            shown.contains(&format!("not sent: {reason}")),
+            "{reason}: {shown}"
+        );
+    }
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(error, "chat-client: 3 not sent\n");
+}
+
+/// What is typed ahead, pasted and commanded at a real terminal.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_terminal_keeps_what_is_typed_ahead_and_pasted() {
+    let (_databases, instance) = service().await;
+    let program = env!("CARGO_BIN_EXE_chat-client");
+    let command = format!("{program} --url {} talk --user 7 --with 42", instance.url);
+    let mut terminal = Command::new("script")
+        .args(["--quiet", "--return", "--command", &command, "/dev/null"])
+        .env("CHAT_SECRET", SECRET)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut keyboard = terminal.stdin.take().unwrap();
+    keyboard.write_all(b"one\rtwo\rthree\r").unwrap();
+    testkit::until("they are stored", async || {
+        (texts(&instance, 42).await.len() == 3).then_some(())
+    })
+    .await;
+    keyboard
+        .write_all(b"\x1b[200~pasted\nlines\x1b[201~\r//four\r/help\r")
+        .unwrap();
+    testkit::until("they are stored", async || {
+        (texts(&instance, 42).await.len() == 5).then_some(())
+    })
+    .await;
+    keyboard.write_all(b"/quit\r").unwrap();
+    let output = terminal.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    assert_eq!(
+        texts(&instance, 42).await,
+        ["one", "two", "three", "pasted\nlines", "/four"]
+    );
+    let shown = String::from_utf8_lossy(&output.stdout);
+    assert!(shown.contains("Alt-Enter"), "{shown}");
 }

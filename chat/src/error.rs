@@ -43,9 +43,9 @@ impl ApiError {
         self
     }
 
-    /// The body of an answer.
+    /// The body of an answer to a request.
     #[must_use]
-    pub fn body(self, key: Option<String>, id: Option<String>) -> ErrorBody {
+    pub fn body(self, request: RequestName) -> ErrorBody {
         ErrorBody {
             code: self.code,
             retryable: self.code.retryable(),
@@ -53,10 +53,22 @@ impl ApiError {
                 .retry_after
                 .map(|after| u64::try_from(after.as_millis()).unwrap_or(u64::MAX).max(1)),
             message: self.message,
-            key,
-            id,
+            key: request.key,
+            dialog: request.dialog,
+            id: request.id,
         }
     }
+}
+
+/// The parts of a request by which the client finds it when it reads the error.
+#[derive(Clone, Debug, Default)]
+pub struct RequestName {
+    /// Its `id`.
+    pub id: Option<String>,
+    /// The idempotency key of a send.
+    pub key: Option<String>,
+    /// The dialog, if it is about one.
+    pub dialog: Option<String>,
 }
 
 impl From<RequestError> for ApiError {

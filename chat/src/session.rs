@@ -12,9 +12,9 @@ use crate::delivery::sequencer::Bounds;
 use crate::delivery::subscriber::Subscriber;
 use crate::delivery::{Delivery, encode};
 use crate::domain::dialog::{DialogId, Seq, Timestamp, UserId};
-use crate::error::ApiError;
+use crate::error::{ApiError, RequestName};
 use crate::messages::last_seqs::LastSeqReader;
-use crate::messages::{Messages, Outgoing, RequestError};
+use crate::messages::{Messages, Outgoing, RequestError, Requester};
 use crate::metrics::Metrics;
 use crate::store::Range;
 use bytestring::ByteString;
@@ -158,18 +158,19 @@ impl Session {
             return;
         }
         match serde_json::from_str::<ClientFrame>(text) {
-            Ok(frame)
-                if names(&frame)
-                    .1
-                    .is_some_and(|id| id.chars().count() > MAX_ID_CHARS) =>
-            {
-                let message = format!("an id has at most {MAX_ID_CHARS} characters");
-                self.refuse(ApiError::new(ErrorCode::BadRequest, message), None, None);
+            Ok(frame) => {
+                let mut name = self.name(&frame);
+                let too_long = |id: &String| id.chars().count() > MAX_ID_CHARS;
+                if name.id.take_if(|id| too_long(id)).is_some() {
+                    let message = format!("an id has at most {MAX_ID_CHARS} characters");
+                    self.refuse(ApiError::new(ErrorCode::BadRequest, message), name);
+                } else {
+                    self.handle(frame, name);
+                }
             }
-            Ok(frame) => self.handle(frame),
             Err(e) => {
-                let Names { key, id } = serde_json::from_str(text).unwrap_or_default();
-                self.refuse(ApiError::new(ErrorCode::BadRequest, describe(&e)), key, id);
+                let refusal = ApiError::new(ErrorCode::BadRequest, describe(&e));
+                self.refuse(refusal, name_of_broken(text));
             }
         }
     }
@@ -192,8 +193,7 @@ impl Session {
                     ErrorCode::BadRequest,
                     "binary frames are not spoken here; send JSON as text",
                 ),
-                None,
-                None,
+                RequestName::default(),
             );
         }
     }
@@ -237,13 +237,12 @@ impl Session {
     pub fn expire(&self) {
         self.refuse(
             ApiError::new(ErrorCode::Unauthenticated, "the token has expired"),
-            None,
-            None,
+            RequestName::default(),
         );
         self.outbound.close(Close::Unauthenticated);
     }
 
-    fn handle(&mut self, frame: ClientFrame) {
+    fn handle(&mut self, frame: ClientFrame, name: RequestName) {
         let asks_for_work = !matches!(
             frame,
             ClientFrame::Auth { .. }
@@ -252,72 +251,104 @@ impl Session {
                 | ClientFrame::Watch { .. }
                 | ClientFrame::Unwatch { .. }
         );
-        let (key, id) = names(&frame);
         let under_way = self.pending.len() + self.unsettled.count();
         if asks_for_work && under_way >= self.context.limits.requests_in_flight {
             let message = format!(
                 "{under_way} requests of this session are under way; wait for their answers"
             );
-            self.refuse(ApiError::new(ErrorCode::Overloaded, message), key, id);
+            self.refuse(ApiError::new(ErrorCode::Overloaded, message), name);
             return;
         }
-        match frame {
-            ClientFrame::Send { key, to, text } => {
-                let name = Some(key.clone());
-                if let Err(e) = self.send(Outgoing { to, key, text }) {
-                    self.refuse(e.into(), name, None);
-                }
-            }
+        let refused = name.clone();
+        let done = match frame {
+            ClientFrame::Send { key, to, text, .. } => self.send(Outgoing { to, key, text }, name),
             ClientFrame::History {
-                id,
                 with,
                 before,
                 after,
                 limit,
-            } => match range(before, after) {
-                Ok(range) => self.history(id, with, range, limit),
-                Err(e) => self.refuse(e.into(), None, id),
-            },
-            ClientFrame::Inbox { id, limit, cursor } => self.inbox(id, limit, cursor),
-            ClientFrame::Resume {
-                id,
-                positions,
-                since,
-            } => match self.positions(positions, since) {
-                Ok((positions, since)) => {
-                    let catch_up = self.catch_up.clone();
-                    self.read(id.clone(), async move {
-                        Ok(catch_up.resume(id, positions, since).await)
-                    });
-                }
-                Err(e) => self.refuse(e.into(), None, id),
-            },
-            ClientFrame::Read { with, seq } => self.mark_read(with, seq),
-            ClientFrame::Typing { with } => match UserId::new(with) {
-                Ok(with) => self.typing(DialogId::between(self.identity.user, with)),
-                Err(e) => self.refuse(RequestError::from(e).into(), None, None),
-            },
-            ClientFrame::Watch { users } => {
-                if let Err(e) = self.watch(&users) {
-                    self.refuse(e.into(), None, None);
-                }
+                ..
+            } => range(before, after).map(|range| self.history(name, with, range, limit)),
+            ClientFrame::Inbox { limit, cursor, .. } => {
+                self.inbox(name, limit, cursor);
+                Ok(())
             }
-            ClientFrame::Unwatch { users } => {
+            ClientFrame::Resume {
+                positions, since, ..
+            } => self.positions(positions, since).map(|(positions, since)| {
+                let (catch_up, id) = (self.catch_up.clone(), name.id.clone());
+                self.read(name, async move {
+                    catch_up.resume(id, positions, since).await;
+                    Ok(None)
+                });
+            }),
+            ClientFrame::Read { with, seq, .. } => {
+                self.mark_read(name, with, seq);
+                Ok(())
+            }
+            ClientFrame::Typing { with, .. } => UserId::new(with).map_err(Into::into).map(|with| {
+                self.typing(DialogId::between(self.identity.user, with));
+                self.done(name.id);
+            }),
+            ClientFrame::Watch { users, .. } => self.watch(&users).map(|()| self.done(name.id)),
+            ClientFrame::Unwatch { users, .. } => {
                 for user in users.iter().filter_map(|user| UserId::new(*user).ok()) {
                     self.watch.remove(user);
                 }
+                self.done(name.id);
+                Ok(())
             }
-            ClientFrame::Auth { token } => self.renew(&token),
-            ClientFrame::Ping { id } => self.outbound.push(encode(&ServerFrame::Pong { id })),
+            ClientFrame::Auth { token, .. } => {
+                self.renew(&token, name);
+                Ok(())
+            }
+            ClientFrame::Ping { id } => {
+                self.outbound.push(encode(&ServerFrame::Pong { id }));
+                Ok(())
+            }
+        };
+        if let Err(e) = done {
+            self.refuse(e.into(), refused);
         }
+    }
+
+    /// Answers a request that has no other answer, if it has an id.
+    fn done(&self, id: Option<String>) {
+        if let Some(id) = id {
+            self.outbound.push(encode(&ServerFrame::Done { id }));
+        }
+    }
+
+    /// The name of a request, for its answer.
+    fn name(&self, frame: &ClientFrame) -> RequestName {
+        let mut name = RequestName::default();
+        let (id, with) = match frame {
+            ClientFrame::Send { id, key, to, .. } => {
+                name.key = Some(key.clone());
+                (id, Some(*to))
+            }
+            ClientFrame::History { id, with, .. }
+            | ClientFrame::Read { id, with, .. }
+            | ClientFrame::Typing { id, with } => (id, Some(*with)),
+            ClientFrame::Inbox { id, .. }
+            | ClientFrame::Resume { id, .. }
+            | ClientFrame::Watch { id, .. }
+            | ClientFrame::Unwatch { id, .. }
+            | ClientFrame::Auth { id, .. }
+            | ClientFrame::Ping { id } => (id, None),
+        };
+        let with = with.and_then(|with| UserId::new(with).ok());
+        name.dialog = with.map(|with| DialogId::between(self.identity.user, with).to_string());
+        name.id.clone_from(id);
+        name
     }
 
     /// Answers with a page. If it reaches the end of the dialog, the session follows the dialog
     /// from there.
-    fn history(&self, id: Option<String>, with: u64, range: Range, limit: Option<u32>) {
+    fn history(&self, name: RequestName, with: u64, range: Range, limit: Option<u32>) {
         let (me, messages) = (self.identity.user, self.context.messages.clone());
-        let subscriber = self.subscriber.clone();
-        self.read(id.clone(), async move {
+        let (subscriber, id) = (self.subscriber.clone(), name.id.clone());
+        self.read(name, async move {
             let page = messages.history(me, with, range, limit).await?;
             let to_the_end = match range {
                 Range::Newest => true,
@@ -327,73 +358,69 @@ impl Session {
             if let (true, Ok(with)) = (to_the_end && page.last > 0, UserId::new(with)) {
                 subscriber.track(DialogId::between(me, with), Seq::new(page.last));
             }
-            Ok(ServerFrame::History { id, page })
+            Ok(Some(ServerFrame::History { id, page }))
         });
     }
 
     /// Answers with a page of the inbox. The session follows the dialogs on it from their last
     /// messages.
-    fn inbox(&self, id: Option<String>, limit: Option<u32>, cursor: Option<String>) {
+    fn inbox(&self, name: RequestName, limit: Option<u32>, cursor: Option<String>) {
         let (me, messages) = (self.identity.user, self.context.messages.clone());
-        let subscriber = self.subscriber.clone();
-        self.read(id.clone(), async move {
+        let (subscriber, id) = (self.subscriber.clone(), name.id.clone());
+        self.read(name, async move {
             let page = messages.inbox(me, limit, cursor.as_deref()).await?;
             for entry in &page.dialogs {
                 if let Ok(with) = UserId::new(entry.with) {
                     subscriber.track(DialogId::between(me, with), Seq::new(entry.last.seq));
                 }
             }
-            Ok(ServerFrame::Inbox { id, page })
+            Ok(Some(ServerFrame::Inbox { id, page }))
         });
     }
 
-    /// Marks a dialog as read. If the mark has moved, this session receives it as all others do; if
-    /// not, it is answered here.
-    fn mark_read(&self, with: u64, seq: u64) {
+    /// Marks a dialog as read. If the mark has moved, this session receives it as all others do.
+    fn mark_read(&self, name: RequestName, with: u64, seq: u64) {
         let (me, messages) = (self.identity.user, self.context.messages.clone());
-        self.answer(None, None, (), async move {
-            let read = messages.mark_read(me, with, seq).await?;
-            let still = !read.moved;
-            Ok(still.then(|| ServerFrame::Read(read.wire(me))))
+        let id = name.id.clone();
+        self.answer(name, (), async move {
+            messages.mark_read(me, with, seq).await?;
+            Ok(id.map(|id| ServerFrame::Done { id }))
         });
     }
 
     /// Takes a fresh token of the same user.
-    fn renew(&mut self, token: &str) {
+    fn renew(&mut self, token: &str, name: RequestName) {
         match self.context.authenticate.authenticate(token) {
             Ok(fresh) if fresh.user == self.identity.user => {
                 self.identity = fresh;
                 self.outbound.push(encode(&ServerFrame::Authenticated {
+                    id: name.id,
                     expires: fresh.expires,
                 }));
             }
             Ok(_) => self.refuse(
                 ApiError::new(ErrorCode::Forbidden, "the token belongs to another user"),
-                None,
-                None,
+                name,
             ),
-            Err(refusal) => self.refuse(refusal, None, None),
+            Err(refusal) => self.refuse(refusal, name),
         }
     }
 
     /// Sends a message. `sent` takes the place of the message in the dialog, and delivery sends it;
     /// a failure is answered here.
-    fn send(&self, message: Outgoing) -> Result<(), RequestError> {
+    fn send(&self, message: Outgoing, name: RequestName) -> Result<(), RequestError> {
         let unsettled = Unsettled::one_more(&self.unsettled);
         let (outbound, metrics) = (self.outbound.clone(), self.context.metrics.clone());
-        let key = message.key.clone();
+        let origin = Some(Requester {
+            session: self.joined.session(),
+            id: name.id.clone(),
+        });
         let settled = move |sent| {
             if let Err(e) = sent {
-                outbound.push(encode(&error(
-                    &metrics,
-                    RequestError::into(e),
-                    Some(key),
-                    None,
-                )));
+                outbound.push(encode(&error(&metrics, RequestError::into(e), name)));
             }
             drop(unsettled);
         };
-        let origin = Some(self.joined.session());
         self.context
             .messages
             .send(self.identity.user, message, origin, settled)
@@ -477,22 +504,22 @@ impl Session {
     /// the read and the live events.
     fn read(
         &self,
-        id: Option<String>,
-        work: impl Future<Output = Result<ServerFrame, RequestError>> + Send + 'static,
+        name: RequestName,
+        work: impl Future<Output = Result<Option<ServerFrame>, RequestError>> + Send + 'static,
     ) {
         let listening = self.joined.listening();
         let work = async move {
             listening.await;
-            work.await.map(Some)
+            work.await
         };
         match self.reads.clone().try_acquire_owned() {
-            Ok(place) => self.answer(None, id, place, work),
+            Ok(place) => self.answer(name, place, work),
             Err(_) => {
                 let message = format!(
                     "{} pages are being read for this session; wait for them",
                     self.context.limits.reads_in_flight
                 );
-                self.refuse(ApiError::new(ErrorCode::Overloaded, message), None, id);
+                self.refuse(ApiError::new(ErrorCode::Overloaded, message), name);
             }
         }
     }
@@ -501,8 +528,7 @@ impl Session {
     /// then.
     fn answer(
         &self,
-        key: Option<String>,
-        id: Option<String>,
+        name: RequestName,
         place: impl Send + 'static,
         work: impl Future<Output = Result<Option<ServerFrame>, RequestError>> + Send + 'static,
     ) {
@@ -510,7 +536,7 @@ impl Session {
         self.pending.push(Box::pin(async move {
             let frame = match work.await {
                 Ok(frame) => frame,
-                Err(e) => Some(error(&metrics, e.into(), key, id)),
+                Err(e) => Some(error(&metrics, e.into(), name)),
             };
             if let Some(frame) = frame {
                 outbound.push_when_room(encode(&frame)).await;
@@ -519,22 +545,17 @@ impl Session {
         }));
     }
 
-    fn refuse(&self, refusal: ApiError, key: Option<String>, id: Option<String>) {
+    fn refuse(&self, refusal: ApiError, name: RequestName) {
         self.outbound
-            .push(encode(&error(&self.context.metrics, refusal, key, id)));
+            .push(encode(&error(&self.context.metrics, refusal, name)));
     }
 }
 
 /// An error as a frame; also counted.
 #[must_use]
-pub fn error(
-    metrics: &Metrics,
-    refusal: ApiError,
-    key: Option<String>,
-    id: Option<String>,
-) -> ServerFrame {
+pub fn error(metrics: &Metrics, refusal: ApiError, name: RequestName) -> ServerFrame {
     metrics.error(refusal.code);
-    ServerFrame::Error(refusal.body(key, id))
+    ServerFrame::Error(refusal.body(name))
 }
 
 /// The first frame of a session.
@@ -576,27 +597,18 @@ pub fn range(before: Option<u64>, after: Option<u64>) -> Result<Range, RequestEr
     }
 }
 
-/// The names for the answer to a frame that may be invalid otherwise.
-#[derive(Default, Deserialize)]
-struct Names {
-    #[serde(default)]
-    key: Option<String>,
-    #[serde(default)]
-    id: Option<String>,
-}
-
-fn names(frame: &ClientFrame) -> (Option<String>, Option<String>) {
-    match frame {
-        ClientFrame::Send { key, .. } => (Some(key.clone()), None),
-        ClientFrame::History { id, .. }
-        | ClientFrame::Inbox { id, .. }
-        | ClientFrame::Resume { id, .. }
-        | ClientFrame::Ping { id } => (None, id.clone()),
-        ClientFrame::Read { .. }
-        | ClientFrame::Typing { .. }
-        | ClientFrame::Watch { .. }
-        | ClientFrame::Unwatch { .. }
-        | ClientFrame::Auth { .. } => (None, None),
+/// The name of a request that cannot be read otherwise.
+fn name_of_broken(text: &str) -> RequestName {
+    #[derive(Default, Deserialize)]
+    struct Names {
+        id: Option<String>,
+        key: Option<String>,
+    }
+    let Names { id, key } = serde_json::from_str(text).unwrap_or_default();
+    RequestName {
+        id: id.filter(|id| id.chars().count() <= MAX_ID_CHARS),
+        key,
+        dialog: None,
     }
 }
 

@@ -984,6 +984,77 @@ fn the_asyncapi_file_the_protocol_page_and_the_types_say_the_same() {
     assert_eq!(shown, described);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn every_request_may_carry_an_id_that_its_answer_and_its_error_bring_back() {
+    let (_databases, instance) = instance(&[]).await;
+    let mut socket = Socket::of(&instance, 7).await;
+    let token = instance.access().token(7).await.unwrap();
+    let others = instance.access().token(8).await.unwrap();
+    let requests = [
+        (
+            json!({"type": "send", "key": "k", "to": 42, "text": "x"}),
+            "sent",
+        ),
+        (
+            json!({"type": "send", "key": "k", "to": 42, "text": "x"}),
+            "sent",
+        ),
+        (json!({"type": "history", "with": 42}), "history"),
+        (json!({"type": "inbox"}), "inbox"),
+        (json!({"type": "resume", "positions": {}}), "resumed"),
+        (json!({"type": "read", "with": 42, "seq": 1}), "done"),
+        (json!({"type": "read", "with": 42, "seq": 0}), "done"),
+        (json!({"type": "typing", "with": 42}), "done"),
+        (json!({"type": "watch", "users": [42]}), "done"),
+        (json!({"type": "unwatch", "users": [42]}), "done"),
+        (json!({"type": "auth", "token": token}), "authenticated"),
+        (json!({"type": "ping"}), "pong"),
+        // Errors: of the same requests.
+        (
+            json!({"type": "send", "key": "k", "to": 42, "text": "another"}),
+            "error",
+        ),
+        (
+            json!({"type": "send", "key": "k", "to": 42, "text": ""}),
+            "error",
+        ),
+        (json!({"type": "send", "key": "k", "to": 42}), "error"),
+        (
+            json!({"type": "history", "with": 42, "before": 1, "after": 1}),
+            "error",
+        ),
+        (json!({"type": "history", "with": 0}), "error"),
+        (json!({"type": "inbox", "cursor": "x"}), "error"),
+        (json!({"type": "resume", "positions": {"8_9": 1}}), "error"),
+        (json!({"type": "read", "with": 999, "seq": 1}), "error"),
+        (json!({"type": "typing", "with": 0}), "error"),
+        (json!({"type": "watch", "users": [0]}), "error"),
+        (json!({"type": "auth", "token": "nonsense"}), "error"),
+        (json!({"type": "auth", "token": others}), "error"),
+        (json!({"type": "dance"}), "error"),
+    ];
+    for (n, (mut frame, kind)) in requests.into_iter().enumerate() {
+        let id = format!("request {n}");
+        frame["id"] = json!(id);
+        socket.send(frame.clone()).await;
+        // Events, for instance a read mark, come beside it.
+        let answer = loop {
+            let answer = serde_json::to_value(socket.next().await).unwrap();
+            if !answer["id"].is_null() {
+                break answer;
+            }
+        };
+        assert_eq!(
+            (&answer["id"], &answer["type"]),
+            (&json!(id), &json!(kind)),
+            "{frame}: {answer}"
+        );
+        if kind == "error" && frame["text"].is_string() {
+            assert_eq!(answer["dialog"], "7_42", "{answer}");
+        }
+    }
+}
+
 /// Name with its label, type and meaning of every metric.
 fn described_metrics() -> Vec<(String, String, String)> {
     let metrics = chat::metrics::Metrics::new();
@@ -1133,6 +1204,7 @@ fn the_protocol_page_and_the_types_say_the_same() {
             "presence",
             "authenticated",
             "pong",
+            "done",
             "error"
         ])
     );

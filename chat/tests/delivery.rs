@@ -242,11 +242,14 @@ async fn read_marks_reach_all_devices_of_both_once_and_forward_only() {
     for socket in [&mut phone, &mut tab] {
         assert_eq!(socket.next().await, mark(2));
     }
-    // Backwards is nowhere, and beyond the end is the end.
-    phone
-        .send(json!({"type": "read", "with": 7, "seq": 1}))
-        .await;
-    assert_eq!(phone.next().await, mark(2));
+    // Backwards is nowhere, and beyond the end is the end. What has not moved is not repeated: the
+    // request is answered, if it has an id.
+    for seq in [2, 1] {
+        phone
+            .send(json!({"type": "read", "id": "r", "with": 7, "seq": seq}))
+            .await;
+        assert_eq!(phone.next().await, ServerFrame::Done { id: "r".into() });
+    }
     phone
         .send(json!({"type": "read", "with": 7, "seq": 99}))
         .await;

@@ -454,3 +454,182 @@ async fn a_tab_goes_on_by_itself_when_the_server_returns() {
     );
     page.close().await.unwrap();
 }
+
+/// Writes a text and submits the form, as the keyboard does.
+async fn submit(page: &Client, text: &str) {
+    let script = format!(
+        "document.getElementById('text').value = {}; document.getElementById('send-form').requestSubmit();",
+        json!(text)
+    );
+    page.execute(&script, Vec::new()).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn texts_that_are_refused_for_a_while_keep_their_order() {
+    let folder = tempfile::tempdir().unwrap();
+    let slowly = [
+        ("LIMITS__SENDS_BURST", "1"),
+        ("LIMITS__SENDS_PER_SECOND", "4"),
+    ];
+    let instance = Instance::start_embedded(folder.path(), &slowly).await;
+    let browser = Browser::start();
+    let page = browser.client().await;
+    sign_in(&page, &instance.url, 7).await;
+    open(&page, 42).await;
+    let texts: Vec<String> = (0..8).map(|n| format!("text {n}")).collect();
+    for text in &texts {
+        submit(&page, text).await;
+    }
+    // They are still there when the conversation is left and opened again.
+    open(&page, 43).await;
+    open(&page, 42).await;
+    let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+    until_shown(&page, &texts).await;
+    page.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_too_long_for_a_frame_fails_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let small = [
+        ("LIMITS__TEXT_CHARS", "100"),
+        ("LIMITS__FRAME_BYTES", "2000"),
+    ];
+    let instance = Instance::start_embedded(folder.path(), &small).await;
+    let browser = Browser::start();
+    let page = browser.client().await;
+    sign_in(&page, &instance.url, 7).await;
+    open(&page, 42).await;
+    submit(&page, &"x".repeat(3000)).await;
+    submit(&page, "short").await;
+    until_page(
+        &page,
+        "document.querySelector('#log li.failed .meta')?.textContent === 'not sent: too long for this server'",
+    )
+    .await;
+    let stored = async || instance.api(42).await.log_upwards(7).await.ok();
+    until("the next one is stored", async || {
+        stored()
+            .await
+            .filter(|log| log.len() == 1 && log[0].text == "short")
+    })
+    .await;
+    page.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn drafts_focus_and_read_marks_stay_where_they_belong() {
+    let (_folder, instance) = embedded().await;
+    let browser = Browser::start();
+    let page = browser.client().await;
+    let other = instance.api(42).await;
+    for n in 0..60 {
+        other
+            .send(7, &n.to_string(), &format!("message {n}"))
+            .await
+            .unwrap();
+    }
+    sign_in(&page, &instance.url, 7).await;
+    // What is no user id is said so.
+    page.find(Locator::Css("#open-with"))
+        .await
+        .unwrap()
+        .send_keys("alice")
+        .await
+        .unwrap();
+    page.find(Locator::Css("#open-form button"))
+        .await
+        .unwrap()
+        .click()
+        .await
+        .unwrap();
+    until_page(
+        &page,
+        "document.getElementById('open-error').textContent.startsWith('A user id')",
+    )
+    .await;
+    page.execute(
+        "document.getElementById('open-with').value = ''",
+        Vec::new(),
+    )
+    .await
+    .unwrap();
+    // A draft belongs to a dialog.
+    open(&page, 42).await;
+    until_page(&page, "document.querySelectorAll('#log li').length === 50").await;
+    page.find(Locator::Css("#text"))
+        .await
+        .unwrap()
+        .send_keys("for 42 only")
+        .await
+        .unwrap();
+    open(&page, 43).await;
+    assert_eq!(
+        eval(&page, "document.getElementById('text').value").await,
+        json!("")
+    );
+    open(&page, 42).await;
+    until_page(
+        &page,
+        "document.getElementById('text').value === 'for 42 only'",
+    )
+    .await;
+    until_page(&page, "document.querySelectorAll('#log li').length === 50").await;
+    // What is below the screen is not read.
+    page.execute(
+        "document.getElementById('log-box').scrollTop = 0; document.querySelector('#dialogs button').focus();",
+        Vec::new(),
+    )
+    .await
+    .unwrap();
+    other.send(7, "last", "not on the screen").await.unwrap();
+    until_page(
+        &page,
+        "document.querySelector('#dialogs .unread')?.textContent === '1'",
+    )
+    .await;
+    // And the focus is where it was, though the list has changed.
+    assert_eq!(
+        eval(&page, "document.activeElement.dataset.with").await,
+        json!("42")
+    );
+    let unread = async || instance.api(7).await.inbox(10, None).await.unwrap().dialogs[0].unread;
+    assert_eq!(unread().await, 1);
+    page.execute(
+        "document.getElementById('log-box').scrollTop = 1e6",
+        Vec::new(),
+    )
+    .await
+    .unwrap();
+    until("it is read", async || (unread().await == 0).then_some(())).await;
+    until_page(&page, "!document.querySelector('#dialogs .unread')").await;
+    // On a phone a lost connection is seen beside the messages.
+    page.set_window_size(500, 700).await.unwrap();
+    let seen = "document.getElementById('offline').offsetHeight > 0";
+    assert_eq!(eval(&page, seen).await, json!(false));
+    drop(instance);
+    until_page(&page, seen).await;
+    // The next user of the tab sees nothing of this one.
+    page.find(Locator::Css("#back"))
+        .await
+        .unwrap()
+        .click()
+        .await
+        .unwrap();
+    page.find(Locator::Css("#sign-out"))
+        .await
+        .unwrap()
+        .click()
+        .await
+        .unwrap();
+    assert_eq!(
+        eval(&page, "document.getElementById('log').children.length + document.getElementById('dialogs').children.length").await,
+        json!(0)
+    );
+    let shown = eval(&page, "document.body.innerHTML").await.to_string();
+    assert!(
+        !shown.contains("message 5") && !shown.contains("User 42"),
+        "{shown}"
+    );
+    page.close().await.unwrap();
+}

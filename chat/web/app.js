@@ -24,6 +24,7 @@ class Conversation {
     $('older').hidden = true;
     $('gap').hidden = true;
     $('with').textContent = peer === app.me ? 'Notes to self' : `User ${peer}`;
+    $('text').value = app.drafts.get(peer) ?? '';
     this.presence(null);
     this.typing(false);
     if (peer !== app.me) app.connection.watch(peer);
@@ -31,6 +32,8 @@ class Conversation {
 
   leave() {
     clearTimeout(this.typingEnds);
+    const draft = $('text').value;
+    if (draft) this.app.drafts.set(this.peer, draft); else this.app.drafts.delete(this.peer);
     if (this.peer !== this.app.me) this.app.connection.unwatch(this.peer);
   }
 
@@ -43,6 +46,8 @@ class Conversation {
       if (!this.current()) return;
       this.first = page.first;
       page.messages.forEach((message) => this.append(message));
+      this.app.connection.waitingFor(this.peer).forEach((message) => this.wait(message));
+      $('log-box').scrollTop = $('log-box').scrollHeight;
       this.above(page);
       this.app.connection.follow(this.dialog, page.last);
       this.markRead();
@@ -123,24 +128,39 @@ class Conversation {
     if (now) this.typingEnds = setTimeout(() => this.current() && this.typing(false), 6000);
   }
 
-  async send(text) {
-    const key = crypto.randomUUID?.() ?? Array.from(crypto.getRandomValues(new Uint8Array(16)), (b) => b.toString(16).padStart(2, '0')).join('');
-    const item = this.draw({ from: this.app.me, text, at: '' }, 'pending');
-    this.pending.set(key, item);
+  /** Shows a message that is not stored yet, below those that are. */
+  wait(message) {
+    if (this.pending.has(message.key)) return;
+    const item = this.draw({ ...message, at: '' }, 'pending');
+    this.pending.set(message.key, item);
     $('log').append(item);
     $('log-box').scrollTop = $('log-box').scrollHeight;
+  }
+
+  async send(text) {
+    const key = crypto.randomUUID?.() ?? Array.from(crypto.getRandomValues(new Uint8Array(16)), (b) => b.toString(16).padStart(2, '0')).join('');
+    const sending = this.app.connection.send(this.peer, key, text);
+    this.wait({ from: this.app.me, text, key });
     try {
       // It is shown at its place in the order, when the connection reports it.
-      await this.app.connection.send(this.peer, key, text);
+      await sending;
     } catch (error) {
-      this.pending.delete(key);
-      item.classList.replace('pending', 'failed');
-      item.querySelector('.meta').textContent = `not sent: ${error.message}`;
+      const shown = this.app.conversation?.pending.get(key);
+      this.app.conversation?.pending.delete(key);
+      if (shown) {
+        shown.classList.replace('pending', 'failed');
+        shown.querySelector('.meta').textContent = `not sent: ${error.message}`;
+      } else {
+        this.app.note(`Not sent to user ${this.peer}: ${error.message}: ${text}`);
+      }
     }
   }
 
+  /** Marks as read what is on the screen: all of it, if its end is. */
   markRead() {
-    if (this.last > 0 && document.visibilityState === 'visible') {
+    const box = $('log-box');
+    const atEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 80;
+    if (this.last > 0 && atEnd && document.visibilityState === 'visible') {
       this.app.connection.read(this.peer, this.last);
       this.app.forgetUnread(this.peer);
     }
@@ -152,12 +172,19 @@ class App {
     this.me = me;
     this.dialogs = new Map(); // peer -> {with, last, unread}
     this.conversation = null;
+    this.drafts = new Map(); // peer -> what is written and not sent
+    this.rows = new Map(); // peer -> its row in the list
     $('me').textContent = `User ${me}`;
     $('sign-in').hidden = true;
     $('chat').hidden = false;
     const of = (dialog) => (this.conversation?.dialog === dialog ? this.conversation : null);
     this.connection = new Connection(me, token, {
-      state: (text, bad) => { $('state').textContent = text; $('state').classList.toggle('bad', bad); },
+      state: (text, bad) => {
+        $('state').textContent = text;
+        $('state').classList.toggle('bad', bad);
+        $('offline').textContent = text;
+        $('offline').hidden = !bad;
+      },
       refused: (reason) => signOut(`Signed out: ${reason}`),
       welcome: (frame) => {
         $('text').maxLength = frame.limits.text_chars * 2; // counted in UTF-16 here; the server counts characters
@@ -192,8 +219,8 @@ class App {
     const peer = message.from === this.me ? message.to : message.from;
     const known = this.dialogs.get(peer);
     if (!known || known.last.seq < message.seq) {
-      const open = this.conversation?.peer === peer && document.visibilityState === 'visible';
-      const unread = message.from === this.me || open ? (known?.unread ?? 0) : Math.min((known?.unread ?? 0) + 1, 100);
+      // An open conversation marks as read what is on the screen.
+      const unread = message.from === this.me ? (known?.unread ?? 0) : Math.min((known?.unread ?? 0) + 1, 100);
       this.dialogs.set(peer, { with: peer, last: message, unread });
       this.list();
     }
@@ -213,20 +240,37 @@ class App {
   }
 
   list() {
-    const rows = [...this.dialogs.values()].sort((a, b) => (a.last.at < b.last.at ? 1 : -1)).map((dialog) => {
-      const button = element('button', this.conversation?.peer === dialog.with ? 'open' : '');
-      button.dataset.with = dialog.with;
-      button.append(element('strong', '', dialog.with === this.me ? 'Notes to self' : `User ${dialog.with}`), element('time', '', time(dialog.last.at)));
-      const own = dialog.last.from === this.me && dialog.with !== this.me;
-      button.append(element('span', 'preview', (own ? 'You: ' : '') + dialog.last.text.slice(0, 200)));
-      if (dialog.unread) button.append(element('span', 'unread', dialog.unread > 99 ? '99+' : String(dialog.unread)));
-      button.onclick = () => this.open(dialog.with);
-      const item = element('li');
-      item.append(button);
-      return item;
-    });
-    $('dialogs').replaceChildren(...rows);
+    const sorted = [...this.dialogs.values()].sort((a, b) => (a.last.at < b.last.at ? 1 : -1));
+    const rows = sorted.map((dialog) => this.row(dialog));
+    for (const peer of this.rows.keys()) if (!this.dialogs.has(peer)) this.rows.delete(peer);
+    // A row that moves loses the focus of the keyboard.
+    const focused = document.activeElement;
+    if (rows.some((row, n) => $('dialogs').children[n] !== row) || $('dialogs').children.length !== rows.length) $('dialogs').replaceChildren(...rows);
+    if (focused !== document.activeElement && $('dialogs').contains(focused)) focused.focus({ preventScroll: true });
     $('more-dialogs').hidden = !this.cursor;
+  }
+
+  /** The row of a dialog in the list: made once, so that it keeps its place and focus. */
+  row({ with: peer, last, unread }) {
+    let item = this.rows.get(peer);
+    if (!item) {
+      item = element('li');
+      const button = element('button');
+      button.dataset.with = peer;
+      button.onclick = () => this.open(peer);
+      item.append(button);
+      this.rows.set(peer, item);
+    }
+    const button = item.firstChild;
+    button.classList.toggle('open', this.conversation?.peer === peer);
+    const own = last.from === this.me && peer !== this.me;
+    button.replaceChildren(
+      element('strong', '', peer === this.me ? 'Notes to self' : `User ${peer}`),
+      element('time', '', time(last.at)),
+      element('span', 'preview', (own ? 'You: ' : '') + last.text.slice(0, 200)),
+      ...(unread ? [element('span', 'unread', unread > 99 ? '99+' : String(unread))] : []),
+    );
+    return item;
   }
 
   open(peer) {
@@ -243,6 +287,15 @@ class App {
   leave() {
     this.conversation?.leave();
     this.conversation = null;
+    $('text').value = '';
+  }
+
+  /** Closes the conversation and shows the list. */
+  close() {
+    this.leave();
+    $('chat').classList.remove('reading');
+    $('conversation').hidden = true;
+    $('nothing').hidden = false;
   }
 }
 
@@ -252,6 +305,8 @@ const time = (at) => {
   const today = date.toDateString() === new Date().toDateString();
   return today ? date.toLocaleTimeString([], { hour: '2-digit', minute: '2-digit' }) : date.toLocaleDateString();
 };
+
+const USER_ID = 'A user id is a whole number from 1 on.';
 
 let app = null;
 
@@ -263,8 +318,14 @@ const start = (user, token) => {
 
 const signOut = (why = '') => {
   sessionStorage.removeItem('chat');
+  app?.close();
   app?.connection.stop();
   app = null;
+  // Nothing of this user stays for the next one.
+  for (const id of ['log', 'dialogs']) $(id).replaceChildren();
+  for (const id of ['me', 'state', 'with', 'presence', 'inbox-note', 'offline']) $(id).textContent = '';
+  for (const id of ['user', 'token', 'open-with', 'text']) $(id).value = '';
+  $('open-error').textContent = '';
   $('chat').hidden = true;
   $('sign-in').hidden = false;
   $('sign-in-error').textContent = why;
@@ -285,7 +346,7 @@ $('sign-in-form').onsubmit = async (event) => {
   }
   const user = Number($('user').value);
   if (!Number.isSafeInteger(user) || user < 1) {
-    $('sign-in-error').textContent = 'A user id is a whole number from 1 on.';
+    $('sign-in-error').textContent = USER_ID;
     return;
   }
   const answer = await fetch('/v1/dev/token', { method: 'POST', headers: { 'content-type': 'application/json' }, body: JSON.stringify({ user }) }).catch(() => null);
@@ -303,7 +364,9 @@ $('sign-out').onclick = () => signOut();
 $('open-form').onsubmit = (event) => {
   event.preventDefault();
   const peer = Number($('open-with').value);
-  if (Number.isSafeInteger(peer) && peer > 0) { app.open(peer); $('open-with').value = ''; $('text').focus(); }
+  const valid = Number.isSafeInteger(peer) && peer > 0;
+  $('open-error').textContent = valid ? '' : USER_ID;
+  if (valid) { app.open(peer); $('open-with').value = ''; $('text').focus(); }
 };
 $('send-form').onsubmit = (event) => {
   event.preventDefault();
@@ -322,7 +385,8 @@ $('text').oninput = () => {
 };
 $('older').onclick = () => app.conversation.older();
 $('more-dialogs').onclick = () => app.loadInbox(app.cursor);
-$('back').onclick = () => { $('chat').classList.remove('reading'); app.leave(); $('conversation').hidden = true; $('nothing').hidden = false; app.list(); };
+$('back').onclick = () => { app.close(); app.list(); };
+$('log-box').onscroll = () => app?.conversation?.markRead();
 document.addEventListener('visibilitychange', () => app?.conversation?.markRead());
 
 const kept = JSON.parse(sessionStorage.getItem('chat') ?? 'null');

@@ -3,6 +3,8 @@
 const GENERATION = 2 ** 40; // seqs begin again above a multiple of this; see PROTOCOL.md
 const PAUSE = { first: 1000, longest: 8000 };
 const MARKS_EVERY = 200;
+const FAULTS = [1002, 1007, 1009]; // the server closed because of something that it had received
+const POSITION_BYTES = 64; // the most that a position takes in a `resume`
 const PING = { every: 20_000, patience: 10_000 };
 
 export const dialogOf = (a, b) => `${Math.min(a, b)}_${Math.max(a, b)}`;
@@ -14,7 +16,10 @@ export const dialogOf = (a, b) => `${Math.min(a, b)}_${Math.max(a, b)}`;
 export class Connection {
   constructor(me, token, handlers) {
     Object.assign(this, { me, token, handlers });
-    this.waiting = new Map(); // by key or id: {frame, message?, resolve, reject}
+    this.sends = new Map(); // by peer: sends without an answer, in order; only the first is transmitted
+    this.asked = new Map(); // by id: other requests without an answer
+    this.suspects = new Set(); // requests, one of which made the server close the connection: sent alone
+    this.limits = { frame_bytes: Infinity };
     this.streams = new Map(); // by dialog: {last, state}, state is live, resuming or reading
     this.resumes = new Map(); // by id: the dialogs of a resume without an answer
     this.watched = new Set();
@@ -40,13 +45,15 @@ export class Connection {
 
   closed(event) {
     clearTimeout(this.timer);
+    clearTimeout(this.repeats);
     if (this.stopped) return;
+    this.accuse(event);
     if (event.code === 4001 || event.code === 4003) {
       this.handlers.refused(event.reason);
       return;
     }
     this.handlers.state('offline, trying again…', true);
-    // Any time within the pause: a crowd that lost the same server comes back spread over it.
+    // At any time within the pause: a crowd that lost the same server comes back spread over it.
     setTimeout(() => this.stopped || this.open(), this.wait + this.pause * Math.random());
     this.wait = 0; // asked for by the server
     this.pause = Math.min(this.pause * 2, PAUSE.longest);
@@ -63,7 +70,7 @@ export class Connection {
       case 'presence': this.handlers.presence(frame.user, frame.online); break;
       case 'pong': this.alive(); break;
       case 'history':
-      case 'inbox': this.settle(`id ${frame.id}`, frame); break;
+      case 'inbox': this.settle(this.asked.get(frame.id), frame); break;
       case 'error':
         if (!frame.key && !frame.id) this.wait = frame.retry_after_ms ?? 0;
         this.failed(frame);
@@ -71,23 +78,36 @@ export class Connection {
     }
   }
 
+  /** The connection ended. If the server closed it because of a request, that one fails and is not repeated. */
+  accuse({ code, reason }) {
+    const inFlight = this.requests().filter((request) => request.inFlight);
+    if (!FAULTS.includes(code)) return;
+    if (inFlight.length === 1) this.fail(inFlight[0], { message: `the server closed the connection: ${reason || code}` });
+    else this.suspects = new Set(inFlight);
+  }
+
   /** Says where we are, and asks again what was not answered. */
   begin(frame) {
     this.handlers.state('connected', false);
     this.resumes.clear();
+    this.limits = frame.limits;
     const positions = {};
     for (const [dialog, stream] of this.streams) {
       stream.state = 'resuming';
       positions[dialog] = stream.last;
     }
     // Beyond what one frame takes, the rest is followed again when it is opened.
-    const most = frame.limits.resume_dialogs;
+    const most = Math.max(1, Math.min(frame.limits.resume_dialogs, Math.floor(frame.limits.frame_bytes / POSITION_BYTES)));
     const kept = Object.entries(positions).slice(-most);
     for (const dialog of Object.keys(positions).slice(0, -most)) this.streams.delete(dialog);
     if (kept.length || this.since) this.resume(Object.fromEntries(kept), this.since);
     this.since = frame.now;
     if (this.watched.size) this.transmit({ type: 'watch', users: [...this.watched] });
-    for (const { frame } of this.waiting.values()) this.transmit(frame);
+    for (const request of [...this.sends.values(), ...this.asked.values()].flat()) {
+      request.inFlight = false;
+      request.notBefore = 0;
+    }
+    this.pump();
     this.alive();
     if (!this.resumes.size) this.pause = PAUSE.first;
     this.handlers.welcome(frame);
@@ -122,13 +142,13 @@ export class Connection {
   message(message) {
     if (message.from === this.me && message.key) {
       // One of ours that we do not know to be stored, because the answer was lost with a connection.
-      this.settle(`key ${message.key}`, message);
+      this.settle(this.sendOf(message.dialog, message.key), message);
     }
     if (this.follows(message)) this.handlers.message(message);
   }
 
   sent({ key, dialog, seq, at }) {
-    const waiting = this.waiting.get(`key ${key}`);
+    const waiting = this.sendOf(dialog, key);
     const stream = this.streams.get(dialog);
     // An answer may come early, when the database of what is before it does not answer: then it comes once more, in its place.
     const early = stream && seq > stream.last + 1 && seq % GENERATION !== 1;
@@ -136,7 +156,7 @@ export class Connection {
       const message = { ...waiting.message, dialog, seq, at };
       if (this.follows(message)) this.handlers.message(message);
     }
-    this.settle(`key ${key}`, { dialog, seq, at });
+    this.settle(waiting, { dialog, seq, at });
   }
 
   /** Whether a message is to be shown now: it follows what was shown, or nothing before it is owed. */
@@ -169,8 +189,7 @@ export class Connection {
   async readOn(dialog) {
     const stream = this.streams.get(dialog);
     stream.state = 'reading';
-    const [low, high] = dialog.split('_').map(Number);
-    const peer = low === this.me ? high : low;
+    const peer = this.peerOf(dialog);
     try {
       for (let more = true; more;) {
         const page = await this.history({ with: peer, after: stream.last });
@@ -193,21 +212,75 @@ export class Connection {
     }
   }
 
-  failed(error) {
-    const name = error.key ? `key ${error.key}` : `id ${error.id}`;
-    const waiting = this.waiting.get(name);
-    if (!waiting) return;
-    if (error.retryable) {
-      setTimeout(() => this.waiting.has(name) && this.transmit(waiting.frame), (error.retry_after_ms ?? 250) * (1 + Math.random() / 2));
-    } else {
-      this.waiting.delete(name);
-      waiting.reject(error);
-    }
+  peerOf(dialog) {
+    const [low, high] = dialog.split('_').map(Number);
+    return low === this.me ? high : low;
   }
 
-  settle(name, frame) {
-    this.waiting.get(name)?.resolve(frame);
-    this.waiting.delete(name);
+  /** The send of this key, if it is the one that is transmitted. */
+  sendOf(dialog, key) {
+    const first = this.sends.get(this.peerOf(dialog))?.[0];
+    return first?.frame.key === key ? first : undefined;
+  }
+
+  /** What may be transmitted now: the first send of each dialog, so that none overtakes an earlier one, and what was asked. */
+  requests() { return [...[...this.sends.values()].map(([first]) => first), ...this.asked.values()]; }
+
+  /** Transmits what is due, and comes back when the next request is. */
+  pump() {
+    clearTimeout(this.repeats);
+    if (!this.isOpen()) return;
+    const now = Date.now();
+    const [suspect] = this.suspects;
+    const alone = suspect && [suspect].filter(() => !this.requests().some((request) => request.inFlight));
+    const waiting = (alone ?? this.requests()).filter((request) => !request.inFlight);
+    for (const request of waiting.filter(({ notBefore }) => notBefore <= now)) {
+      const text = JSON.stringify(request.frame);
+      if (new TextEncoder().encode(text).length > this.limits.frame_bytes) {
+        this.fail(request, { message: 'too long for this server' });
+      } else {
+        request.inFlight = true;
+        this.socket.send(text);
+      }
+    }
+    const later = waiting.map(({ notBefore }) => notBefore).filter((at) => at > now);
+    if (later.length) this.repeats = setTimeout(() => this.pump(), Math.min(...later) - now);
+  }
+
+  failed(error) {
+    const request = error.dialog && error.key ? this.sendOf(error.dialog, error.key) : this.asked.get(error.id);
+    if (!request) return;
+    if (!error.retryable) {
+      this.fail(request, error);
+      return;
+    }
+    request.inFlight = false;
+    request.notBefore = Date.now() + (error.retry_after_ms ?? 250) * (1 + Math.random() / 2);
+    this.pump();
+  }
+
+  settle(request, answer) {
+    if (!request) return;
+    this.remove(request);
+    request.resolve(answer);
+    this.pump();
+  }
+
+  fail(request, error) {
+    this.remove(request);
+    request.reject(error);
+    this.pump();
+  }
+
+  remove(request) {
+    this.suspects.delete(request);
+    const { id, to } = request.frame;
+    if (request.frame.type !== 'send') {
+      this.asked.delete(id);
+      return;
+    }
+    const rest = (this.sends.get(to) ?? []).filter((other) => other !== request);
+    if (rest.length) this.sends.set(to, rest); else this.sends.delete(to);
   }
 
   isOpen() { return this.socket?.readyState === WebSocket.OPEN; }
@@ -216,16 +289,21 @@ export class Connection {
     if (this.isOpen()) this.socket.send(JSON.stringify(frame));
   }
 
-  ask(name, frame, message) {
+  request(frame, message) {
     return new Promise((resolve, reject) => {
-      this.waiting.set(name, { frame, message, resolve, reject });
-      this.transmit(frame);
+      const request = { frame, message, resolve, reject, inFlight: false, notBefore: 0 };
+      if (frame.type === 'send') this.sends.set(frame.to, [...(this.sends.get(frame.to) ?? []), request]);
+      else this.asked.set(frame.id, request);
+      this.pump();
     });
   }
 
-  send(to, key, text) { return this.ask(`key ${key}`, { type: 'send', key, to, text }, { from: this.me, to, text, key }); }
-  history(query) { const id = String(this.next++); return this.ask(`id ${id}`, { type: 'history', id, ...query }); }
-  inbox(cursor) { const id = String(this.next++); return this.ask(`id ${id}`, { type: 'inbox', id, limit: 30, ...(cursor && { cursor }) }); }
+  /** Stored in the order of the calls, in each dialog. */
+  send(to, key, text) { return this.request({ type: 'send', key, to, text }, { from: this.me, to, text, key }); }
+  /** The messages to a user that are not stored yet, in order. */
+  waitingFor(peer) { return (this.sends.get(peer) ?? []).map(({ message }) => message); }
+  history(query) { return this.request({ type: 'history', id: String(this.next++), ...query }); }
+  inbox(cursor) { return this.request({ type: 'inbox', id: String(this.next++), limit: 30, ...(cursor && { cursor }) }); }
   /** Who reads a hundred messages at once says so once. */
   read(peer, seq) {
     if (!this.marks.size) {
@@ -239,5 +317,10 @@ export class Connection {
   typing(peer) { this.transmit({ type: 'typing', with: peer }); }
   watch(user) { this.watched.add(user); this.transmit({ type: 'watch', users: [user] }); }
   unwatch(user) { this.watched.delete(user); this.transmit({ type: 'unwatch', users: [user] }); }
-  stop() { this.stopped = true; clearTimeout(this.timer); this.socket?.close(1000); }
+  stop() {
+    this.stopped = true;
+    clearTimeout(this.timer);
+    clearTimeout(this.repeats);
+    this.socket?.close(1000);
+  }
 }

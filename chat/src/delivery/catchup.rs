@@ -13,7 +13,7 @@ use crate::messages::{Messages, RequestError};
 use crate::metrics::Metrics;
 use crate::rng;
 use crate::store::{DialogLastSeq, Range};
-use chat_wire::{Message, ReadMark, ServerFrame};
+use chat_wire::{Message, ServerFrame};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -187,7 +187,7 @@ impl CatchUp {
         id: Option<String>,
         positions: Vec<(DialogId, Seq)>,
         since: Option<Timestamp>,
-    ) -> ServerFrame {
+    ) {
         // From here on live events follow these positions. Earlier messages are found below.
         if let Some(since) = since {
             self.subscriber.away_since(since);
@@ -203,17 +203,19 @@ impl CatchUp {
             Some((dialog.to_string(), last.get()))
         };
         found.resync.sort_unstable();
-        ServerFrame::Resumed {
+        let (positions, resync) = (positions.iter(), found.resync.iter());
+        let resumed = |reads| ServerFrame::Resumed {
             id,
             positions: positions
-                .iter()
                 .filter_map(|(dialog, _)| position(dialog))
                 .collect(),
-            resync: found.resync.iter().map(ToString::to_string).collect(),
-            reads: found.reads,
+            resync: resync.map(ToString::to_string).collect(),
+            reads,
             incomplete: found.incomplete.into_iter().collect(),
             now: now().to_string(),
-        }
+        };
+        let frame = |reads| encode(&resumed(reads));
+        self.subscriber.send_with_marks(&found.reads, frame).await;
     }
 
     /// Sets the positions of the client, and has the messages above them read.
@@ -238,13 +240,7 @@ impl CatchUp {
                 continue;
             };
             for (user, seq) in state.reads.iter().filter(|(_, seq)| *seq > Seq::ZERO) {
-                found.reads.push(ReadMark {
-                    dialog: dialog.to_string(),
-                    user: user.get(),
-                    seq: seq.get(),
-                });
-                // A mark that is sent late is not sent again.
-                self.subscriber.knows_read(*dialog, *user, *seq);
+                found.reads.push((*dialog, *user, *seq));
             }
             if state.last_seq < *seq
                 || (state.last_seq > *seq && self.too_far(*seq, state.last_seq))
@@ -301,7 +297,7 @@ struct Resumption {
     positions: Vec<(DialogId, Seq)>,
     /// Dialogs that the client must read.
     resync: Vec<DialogId>,
-    reads: Vec<ReadMark>,
+    reads: Vec<(DialogId, UserId, Seq)>,
     /// Shards that do not answer.
     incomplete: BTreeSet<String>,
 }

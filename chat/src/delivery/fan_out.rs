@@ -71,9 +71,10 @@ impl Delivery {
         let dialog = message.dialog;
         let (name, at) = (dialog.to_string(), place.at.to_string());
         let key = message.key.as_str();
-        let origin = committed.origin.map(|session| Origin {
-            session,
+        let origin = committed.origin.map(|requester| Origin {
+            session: requester.session,
             answer: encode(&ServerFrame::Sent {
+                id: requester.id.clone(),
                 key: key.to_owned(),
                 dialog: name.clone(),
                 seq: place.seq.get(),

@@ -3,6 +3,7 @@
 
 pub mod outbound_queue;
 pub mod sequencer;
+mod read_marks;
 pub mod subscriber;
 pub mod registry;
 

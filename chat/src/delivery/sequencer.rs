@@ -6,7 +6,7 @@
 //! from the shard. The answer to the send that stored a message (`sent`) takes the place of the
 //! message in that order.
 
-use crate::domain::dialog::{DialogId, Seq, Timestamp, UserId};
+use crate::domain::dialog::{DialogId, Seq, Timestamp};
 use bytestring::ByteString;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
@@ -55,8 +55,6 @@ struct Stream {
     /// Counts the positions that the client has set. A message that was read for an earlier
     /// position is dropped.
     epoch: u32,
-    /// The read marks that the session has.
-    reads: Vec<(UserId, Seq)>,
     used: u64,
 }
 
@@ -214,24 +212,6 @@ impl Sequencer {
     /// from there on.
     pub fn track(&mut self, dialog: DialogId, seq: Seq) {
         stream(&mut self.streams, &mut self.clock, dialog, Some(seq));
-    }
-
-    /// Whether the session does not have a read mark yet.
-    pub fn read(&mut self, dialog: DialogId, user: UserId, seq: Seq) -> bool {
-        let Some(stream) = self.streams.get_mut(&dialog) else {
-            return true;
-        };
-        match stream.reads.iter_mut().find(|(who, _)| *who == user) {
-            Some((_, known)) if *known >= seq => false,
-            Some((_, known)) => {
-                *known = seq;
-                true
-            }
-            None => {
-                stream.reads.push((user, seq));
-                true
-            }
-        }
     }
 
     /// The next dialog that must be read.
@@ -412,7 +392,6 @@ fn stream<'a>(
         reading: Reading::CaughtUp,
         sent: Seq::ZERO,
         epoch: 0,
-        reads: Vec::new(),
         used: 0,
     });
     stream.used = *clock;
@@ -471,6 +450,7 @@ impl Stream {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::dialog::UserId;
     use rand::rngs::StdRng;
     use rand::{RngExt, SeedableRng};
     use std::collections::BTreeSet;
@@ -642,13 +622,8 @@ mod tests {
     }
 
     #[test]
-    fn read_marks_go_forward_only_and_few_dialogs_are_kept() {
+    fn few_dialogs_are_kept() {
         let (mut sequencer, mut got) = (sequencer(), Got::default());
-        sequencer.track(dialog(), seq(9));
-        let reader = UserId::new(42).unwrap();
-        let marks = [3, 5, 4, 5, 6];
-        let event = marks.map(|n| sequencer.read(dialog(), reader, seq(n)));
-        assert_eq!(event, [true, true, false, false, true]);
         for with in 100..120 {
             let dialog = DialogId::between(UserId::new(7).unwrap(), UserId::new(with).unwrap());
             sequencer.on_message(dialog, seq(1), frame(1), false, got.taker());

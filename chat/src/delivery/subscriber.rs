@@ -4,9 +4,11 @@
 use crate::bus::event::BusEvent;
 use crate::clock::now;
 use crate::delivery::outbound_queue::OutboundQueue;
+use crate::delivery::read_marks::ReadMarks;
 use crate::delivery::sequencer::{Bounds, Gap, Sequencer};
 use crate::domain::dialog::{DialogId, Seq, Timestamp, UserId};
 use bytestring::ByteString;
+use chat_wire::ReadMark;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 
@@ -14,6 +16,7 @@ use tokio::sync::Notify;
 pub struct Subscriber {
     outbound: Arc<OutboundQueue>,
     sequencer: Mutex<Sequencer>,
+    read_marks: Mutex<ReadMarks>,
     /// Wakes the task that reads missing messages.
     due: Notify,
     /// Wakes the tasks that wait until dialogs are complete.
@@ -33,6 +36,7 @@ impl Subscriber {
         let since = Timestamp::from_micros(now().micros() - CLOCKS_APART);
         Self {
             outbound,
+            read_marks: Mutex::new(ReadMarks::new(bounds.dialogs)),
             sequencer: Mutex::new(Sequencer::new(bounds, since, lossless)),
             due: Notify::new(),
             advanced: Notify::new(),
@@ -47,6 +51,12 @@ impl Subscriber {
 
     fn sequencer(&self) -> MutexGuard<'_, Sequencer> {
         self.sequencer
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn read_marks(&self) -> MutexGuard<'_, ReadMarks> {
+        self.read_marks
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
@@ -78,7 +88,9 @@ impl Subscriber {
                 seq,
                 frame,
             } => {
-                if self.sequencer().read(*dialog, *user, *seq) {
+                // Queued under the lock: no lower mark comes after a higher one.
+                let mut marks = self.read_marks();
+                if marks.advance(*dialog, *user, *seq) {
                     self.outbound.push(frame.clone());
                 }
                 false
@@ -127,9 +139,21 @@ impl Subscriber {
         self.with(|sequencer, _| sequencer.track(dialog, seq));
     }
 
-    /// Records a read mark that was sent to the session in another way.
-    pub fn knows_read(&self, dialog: DialogId, user: UserId, seq: Seq) {
-        self.sequencer().read(dialog, user, seq);
+    /// Sends a frame with read marks that were read from a shard, once there is room. `frame` gets
+    /// them, or the later ones that the session has by then.
+    pub async fn send_with_marks(
+        &self,
+        marks: &[(DialogId, UserId, Seq)],
+        frame: impl FnOnce(Vec<ReadMark>) -> ByteString,
+    ) {
+        self.outbound.room().await;
+        let mut known = self.read_marks();
+        let marks = marks.iter().map(|(dialog, user, seq)| ReadMark {
+            dialog: dialog.to_string(),
+            user: user.get(),
+            seq: known.at_least(*dialog, *user, *seq).get(),
+        });
+        self.outbound.push(frame(marks.collect()));
     }
 
     /// The next dialog to be read, when there is one.

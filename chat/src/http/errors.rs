@@ -1,6 +1,6 @@
 //! Refusals as HTTP answers.
 
-use crate::error::ApiError;
+use crate::error::{ApiError, RequestName};
 use actix_web::http::StatusCode;
 use actix_web::http::header::{RETRY_AFTER, WWW_AUTHENTICATE};
 use actix_web::{HttpResponse, ResponseError};
@@ -57,6 +57,6 @@ impl ResponseError for HttpError {
         if self.0.code == ErrorCode::Unauthenticated {
             response.insert_header((WWW_AUTHENTICATE, "Bearer"));
         }
-        response.json(self.0.clone().body(None, None))
+        response.json(self.0.clone().body(RequestName::default()))
     }
 }

@@ -8,7 +8,7 @@ use super::tcp::TcpHandle;
 use crate::config::normalized_origin;
 use crate::delivery::encode;
 use crate::delivery::outbound_queue::{Next, OutboundQueue};
-use crate::error::ApiError;
+use crate::error::{ApiError, RequestName};
 use crate::metrics::Metrics;
 use crate::session::{self, Identity, Session};
 use actix_web::dev::Payload;
@@ -54,7 +54,11 @@ pub async fn connect(
                 drop(place);
             }
             Err((refusal, reason)) => {
-                let frame = encode(&session::error(&app.context.metrics, refusal, None, None));
+                let frame = encode(&session::error(
+                    &app.context.metrics,
+                    refusal,
+                    RequestName::default(),
+                ));
                 let _ = timeout(CLOSE_LIMIT, socket.text(frame)).await;
                 close(&app, &mut frames, socket, &line, reason).await;
             }
@@ -154,7 +158,11 @@ async fn run(
             let limit = context.limits.sessions_per_user;
             let message = format!("at most {limit} sessions of a user on an instance");
             let refusal = ApiError::new(ErrorCode::Overloaded, message).retry_after(PLACE_RETRY);
-            let frame = encode(&session::error(&context.metrics, refusal, None, None));
+            let frame = encode(&session::error(
+                &context.metrics,
+                refusal,
+                RequestName::default(),
+            ));
             let mut socket = socket;
             let _ = timeout(CLOSE_LIMIT, socket.text(frame)).await;
             return close(app, &mut frames, socket, line, Close::TooManyConnections).await;
@@ -282,7 +290,7 @@ async fn read(
                             ReadError::InvalidText => (ErrorCode::BadRequest, Close::InvalidText, "text that is not UTF-8"),
                             ReadError::Protocol | ReadError::Gone => (ErrorCode::BadRequest, Close::ProtocolError, "not the WebSocket protocol"),
                         };
-                        outbound.push(encode(&session::error(&app.context.metrics, ApiError::new(code, message), None, None)));
+                        outbound.push(encode(&session::error(&app.context.metrics, ApiError::new(code, message), RequestName::default())));
                         outbound.close(reason);
                         // Nothing more can be understood; the writer ends us.
                         std::future::pending::<()>().await;

@@ -10,7 +10,7 @@ use crate::config;
 use crate::domain::dialog::{DialogId, Seq};
 use crate::domain::slot::Slot;
 use crate::messages::slot_queue::{
-    Answer, Job, MarkJob, Reply, Settled, SlotQueues, Taken, Then, Unsettled,
+    Answer, Job, MarkJob, Reply, Requester, Settled, SlotQueues, Taken, Then, Unsettled,
 };
 use crate::messages::writer::{OnCommit, OnLanded, Shared, Writer};
 use crate::metrics::Metrics;
@@ -91,7 +91,7 @@ impl Dispatch {
     pub fn submit(
         &self,
         message: NewMessage,
-        origin: Option<u64>,
+        origin: Option<Requester>,
         deadline: Instant,
         answer: impl FnOnce(Answer<Settled>) + Send + 'static,
     ) -> Result<(), SubmitError> {

@@ -19,3 +19,4 @@ pub use dispatch::{Dispatch, SubmitError};
 pub use error::RequestError;
 pub use history::wire;
 pub use service::{Messages, Outgoing, ReadUpTo, Sent};
+pub use slot_queue::Requester;

@@ -3,7 +3,7 @@
 use super::dispatch::Dispatch;
 use super::error::RequestError;
 use super::pending_reads::PendingReads;
-use super::slot_queue::{Answer, Settled, Unsettled};
+use super::slot_queue::{Answer, Requester, Settled, Unsettled};
 use super::writer::OnCommit;
 use crate::budget::{Budgets, cost};
 use crate::cluster::Cluster;
@@ -132,7 +132,7 @@ impl Messages {
         &self,
         me: UserId,
         message: Outgoing,
-        origin: Option<u64>,
+        origin: Option<Requester>,
         answer: impl FnOnce(Result<Sent, RequestError>) + Send + 'static,
     ) -> Result<(), RequestError> {
         let arrived = Instant::now();

@@ -41,12 +41,21 @@ pub enum Unsettled {
 /// The outcome of a request to a shard.
 pub type Answer<T> = Result<T, Unsettled>;
 
+/// A session that waits for the answer to a send.
+#[derive(Clone, Debug)]
+pub struct Requester {
+    /// Its number on this instance.
+    pub session: u64,
+    /// The id of its request, if it has one.
+    pub id: Option<String>,
+}
+
 /// A queued send.
 pub struct Job {
     /// The message.
     pub message: NewMessage,
     /// The session that sent it, which gets `sent` instead of `message`; `None` for REST.
-    pub origin: Option<u64>,
+    pub origin: Option<Requester>,
     /// The receiver of the answer.
     pub reply: Reply<Settled>,
 }

@@ -12,7 +12,7 @@ use crate::domain::slot::Slot;
 use crate::messages::commit_delay::CommitDelay;
 use crate::messages::concurrency::InFlight;
 use crate::messages::slot_queue::{
-    Answer, Job, MarkJob, Most, QueuePermit, Settled, SlotQueues, Taken, Then, Unsettled,
+    Answer, Job, MarkJob, Most, QueuePermit, Requester, Settled, SlotQueues, Taken, Then, Unsettled,
 };
 use crate::metrics::WriterMetrics;
 use crate::rng;
@@ -46,7 +46,7 @@ pub struct Stored<'a> {
     /// Its place.
     pub place: store::Receipt,
     /// The session that sent it.
-    pub origin: Option<u64>,
+    pub origin: Option<&'a Requester>,
     /// Whether an earlier send with this key had stored it.
     pub repeat: bool,
 }
@@ -364,7 +364,7 @@ impl Work {
         (self.shared.on_commit)(Committed::Message(Stored {
             message: &job.message,
             place,
-            origin: job.origin,
+            origin: job.origin.as_ref(),
             repeat,
         }));
         job.reply.answer(Ok(Settled::Stored { place, repeat }));

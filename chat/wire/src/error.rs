@@ -113,6 +113,9 @@ pub struct ErrorBody {
     /// The key of the send that failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key: Option<String>,
+    /// The dialog of the request that failed, if it names one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dialog: Option<String>,
     /// The id of the request that failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,

@@ -11,6 +11,9 @@ use std::collections::BTreeMap;
 pub enum ClientFrame {
     /// Stores a message in the dialog with `to`, and delivers it.
     Send {
+        /// Repeated in the answer.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        id: Option<String>,
         /// 1 to 64 bytes, chosen by the client, unique per author and dialog. A repeat is stored
         /// once.
         key: String,
@@ -23,7 +26,7 @@ pub enum ClientFrame {
     /// messages.
     History {
         /// Repeated in the answer.
-        #[serde(default)]
+        #[serde(default, skip_serializing_if = "Option::is_none")]
         id: Option<String>,
         /// The user id of the other participant.
         with: u64,
@@ -40,7 +43,7 @@ pub enum ClientFrame {
     /// Requests a page of the user's dialogs, newest first.
     Inbox {
         /// Repeated in the answer.
-        #[serde(default)]
+        #[serde(default, skip_serializing_if = "Option::is_none")]
         id: Option<String>,
         /// The largest number of dialogs; the server's limit is in `welcome`.
         #[serde(default)]
@@ -51,6 +54,9 @@ pub enum ClientFrame {
     },
     /// Marks the dialog with `with` as read up to `seq`.
     Read {
+        /// Repeated in the answer.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        id: Option<String>,
         /// The user id of the other participant.
         with: u64,
         /// The seq of the last message that was read. A smaller one than before has no effect.
@@ -60,7 +66,7 @@ pub enum ClientFrame {
     /// Sent on a new connection and when a dialog is opened.
     Resume {
         /// Repeated in the answer.
-        #[serde(default)]
+        #[serde(default, skip_serializing_if = "Option::is_none")]
         id: Option<String>,
         /// For each dialog, the seq up to which the client has every message. Their number is
         /// limited by `resume_dialogs` of `welcome`.
@@ -72,29 +78,41 @@ pub enum ClientFrame {
     },
     /// The user is writing to `with`. Delivered, never stored.
     Typing {
+        /// Repeated in the answer.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        id: Option<String>,
         /// The user id of the other participant.
         with: u64,
     },
     /// Subscribes to the presence of these users: their state now, and each change.
     Watch {
+        /// Repeated in the answer.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        id: Option<String>,
         /// User ids.
         users: Vec<u64>,
     },
     /// Ends the subscription to the presence of these users.
     Unwatch {
+        /// Repeated in the answer.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        id: Option<String>,
         /// User ids.
         users: Vec<u64>,
     },
     /// Replaces the token of the session by a new one for the same user, before the old one
     /// expires.
     Auth {
+        /// Repeated in the answer.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        id: Option<String>,
         /// The new token.
         token: String,
     },
     /// Requests a `pong`.
     Ping {
         /// Repeated in the answer.
-        #[serde(default)]
+        #[serde(default, skip_serializing_if = "Option::is_none")]
         id: Option<String>,
     },
 }
@@ -196,6 +214,9 @@ pub enum ServerFrame {
     },
     /// The answer to `send`, after the shard's COMMIT.
     Sent {
+        /// The request's id.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        id: Option<String>,
         /// The idempotency key of the send.
         key: String,
         /// The dialog, e.g. `7_42`.
@@ -256,6 +277,9 @@ pub enum ServerFrame {
     Presence(crate::Presence),
     /// The answer to `auth`: the session lasts until the new token expires.
     Authenticated {
+        /// The request's id.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        id: Option<String>,
         /// The expiry of the new token, in seconds since 1970.
         expires: u64,
     },
@@ -264,6 +288,11 @@ pub enum ServerFrame {
         /// The request's id.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         id: Option<String>,
+    },
+    /// The answer to a `read`, `typing`, `watch` or `unwatch` that has an `id`: it is carried out.
+    Done {
+        /// The request's id.
+        id: String,
     },
     /// A request failed; the session goes on.
     Error(ErrorBody),
