@@ -9,6 +9,7 @@ mod handover;
 mod storm;
 mod marks;
 mod talk;
+mod order;
 
 use crate::devices::Device;
 use crate::service::{Service, locked};
@@ -18,6 +19,7 @@ use handover::handover;
 use killed::killed;
 use lossy::lossy;
 use marks::marks;
+use order::order;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use slow::slow;
@@ -47,6 +49,9 @@ enum Scenario {
     Storm,
     /// `chat-client talk` through a connection that is cut every few seconds.
     Talk,
+    /// Many runs of `chat-client talk` with piped lines, while shards refuse and instances are
+    /// killed.
+    Order,
 }
 
 #[derive(Args)]
@@ -75,7 +80,7 @@ pub struct Options {
     /// Of a hundred messages of the bus, how many are lost.
     #[arg(long, default_value_t = 5)]
     losses: u64,
-    /// Clients of the handover and of the storm, and messages for the slow reader.
+    /// Clients of the handover and of the storm, messages for the slow reader, runs of the order.
     #[arg(long)]
     count: Option<u64>,
     /// The seed of the random numbers; printed.
@@ -97,6 +102,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         Scenario::Handover,
         Scenario::Storm,
         Scenario::Talk,
+        Scenario::Order,
     ];
     let scenarios = options.scenario.map_or(all.to_vec(), |one| vec![one]);
     let mut service = Service::new(options.chat.clone(), options.dir.clone(), options.port);
@@ -155,6 +161,7 @@ async fn one(
         Scenario::Handover => handover(service, options, users).await,
         Scenario::Storm => storm(service, options, users).await,
         Scenario::Talk => talk(service, options, users).await,
+        Scenario::Order => order(service, options, users).await,
     }
 }
 
