@@ -45,6 +45,7 @@ const LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
 #[derive(Serialize)]
 struct Claims {
     sub: String,
+    iat: u64,
     exp: u64,
 }
 
@@ -163,6 +164,7 @@ fn mint(secret: &str, user: u64) -> Result<String, Box<dyn std::error::Error>> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
     let claims = Claims {
         sub: user.to_string(),
+        iat: now.as_secs(),
         exp: (now + LIFETIME).as_secs(),
     };
     let key = jsonwebtoken::EncodingKey::from_secret(secret.as_bytes());

@@ -572,7 +572,12 @@ enum Ended {
 
 impl Ended {
     fn of(code: Option<u16>, reason: String) -> Self {
-        let for_good = [Close::Unauthenticated, Close::ForbiddenOrigin].map(Close::code);
+        let for_good = [
+            Close::Unauthenticated,
+            Close::ForbiddenOrigin,
+            Close::Disconnected,
+        ]
+        .map(Close::code);
         match code {
             Some(code) if for_good.contains(&code) => Ended::ForGood(ClientError::Connection(
                 format!("closed with {code} {reason}"),

@@ -4,7 +4,7 @@
 use anyhow::{Context, bail};
 use chat::cluster::{Cluster, IfEmpty, stores};
 use chat::config::{Secret, Settings};
-use chat::domain::dialog::DialogId;
+use chat::domain::dialog::{DialogId, UserId};
 use chat::domain::slot::{SLOTS, Slot};
 use chat::metrics::Metrics;
 use chat::resharding::Report;
@@ -153,9 +153,9 @@ fn describe(plan: &Plan) -> String {
 /// The shards and the progress of resharding, as a running instance reports them.
 pub async fn status(admin: SocketAddr, token: Option<&Secret>, watch: bool) -> anyhow::Result<()> {
     loop {
-        let change = ask(admin, token, "GET", "/admin/resharding").await?;
-        let topology = ask(admin, token, "GET", "/admin/topology").await?;
-        let shards = ask(admin, token, "GET", "/admin/slots").await?;
+        let change = ask(admin, token, "GET", "/admin/resharding", "").await?;
+        let topology = ask(admin, token, "GET", "/admin/topology", "").await?;
+        let shards = ask(admin, token, "GET", "/admin/slots", "").await?;
         let text = table(&change, &topology, &shards);
         if watch && std::io::stdout().is_terminal() {
             // Home, text, and whatever was below it before is cleared.
@@ -180,9 +180,48 @@ pub async fn pause(admin: SocketAddr, token: Option<&Secret>, pause: bool) -> an
     } else {
         ("/admin/resharding/resume", "rebalancing resumed")
     };
-    ask(admin, token, "POST", path).await?;
+    ask(admin, token, "POST", path, "").await?;
     print(&format!("{now}\n"))?;
     Ok(())
+}
+
+/// Ends the sessions of a user.
+pub async fn disconnect(
+    admin: SocketAddr,
+    token: Option<&Secret>,
+    user: UserId,
+) -> anyhow::Result<()> {
+    let path = format!("/admin/users/{user}/disconnect");
+    ask(admin, token, "POST", &path, "").await?;
+    print(&format!("the sessions of user {user} end\n"))
+}
+
+/// Refuses earlier tokens of a user.
+pub async fn revoke(
+    admin: SocketAddr,
+    token: Option<&Secret>,
+    user: UserId,
+    issued_before: Option<u64>,
+) -> anyhow::Result<()> {
+    let path = format!("/admin/users/{user}/revoke");
+    let body = issued_before.map_or(String::new(), |time| {
+        format!("{{\"issued_before\":{time}}}")
+    });
+    let answer = ask(admin, token, "POST", &path, &body).await?;
+    let missing: Vec<&str> = answer["not_yet_on"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(text)
+        .collect();
+    let later = match &missing[..] {
+        [] => String::new(),
+        names => format!("; {} does not answer and gets it later", names.join(", ")),
+    };
+    print(&format!(
+        "tokens of user {user} that were issued before {} are refused{later}\n",
+        answer["issued_before"]
+    ))
 }
 
 /// What `chat status` prints.
@@ -309,14 +348,17 @@ async fn ask(
     token: Option<&Secret>,
     method: &str,
     path: &str,
+    body: &str,
 ) -> anyhow::Result<Value> {
     let place = || format!("the admin listener at {admin}");
     let mut stream = TcpStream::connect(admin).await.with_context(place)?;
     let bearer = token.map_or(String::new(), |token| {
         format!("Authorization: Bearer {}\r\n", token.expose())
     });
-    let request =
-        format!("{method} {path} HTTP/1.0\r\nHost: {admin}\r\nContent-Length: 0\r\n{bearer}\r\n");
+    let request = format!(
+        "{method} {path} HTTP/1.0\r\nHost: {admin}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n{bearer}\r\n{body}",
+        body.len()
+    );
     stream
         .write_all(request.as_bytes())
         .await

@@ -82,12 +82,17 @@ impl Embedded {
             settings.auth.secret.is_none() && settings.auth.key_file.is_none(),
             "auth.secret or auth.key_file is set, but embedded mode has a secret of its own and gives tokens to everyone on this machine; unset it, or leave out --embedded"
         );
-        let secret = self.data.join("secret");
-        let secret =
-            std::fs::read_to_string(&secret).with_context(|| secret.display().to_string())?;
+        let read = |name: &str| {
+            let path = self.data.join(name);
+            let text = std::fs::read_to_string(&path);
+            text.with_context(|| path.display().to_string())
+        };
         settings.embedded = true;
         settings.shards_file = self.data.join("shards.toml");
-        settings.auth.secret = Some(Secret::new(secret));
+        settings.auth.secret = Some(Secret::new(read("secret")?));
+        if settings.admin_token.is_none() {
+            settings.admin_token = Some(Secret::new(read("admin-token")?.trim().to_owned()));
+        }
         Ok(())
     }
 }
@@ -106,16 +111,19 @@ fn private_folder(folder: &Path) -> std::io::Result<()> {
     std::fs::set_permissions(folder, Permissions::from_mode(0o700))
 }
 
-/// The file of the shards, and the secret, so that tokens outlive a restart; those that exist stay.
+/// The file of the shards, the secret of tokens, which outlive a restart, and the token of the
+/// operator; those that exist stay.
 fn make_files(folder: &Path) -> std::io::Result<()> {
     let shards = folder.join("shards.toml");
     if !shards.exists() {
         write_new(&shards, &embedded_shards(&std::fs::canonicalize(folder)?))?;
     }
-    let secret = folder.join("secret");
-    if !secret.exists() {
-        let random = [rand::random::<u128>(), rand::random::<u128>()];
-        write_new(&secret, &random.map(|part| format!("{part:032x}")).concat())?;
+    for name in ["secret", "admin-token"] {
+        let secret = folder.join(name);
+        if !secret.exists() {
+            let random = [rand::random::<u128>(), rand::random::<u128>()];
+            write_new(&secret, &random.map(|part| format!("{part:032x}")).concat())?;
+        }
     }
     Ok(())
 }

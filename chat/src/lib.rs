@@ -7,6 +7,7 @@
 
 // The ground floor.
 pub mod config;
+mod descriptors;
 pub mod rng;
 mod threads;
 
@@ -15,6 +16,7 @@ pub mod domain;
 
 mod clock;
 mod rate_limit;
+pub mod audit;
 mod budget;
 pub mod metrics;
 

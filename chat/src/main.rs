@@ -16,7 +16,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tracing_subscriber::EnvFilter;
+use tracing::Metadata;
+use tracing_subscriber::filter::{FilterExt, filter_fn};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer};
 
 /// It gives memory back some seconds after a crowd has left; glibc's keeps it.
 #[global_allocator]
@@ -71,12 +75,38 @@ enum Command {
         /// The admin listener of a running instance; that of the settings if left out.
         #[arg(long, value_parser = admin_address)]
         admin: Option<SocketAddr>,
+        #[command(flatten)]
+        embedded: Embedded,
     },
     /// Resume rebalancing.
     Resume {
         /// The admin listener of a running instance; that of the settings if left out.
         #[arg(long, value_parser = admin_address)]
         admin: Option<SocketAddr>,
+        #[command(flatten)]
+        embedded: Embedded,
+    },
+    /// End the sessions of a user on all instances.
+    Disconnect {
+        user: u64,
+        /// The admin listener of a running instance; that of the settings if left out.
+        #[arg(long, value_parser = admin_address)]
+        admin: Option<SocketAddr>,
+        #[command(flatten)]
+        embedded: Embedded,
+    },
+    /// Refuse the tokens of a user that were issued before a time, and end the sessions that have
+    /// one.
+    Revoke {
+        user: u64,
+        /// Seconds since 1970; now if left out.
+        #[arg(long)]
+        issued_before: Option<u64>,
+        /// The admin listener of a running instance; that of the settings if left out.
+        #[arg(long, value_parser = admin_address)]
+        admin: Option<SocketAddr>,
+        #[command(flatten)]
+        embedded: Embedded,
     },
     /// Show the slot, owner and target shard of the dialog of two users.
     Where {
@@ -110,14 +140,7 @@ async fn run() -> anyhow::Result<()> {
     let cli = Cli::parse();
     let mut settings = Settings::load(cli.config.as_deref()).context("settings")?;
     let filter = EnvFilter::try_new(&settings.log.filter).context("log.filter")?;
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr);
-    match settings.log.format {
-        LogFormat::Text => log.with_target(false).init(),
-        LogFormat::Json => log.json().init(),
-    }
+    start_log(&settings.log.format, filter);
     let command = cli.command.unwrap_or(Command::Serve {
         embedded: Embedded::off(),
     });
@@ -149,13 +172,35 @@ async fn run() -> anyhow::Result<()> {
             let admin = admin.unwrap_or(settings.admin_listen);
             cli::status(admin, settings.admin_token.as_ref(), watch).await
         }
-        Command::Pause { admin } => {
+        Command::Pause { admin, embedded } => {
+            embedded.read(&mut settings)?;
             let admin = admin.unwrap_or(settings.admin_listen);
             cli::pause(admin, settings.admin_token.as_ref(), true).await
         }
-        Command::Resume { admin } => {
+        Command::Resume { admin, embedded } => {
+            embedded.read(&mut settings)?;
             let admin = admin.unwrap_or(settings.admin_listen);
             cli::pause(admin, settings.admin_token.as_ref(), false).await
+        }
+        Command::Disconnect {
+            user,
+            admin,
+            embedded,
+        } => {
+            embedded.read(&mut settings)?;
+            let admin = admin.unwrap_or(settings.admin_listen);
+            cli::disconnect(admin, settings.admin_token.as_ref(), UserId::new(user)?).await
+        }
+        Command::Revoke {
+            user,
+            issued_before,
+            admin,
+            embedded,
+        } => {
+            embedded.read(&mut settings)?;
+            let admin = admin.unwrap_or(settings.admin_listen);
+            let token = settings.admin_token.as_ref();
+            cli::revoke(admin, token, UserId::new(user)?, issued_before).await
         }
         Command::Where { a, b, embedded } => {
             embedded.read(&mut settings)?;
@@ -166,6 +211,29 @@ async fn run() -> anyhow::Result<()> {
             .await
         }
     }
+}
+
+/// Logs to standard error. The audit log is JSON in either format, and has no filter.
+fn start_log(format: &LogFormat, filter: EnvFilter) {
+    let audited = |metadata: &Metadata<'_>| metadata.target() == chat::audit::TARGET;
+    let colors = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let layer = tracing_subscriber::fmt::layer()
+        .with_ansi(colors)
+        .with_writer(std::io::stderr);
+    let layer = match format {
+        LogFormat::Text => layer.with_target(false).boxed(),
+        LogFormat::Json => layer.json().boxed(),
+    };
+    let audit = tracing_subscriber::fmt::layer()
+        .with_writer(std::io::stderr)
+        .json()
+        .flatten_event(true)
+        .with_filter(filter_fn(audited));
+    let others = filter.and(filter_fn(move |metadata| !audited(metadata)));
+    tracing_subscriber::registry()
+        .with(layer.with_filter(others))
+        .with(audit)
+        .init();
 }
 
 async fn serve(settings: Settings) -> anyhow::Result<()> {

@@ -1,14 +1,15 @@
 //! From settings to a running server: what is built in which order, and what is ended in which.
 
 use crate::bus::{Bus, LocalBus, NatsBus};
-use crate::cluster::{Cluster, IfEmpty, Peers, StartError, stores};
+use crate::cluster::{Cluster, IfEmpty, Notice, Peers, Revocations, StartError, stores};
 use crate::config::Settings;
 use crate::delivery::Delivery;
 use crate::delivery::Reconcile;
 use crate::delivery::presence::Presence;
 use crate::delivery::registry::Registry;
+use crate::descriptors;
 use crate::domain::shards_file::ShardsFile;
-use crate::http::{self, App, ConnectionLimiter, Listener, Tokens};
+use crate::http::{self, Admission, App, ConnectionLimiter, Listener, Tokens};
 use crate::messages::Messages;
 use crate::messages::last_seqs::LastSeqReader;
 use crate::messages::writer::{Committed, OnCommit};
@@ -26,6 +27,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
+use tokio::sync::Semaphore;
+use tokio::sync::broadcast::error::RecvError;
+use tokio_util::task::AbortOnDropHandle;
+use url::Url;
 
 /// A server that is built and listens, but does not serve yet.
 pub struct Server {
@@ -57,7 +62,8 @@ impl Server {
     ///
     /// # Errors
     /// One line that says what must be corrected.
-    pub async fn build(settings: Settings) -> anyhow::Result<Self> {
+    pub async fn build(mut settings: Settings) -> anyhow::Result<Self> {
+        descriptors::fit(&mut settings.limits)?;
         let tokens = Arc::new(Tokens::new(&settings.auth, settings.demo)?);
         if !settings.admin_listen.ip().is_loopback() && settings.admin_token.is_none() {
             bail!(
@@ -84,6 +90,7 @@ impl Server {
             ),
             None => Arc::new(LocalBus::alone()),
         };
+        let revocations = Revocations::start(&cluster, bus.clone(), &runtime).await;
         let registry = Registry::new(settings.limits.sessions_per_user, bus.clone());
         let delivery = Delivery::start(registry.clone(), bus.clone(), &runtime);
         let grace = Duration::from_millis(settings.limits.presence_grace_ms);
@@ -122,7 +129,10 @@ impl Server {
             last_seqs,
             delivery,
             presence,
-            authenticate: tokens.clone(),
+            authenticate: Arc::new(Admission {
+                tokens: tokens.clone(),
+                revocations: revocations.clone(),
+            }),
             limits: Arc::new(settings.limits.clone()),
             metrics,
         };
@@ -131,6 +141,8 @@ impl Server {
             tokens,
             dev_tokens: settings.embedded && address.ip().is_loopback(),
             allowed_origins: settings.auth.allowed_origins.clone(),
+            allowed_hosts: allowed_hosts(&settings),
+            upgraded_refusals: Arc::new(Semaphore::new(settings.limits.upgraded_refusals)),
             connections: ConnectionLimiter::new(
                 settings.limits.connections_per_ip,
                 settings.limits.connections,
@@ -147,6 +159,8 @@ impl Server {
             draining: AtomicBool::new(false),
             resharding,
             peers,
+            closes_revoked: close_revoked(&revocations, &registry, &runtime),
+            revocations,
             reconcile,
             admin_token: settings.admin_token.clone(),
         });
@@ -188,15 +202,15 @@ impl Server {
             ..
         } = self;
         let limits = &settings.limits;
-        let serve = |listener, routes: fn(&mut web::ServiceConfig, usize)| {
+        let serve = |listener, of_proxy, routes: fn(&mut web::ServiceConfig, &App, usize)| {
             let (app, body_bytes) = (app.clone(), limits.frame_bytes as usize);
-            Listener::serve(listener, &threads, limits, move |config| {
+            Listener::serve(listener, &threads, limits, of_proxy, move |config| {
                 config.app_data(app.clone());
-                routes(config, body_bytes);
+                routes(config, &app, body_bytes);
             })
         };
-        let mut public = serve(listener, http::routes)?;
-        let mut admin = serve(admin_listener, http::admin_routes)?;
+        let mut public = serve(listener, settings.trust_forwarded_for, http::routes)?;
+        let mut admin = serve(admin_listener, false, http::admin_routes)?;
         tokio::select! {
             () = shutdown => {}
             () = public.failed() => bail!("the server ended by itself"),
@@ -224,6 +238,52 @@ impl Server {
         tracing::info!(after_ms = begun.elapsed().as_millis() as u64, "stopped");
         Ok(())
     }
+}
+
+/// Ends the sessions that are disconnected, and those whose token was revoked, until the handle is
+/// dropped.
+fn close_revoked(
+    revocations: &Revocations,
+    registry: &Registry,
+    runtime: &tokio::runtime::Handle,
+) -> AbortOnDropHandle<()> {
+    let (mut notices, revocations) = (revocations.notices(), revocations.clone());
+    let registry = registry.clone();
+    let task = runtime.spawn(async move {
+        let revoked = |user, time| {
+            registry.close_issued_before(user, time, Close::Unauthenticated);
+        };
+        loop {
+            match notices.recv().await {
+                Ok(Notice::Revoked(user, time)) => revoked(user, time),
+                Ok(Notice::Disconnect(user)) => {
+                    registry.close_issued_before(user, u64::MAX, Close::Disconnected);
+                }
+                Err(RecvError::Lagged(_)) => {
+                    for user in registry.users() {
+                        if let Some(time) = revocations.issued_before(user) {
+                            revoked(user, time);
+                        }
+                    }
+                }
+                Err(RecvError::Closed) => return,
+            }
+        }
+    });
+    AbortOnDropHandle::new(task)
+}
+
+/// The configured names of the service, and those of the pages that may use it.
+fn allowed_hosts(settings: &Settings) -> Vec<String> {
+    let origins = settings.auth.allowed_origins.iter();
+    let of_pages =
+        origins.filter_map(|origin| Some(Url::parse(origin).ok()?.host_str()?.to_owned()));
+    settings
+        .allowed_hosts
+        .iter()
+        .cloned()
+        .chain(of_pages)
+        .collect()
 }
 
 /// How long sessions may take to leave after the last was asked to.

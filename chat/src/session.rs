@@ -35,6 +35,8 @@ pub struct Identity {
     pub user: UserId,
     /// When it expires, in seconds since 1970.
     pub expires: u64,
+    /// When it was issued, in seconds since 1970; 0 if it does not say so.
+    pub issued: u64,
 }
 
 /// Checks tokens; implemented where the keys are known.
@@ -44,6 +46,9 @@ pub trait Authenticate: Send + Sync {
     /// # Errors
     /// [`ApiError`] with `unauthenticated` and the reason.
     fn authenticate(&self, token: &str) -> Result<Identity, ApiError>;
+
+    /// Whether the token of this identity is refused by now.
+    fn is_revoked(&self, identity: &Identity) -> bool;
 }
 
 /// Shared by all sessions. A clone is a few references.
@@ -117,12 +122,18 @@ impl Session {
         };
         let lossless = context.delivery.bus() == BusState::Standalone;
         let subscriber = Arc::new(Subscriber::new(outbound.clone(), bounds, lossless));
+        subscriber.set_issued(identity.issued);
         let welcome = |session| welcome(identity.user, session, limits);
         let joined =
             context
                 .delivery
                 .registry()
                 .join(identity.user, subscriber.clone(), welcome)?;
+        // Looked at again: what was revoked since the token was checked has closed the sessions that
+        // were registered by then.
+        if context.authenticate.is_revoked(&identity) {
+            outbound.close(Close::Unauthenticated);
+        }
         let frames = FrameRate::new(limits.frames_per_second);
         let reads = Arc::new(Semaphore::new(context.limits.reads_in_flight));
         let catch_up = CatchUp {
@@ -393,6 +404,10 @@ impl Session {
         match self.context.authenticate.authenticate(token) {
             Ok(fresh) if fresh.user == self.identity.user => {
                 self.identity = fresh;
+                self.subscriber.set_issued(fresh.issued);
+                if self.context.authenticate.is_revoked(&fresh) {
+                    self.outbound.close(Close::Unauthenticated);
+                }
                 self.outbound.push(encode(&ServerFrame::Authenticated {
                     id: name.id,
                     expires: fresh.expires,

@@ -645,3 +645,110 @@ async fn an_instance_that_leaves_or_is_killed_is_noticed_by_the_others() {
     })
     .await;
 }
+
+/// The answer of the admin listener to a POST.
+async fn post(url: String, body: serde_json::Value) -> serde_json::Value {
+    let response = reqwest::Client::new()
+        .post(url)
+        .json(&body)
+        .send()
+        .await
+        .unwrap();
+    assert!(
+        response.status().is_success(),
+        "{}",
+        response.text().await.unwrap()
+    );
+    response.json().await.unwrap()
+}
+
+/// Waits for the end of a session, and returns its close code.
+async fn closed(mut socket: Socket) -> Option<u16> {
+    socket.until_closed().await.1
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_who_is_disconnected_leaves_everywhere_and_may_come_back() {
+    let databases = Databases::new(Kind::Mariadb, 2).await;
+    let (one, two) = two(&databases).await;
+    let sessions = [Socket::of(&one, 7).await, Socket::of(&two, 7).await];
+    let mut other = Socket::of(&two, 42).await;
+    post(
+        format!("{}/admin/users/7/disconnect", one.admin),
+        serde_json::json!({}),
+    )
+    .await;
+    for session in sessions {
+        assert_eq!(closed(session).await, Some(4010));
+    }
+    other.send_text("k", 7, "still here").await;
+    other.sent().await;
+    Socket::of(&two, 7).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_revoked_token_is_refused_everywhere_and_after_a_restart() {
+    let databases = Databases::new(Kind::Mariadb, 2).await;
+    let (one, mut two) = two(&databases).await;
+    let now = || {
+        std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .unwrap()
+            .as_secs()
+    };
+    let token = one.access().token(7).await.unwrap();
+    let with = |instance: &Instance| {
+        let request = reqwest::Client::new().get(format!("{}/v1/dialogs", instance.url));
+        let request = request.bearer_auth(&token);
+        async move { request.send().await.unwrap().status().as_u16() }
+    };
+    let sessions = [Socket::of(&one, 7).await, Socket::of(&two, 7).await];
+    let mut other = Socket::of(&one, 42).await;
+    assert_eq!((with(&one).await, with(&two).await), (200, 200));
+    // A time before the tokens changes nothing.
+    let revoke = format!("{}/admin/users/7/revoke", one.admin);
+    post(
+        revoke.clone(),
+        serde_json::json!({"issued_before": now() - 600}),
+    )
+    .await;
+    assert_eq!(with(&one).await, 200);
+    let answer = post(revoke.clone(), serde_json::json!({})).await;
+    assert_eq!(answer["not_yet_on"], serde_json::json!([]));
+    for session in sessions {
+        assert_eq!(closed(session).await, Some(4001));
+    }
+    assert_eq!(with(&one).await, 401);
+    until("the other instance knows it", async || {
+        (with(&two).await == 401).then_some(())
+    })
+    .await;
+    other.send_text("k", 43, "another user").await;
+    other.sent().await;
+    let (_, user) = one.get(&format!("{}/admin/users/7", one.admin)).await;
+    assert_eq!(
+        (&user["issued_before"], &user["sessions"]),
+        (&answer["issued_before"], &0.into())
+    );
+    // A later token is taken.
+    until("the second is over", async || {
+        (now() >= answer["issued_before"].as_u64().unwrap()).then_some(())
+    })
+    .await;
+    Socket::of(&one, 7).await;
+    // Restarted, and without NATS.
+    two.kill();
+    // A shard that was away when it was revoked gets it with the next reading.
+    let count = "SELECT COUNT(*) FROM revocations";
+    assert_eq!(databases.number(1, count).await, 1);
+    databases.execute(1, "DELETE FROM revocations").await;
+    let alone = Instance::start(&databases.shards_file(), &[]).await;
+    assert_eq!(with(&alone).await, 401);
+    assert_eq!(databases.number(1, count).await, 1);
+    // A time that is to come would refuse everybody.
+    let future = reqwest::Client::new()
+        .post(&revoke)
+        .json(&serde_json::json!({"issued_before": now() + 600}));
+    assert_eq!(future.send().await.unwrap().status(), 400);
+    assert!(one.log().contains("\"act\":\"revoke\""), "{}", one.log());
+}

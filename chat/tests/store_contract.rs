@@ -1797,6 +1797,39 @@ async fn last_seqs_are_those_of_the_dialogs_with_their_read_marks(kind: Kind) {
     ));
 }
 
+/// Revocations of one shard: each only rises, and those of another database are not touched.
+async fn what_is_revoked_stays_revoked(kind: Kind) {
+    let (_databases, store) = initialized(kind).await;
+    assert!(store.revocations(&identity()).await.unwrap().is_empty());
+    let late = (1 << 53) - 1;
+    for (revoked, expected) in [
+        (vec![(7, 100), (late, 5)], [(7, 100), (late, 5)]),
+        (vec![(7, 99)], [(7, 100), (late, 5)]),
+        (vec![(7, 101), (late, 4)], [(7, 101), (late, 5)]),
+    ] {
+        let revoked: Vec<_> = revoked
+            .into_iter()
+            .map(|(id, time)| (user(id), time))
+            .collect();
+        store.revoke(&identity(), &revoked).await.unwrap();
+        let all = store.revocations(&identity()).await.unwrap();
+        assert_eq!(all, expected.map(|(id, time)| (user(id), time)).into());
+    }
+    let wrong = ShardIdentity {
+        shard_name: "shard2".into(),
+        ..identity()
+    };
+    for refused in [
+        store
+            .revoke(&wrong, &[(user(7), 900), (user(8), 900)])
+            .await,
+        store.revocations(&wrong).await.map(drop),
+    ] {
+        assert!(matches!(refused, Err(StoreError::WrongIdentity(_))));
+    }
+    assert_eq!(store.revocations(&identity()).await.unwrap().len(), 2);
+}
+
 /// Every case on every store; the name says both.
 macro_rules! on_every_store {
     ($($case:ident)*) => {
@@ -1821,6 +1854,7 @@ on_every_store! {
     read_marks_move_many_at_once_alone_and_with_messages
     a_text_comes_back_byte_for_byte
     a_document_is_taken_forward_only_and_fences_who_was_declared_down
+    what_is_revoked_stays_revoked
     last_seqs_are_those_of_the_dialogs_with_their_read_marks
     a_slot_moves_step_by_step_and_takes_no_other_step
     what_a_lost_shard_held_comes_in_once_and_in_its_place

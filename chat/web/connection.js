@@ -48,7 +48,7 @@ export class Connection {
     clearTimeout(this.repeats);
     if (this.stopped) return;
     this.accuse(event);
-    if (event.code === 4001 || event.code === 4003) {
+    if ([4001, 4003, 4010].includes(event.code)) {
       this.handlers.refused(event.reason);
       return;
     }

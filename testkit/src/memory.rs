@@ -91,6 +91,7 @@ struct Data {
     messages: BTreeMap<(Slot, String, Seq), CopiedMessage>,
     keys: BTreeMap<(Slot, String, UserId, Key), Seq>,
     turn: Option<(u64, Instant)>,
+    revocations: BTreeMap<UserId, u64>,
 }
 
 /// How long the server keeps the coordinator lock of an instance that sends nothing.
@@ -1004,6 +1005,33 @@ impl Control for MemoryStore {
                 size.bytes += message.text.len() as u64;
             }
             Ok(sizes)
+        })
+        .await
+    }
+
+    async fn revoke(
+        &self,
+        identity: &ShardIdentity,
+        revocations: &[(UserId, u64)],
+    ) -> Result<(), StoreError> {
+        self.transact(|data, _| {
+            data.check(identity)?;
+            for (user, time) in revocations {
+                let known = data.revocations.entry(*user).or_default();
+                *known = (*known).max(*time);
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    async fn revocations(
+        &self,
+        identity: &ShardIdentity,
+    ) -> Result<BTreeMap<UserId, u64>, StoreError> {
+        self.transact(|data, _| {
+            data.check(identity)?;
+            Ok(data.revocations.clone())
         })
         .await
     }

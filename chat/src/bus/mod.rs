@@ -28,6 +28,8 @@ pub enum Topic {
     Presence(UserId),
     /// Heartbeats of instances.
     Heartbeats,
+    /// Tokens that are refused, and sessions that end.
+    Revocations,
     /// The last seqs of dialogs whose messages were published a while ago.
     Hints,
 }

@@ -126,6 +126,7 @@ impl NatsBus {
             Topic::User(user) => format!("chat.{}.u.{user}", self.service),
             Topic::Presence(user) => format!("chat.{}.p.{user}", self.service),
             Topic::Heartbeats => format!("chat.{}.heartbeats", self.service),
+            Topic::Revocations => format!("chat.{}.revocations", self.service),
             Topic::Hints => format!("chat.{}.hints", self.service),
         }
     }

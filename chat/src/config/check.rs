@@ -24,7 +24,7 @@ const MINUTE: i64 = 60 * SECOND;
 const HOUR: i64 = 60 * MINUTE;
 
 /// Every number among the settings. A test demands that none is missing.
-pub const RANGES: [(&str, RangeInclusive<i64>); 47] = [
+pub const RANGES: [(&str, RangeInclusive<i64>); 50] = [
     ("threads", 1..=256),
     ("start_wait_ms", 0..=HOUR),
     ("auth.leeway_seconds", 0..=300),
@@ -36,6 +36,8 @@ pub const RANGES: [(&str, RangeInclusive<i64>); 47] = [
     ("limits.connections_per_ip", 1..=10_000_000),
     ("limits.connections", 1..=10_000_000),
     ("limits.spare_connections", 1..=1_000_000),
+    ("limits.spare_connections_per_ip", 1..=1_000_000),
+    ("limits.upgraded_refusals", 0..=100_000),
     ("limits.sends_per_second", RATE),
     ("limits.sends_burst", RATE),
     ("limits.frames_per_second", RATE),
@@ -55,6 +57,7 @@ pub const RANGES: [(&str, RangeInclusive<i64>); 47] = [
     ("limits.requests_in_flight", 1..=10_000),
     ("limits.reads_in_flight", 1..=1000),
     ("limits.handshake_ms", 100..=10 * MINUTE),
+    ("limits.request_ms", SECOND..=10 * MINUTE),
     ("limits.ping_every_ms", 100..=HOUR),
     ("limits.silence_ms", 200..=HOUR),
     ("limits.shutdown_ms", 0..=10 * MINUTE),

@@ -5,7 +5,7 @@ mod check;
 mod origin;
 
 pub use check::RANGES;
-pub use origin::normalized as normalized_origin;
+pub use origin::{is_allowed_host, normalized as normalized_origin};
 
 use serde::Deserialize;
 use std::fmt;
@@ -33,6 +33,10 @@ pub struct Settings {
     pub embedded: bool,
     /// A demonstration on this machine: the sample secret is accepted.
     pub demo: bool,
+    /// Host names under which clients and operators reach the service, beside addresses and
+    /// `localhost`. A request for another host is refused.
+    #[serde(default, deserialize_with = "origin::hosts")]
+    pub allowed_hosts: Vec<String>,
     /// Behind a proxy that appends the client's address to `X-Forwarded-For`: count connections by
     /// that.
     pub trust_forwarded_for: bool,
@@ -87,6 +91,8 @@ pub struct Limits {
     pub connections_per_ip: usize,
     pub connections: usize,
     pub spare_connections: usize,
+    pub spare_connections_per_ip: usize,
+    pub upgraded_refusals: usize,
     pub sends_per_second: u32,
     pub sends_burst: u32,
     pub frames_per_second: u32,
@@ -106,6 +112,7 @@ pub struct Limits {
     pub requests_in_flight: usize,
     pub reads_in_flight: usize,
     pub handshake_ms: u64,
+    pub request_ms: u64,
     pub ping_every_ms: u64,
     pub silence_ms: u64,
     pub shutdown_ms: u64,

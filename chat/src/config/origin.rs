@@ -1,7 +1,7 @@
 //! Origins of pages: `scheme://host[:port]`, in one form.
 
 use serde::{Deserialize, Deserializer};
-use url::Url;
+use url::{Host, Url};
 
 /// The origin in the form in which browsers send it: lower case, without a default port, slash or
 /// blanks. `None` if the text is no origin of `http` or `https`.
@@ -17,25 +17,72 @@ pub fn normalized(text: &str) -> Option<String> {
     (web && only_origin).then(|| url.origin().ascii_serialization())
 }
 
-/// A list, or in an environment variable a text with commas.
-pub(super) fn list<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+/// A list, or in an environment variable a text with commas; without what is empty.
+fn texts<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged)]
-    enum Origins {
+    enum Texts {
         List(Vec<String>),
         Text(String),
     }
-    let origins = match Origins::deserialize(deserializer)? {
-        Origins::List(list) => list,
-        Origins::Text(text) => text.split(',').map(str::to_owned).collect(),
+    let texts = match Texts::deserialize(deserializer)? {
+        Texts::List(list) => list,
+        Texts::Text(text) => text.split(',').map(str::to_owned).collect(),
     };
-    let given = origins.iter().filter(|origin| !origin.trim().is_empty());
-    given
+    let trimmed = texts.iter().map(|text| text.trim().to_owned());
+    Ok(trimmed.filter(|text| !text.is_empty()).collect())
+}
+
+/// Host names, in lower case, without a port.
+pub(super) fn hosts<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    let hosts = texts(deserializer)?;
+    let only_host = |text: &String| {
+        let host = host_of(text)?.to_string();
+        let is_name = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
+        (host == text.to_lowercase() && host.chars().all(is_name)).then_some(host)
+    };
+    hosts
+        .iter()
+        .map(|text| {
+            only_host(text).ok_or_else(|| {
+                serde::de::Error::custom(format!(
+                    "allowed_hosts has '{text}': a host is a name without scheme and port, such as chat.example.org"
+                ))
+            })
+        })
+        .collect()
+}
+
+/// The host of `host[:port]`.
+fn host_of(authority: &str) -> Option<Host> {
+    let url = Url::parse(&format!("http://{authority}")).ok()?;
+    let only_host = url.path() == "/" && url.query().is_none() && url.username().is_empty();
+    only_host.then(|| url.host().map(|host| host.to_owned()))?
+}
+
+/// Whether a `Host` header names this service: an address, `localhost`, or one of `allowed`. A page
+/// of another site that has its own name point here (DNS rebinding) sends its own name.
+#[must_use]
+pub fn is_allowed_host(header: &str, allowed: &[String]) -> bool {
+    match host_of(header) {
+        Some(Host::Ipv4(_) | Host::Ipv6(_)) => true,
+        Some(Host::Domain(name)) => {
+            name == "localhost" || name.ends_with(".localhost") || allowed.contains(&name)
+        }
+        None => false,
+    }
+}
+
+/// Origins, each in one form.
+pub(super) fn list<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    let origins = texts(deserializer)?;
+    origins
+        .iter()
         .map(|origin| {
             normalized(origin).ok_or_else(|| {
                 serde::de::Error::custom(format!(
                     "auth.allowed_origins has '{}': an origin is scheme://host[:port], such as https://chat.example.org",
-                    origin.trim()
+                    origin
                 ))
             })
         })
@@ -45,7 +92,7 @@ pub(super) fn list<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Str
 #[cfg(test)]
 mod tests {
     use super::super::Settings;
-    use super::normalized;
+    use super::{is_allowed_host, normalized};
 
     #[test]
     fn an_origin_has_one_form() {
@@ -68,6 +115,39 @@ mod tests {
             ("", None),
         ] {
             assert_eq!(normalized(text).as_deref(), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_host_is_an_address_localhost_or_one_that_is_allowed() {
+        let settings = |value: &str| Settings::from_toml(&format!("allowed_hosts = {value}"));
+        let allowed = settings(r#"["Chat.example.org"]"#).unwrap().allowed_hosts;
+        for (header, expected) in [
+            ("127.0.0.1:8080", true),
+            ("203.0.113.5", true),
+            ("[::1]:8080", true),
+            ("localhost:8080", true),
+            ("LOCALHOST", true),
+            ("app.localhost", true),
+            ("chat.example.org", true),
+            ("CHAT.example.org:443", true),
+            ("evil.example", false),
+            ("chat.example.org.evil.example", false),
+            ("localhost.evil.example", false),
+            ("chat.example.org@evil.example", false),
+            ("", false),
+            ("a b", false),
+        ] {
+            assert_eq!(is_allowed_host(header, &allowed), expected, "{header}");
+        }
+        for wrong in ["https://a.example", "a.example:443", "a.example/x", "*"] {
+            let refusal = settings(&format!(r#"["{wrong}"]"#))
+                .unwrap_err()
+                .to_string();
+            assert!(
+                refusal.contains(&format!("allowed_hosts has '{wrong}'")),
+                "{refusal}"
+            );
         }
     }
 

@@ -176,6 +176,28 @@ impl Registry {
         }
     }
 
+    /// Closes the sessions of a user whose token was issued before a time, in seconds since 1970.
+    /// Returns their number.
+    pub fn close_issued_before(&self, user: UserId, time: u64, reason: Close) -> usize {
+        let stripe = self.stripe(user);
+        let sessions = stripe
+            .get(&user)
+            .into_iter()
+            .flat_map(|present| &present.sessions);
+        let old = sessions.filter(|(_, subscriber)| subscriber.issued() < time);
+        old.map(|(_, subscriber)| subscriber.outbound().close(reason))
+            .count()
+    }
+
+    /// The number of sessions of a user here.
+    #[must_use]
+    pub fn sessions_of(&self, user: UserId) -> usize {
+        let stripe = self.stripe(user);
+        stripe
+            .get(&user)
+            .map_or(0, |present| present.sessions.len())
+    }
+
     /// Whether a user has a session here.
     #[must_use]
     pub fn has(&self, user: UserId) -> bool {

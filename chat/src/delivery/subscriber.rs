@@ -9,6 +9,7 @@ use crate::delivery::sequencer::{Bounds, Gap, Sequencer};
 use crate::domain::dialog::{DialogId, Seq, Timestamp, UserId};
 use bytestring::ByteString;
 use chat_wire::ReadMark;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 
@@ -17,6 +18,8 @@ pub struct Subscriber {
     outbound: Arc<OutboundQueue>,
     sequencer: Mutex<Sequencer>,
     read_marks: Mutex<ReadMarks>,
+    /// When the token of the session was issued, in seconds since 1970.
+    issued: AtomicU64,
     /// Wakes the task that reads missing messages.
     due: Notify,
     /// Wakes the tasks that wait until dialogs are complete.
@@ -38,6 +41,7 @@ impl Subscriber {
             outbound,
             read_marks: Mutex::new(ReadMarks::new(bounds.dialogs)),
             sequencer: Mutex::new(Sequencer::new(bounds, since, lossless)),
+            issued: AtomicU64::new(0),
             due: Notify::new(),
             advanced: Notify::new(),
         }
@@ -47,6 +51,17 @@ impl Subscriber {
     #[must_use]
     pub fn outbound(&self) -> &Arc<OutboundQueue> {
         &self.outbound
+    }
+
+    /// The session has a token that was issued at this time, in seconds since 1970.
+    pub fn set_issued(&self, issued: u64) {
+        self.issued.store(issued, Ordering::Relaxed);
+    }
+
+    /// When the token of the session was issued, in seconds since 1970; 0 if that is not known.
+    #[must_use]
+    pub fn issued(&self) -> u64 {
+        self.issued.load(Ordering::Relaxed)
     }
 
     fn sequencer(&self) -> MutexGuard<'_, Sequencer> {

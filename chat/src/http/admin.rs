@@ -1,6 +1,9 @@
 //! For operators, on a listener of its own.
 
 use super::{App, HttpError};
+use crate::audit;
+use crate::clock;
+use crate::cluster::Unstored;
 use crate::domain::dialog::{DialogId, UserId};
 use crate::domain::ownership::SlotState;
 use crate::domain::shards_file::ShardsFile;
@@ -11,44 +14,14 @@ use crate::resharding::Status;
 use crate::resharding::estimate::Plan;
 use crate::resharding::install::InstallError;
 use crate::store::Health;
-use actix_web::http::header::AUTHORIZATION;
 use actix_web::{HttpRequest, HttpResponse, web};
 use chat_wire::ErrorCode;
 use futures_util::future::join_all;
+use serde::Deserialize;
 use serde_json::{Value, json};
 
-/// Checks the admin token, if one is set. Without one the listener is on loopback only.
-fn operator(request: &HttpRequest, app: &App) -> Result<(), HttpError> {
-    let Some(expected) = &app.admin_token else {
-        return Ok(());
-    };
-    let given = request
-        .headers()
-        .get(AUTHORIZATION)
-        .and_then(|value| value.to_str().ok());
-    let given = given
-        .and_then(|value| value.strip_prefix("Bearer "))
-        .unwrap_or_default();
-    // In constant time: as many comparisons whatever is given.
-    let same = given.len() == expected.expose().len()
-        && given
-            .bytes()
-            .zip(expected.expose().bytes())
-            .fold(0, |difference, (a, b)| difference | (a ^ b))
-            == 0;
-    if same {
-        Ok(())
-    } else {
-        Err(ApiError::new(
-            ErrorCode::Unauthenticated,
-            "send the admin token as Authorization: Bearer",
-        ))?
-    }
-}
-
 /// The metrics.
-pub async fn metrics(request: HttpRequest, app: web::Data<App>) -> Result<HttpResponse, HttpError> {
-    operator(&request, &app)?;
+pub async fn metrics(app: web::Data<App>) -> Result<HttpResponse, HttpError> {
     let text = app.context.metrics.encode();
     Ok(HttpResponse::Ok()
         .content_type("application/openmetrics-text; version=1.0.0; charset=utf-8")
@@ -56,11 +29,7 @@ pub async fn metrics(request: HttpRequest, app: web::Data<App>) -> Result<HttpRe
 }
 
 /// The topology in effect, and the state of this instance's `shards.toml` relative to it.
-pub async fn topology(
-    request: HttpRequest,
-    app: web::Data<App>,
-) -> Result<web::Json<Value>, HttpError> {
-    operator(&request, &app)?;
+pub async fn topology(app: web::Data<App>) -> Result<web::Json<Value>, HttpError> {
     let view = app.context.messages.cluster().view();
     let file = app.resharding.status().file;
     Ok(web::Json(json!({
@@ -73,11 +42,7 @@ pub async fn topology(
 }
 
 /// Every shard: whether it answers, and its share. Counts all rows: not for every second.
-pub async fn shards(
-    request: HttpRequest,
-    app: web::Data<App>,
-) -> Result<web::Json<Value>, HttpError> {
-    operator(&request, &app)?;
+pub async fn shards(app: web::Data<App>) -> Result<web::Json<Value>, HttpError> {
     let view = app.context.messages.cluster().view();
     let describe = |shard: &crate::store::Shard| {
         let shard = shard.clone();
@@ -105,11 +70,9 @@ pub async fn shards(
 
 /// The slot, owner and target shard of the dialog of two users.
 pub async fn locate(
-    request: HttpRequest,
     path: web::Path<(String, String)>,
     app: web::Data<App>,
 ) -> Result<web::Json<Value>, HttpError> {
-    operator(&request, &app)?;
     let (a, b) = path.into_inner();
     let user = |text: &str| {
         text.parse::<UserId>()
@@ -131,21 +94,12 @@ pub async fn locate(
 }
 
 /// The state of resharding.
-pub async fn resharding(
-    request: HttpRequest,
-    app: web::Data<App>,
-) -> Result<web::Json<Status>, HttpError> {
-    operator(&request, &app)?;
+pub async fn resharding(app: web::Data<App>) -> Result<web::Json<Status>, HttpError> {
     Ok(web::Json(app.resharding.status()))
 }
 
 /// What the `shards.toml` in the body would do.
-pub async fn plan(
-    request: HttpRequest,
-    app: web::Data<App>,
-    text: String,
-) -> Result<web::Json<Plan>, HttpError> {
-    operator(&request, &app)?;
+pub async fn plan(app: web::Data<App>, text: String) -> Result<web::Json<Plan>, HttpError> {
     let env = |name: &str| std::env::var(name).ok();
     let refused = |what: String| ApiError::new(ErrorCode::BadRequest, what);
     let file = ShardsFile::parse(&text, &env).map_err(|e| refused(e.to_string()))?;
@@ -175,18 +129,94 @@ async fn set_paused(
     app: &App,
     paused: bool,
 ) -> Result<web::Json<Status>, HttpError> {
-    operator(request, app)?;
     let not_done = |e: InstallError| ApiError::new(ErrorCode::Unavailable, e.to_string());
     app.resharding.pause(paused).await.map_err(not_done)?;
+    let act = if paused { "pause" } else { "resume" };
+    audit::act(act, app.address_of(request), "resharding");
     Ok(web::Json(app.resharding.status()))
 }
 
-/// The slots of every shard, by state.
-pub async fn slots(
-    request: HttpRequest,
+fn user_of(path: &str) -> Result<UserId, HttpError> {
+    path.parse::<UserId>()
+        .map_err(|e| HttpError::from(RequestError::from(e)))
+}
+
+/// What is known of a user: the sessions here, and since when tokens count.
+pub async fn user(
+    path: web::Path<String>,
     app: web::Data<App>,
 ) -> Result<web::Json<Value>, HttpError> {
-    operator(&request, &app)?;
+    let user = user_of(&path)?;
+    Ok(web::Json(json!({
+        "user": user.get(),
+        "sessions": app.context.delivery.registry().sessions_of(user),
+        "issued_before": app.revocations.issued_before(user),
+    })))
+}
+
+/// Ends the sessions of a user on all instances.
+pub async fn disconnect(
+    request: HttpRequest,
+    path: web::Path<String>,
+    app: web::Data<App>,
+) -> Result<web::Json<Value>, HttpError> {
+    let user = user_of(&path)?;
+    app.revocations.disconnect(user);
+    audit::act(
+        "disconnect",
+        app.address_of(&request),
+        &format!("user {user}"),
+    );
+    Ok(web::Json(json!({ "user": user.get() })))
+}
+
+/// What to revoke.
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Revocation {
+    /// Tokens issued before this time, in seconds since 1970; before now if it is left out.
+    issued_before: Option<u64>,
+}
+
+/// Refuses the tokens of a user that were issued before a time, and ends the sessions that have
+/// one.
+pub async fn revoke(
+    request: HttpRequest,
+    path: web::Path<String>,
+    body: web::Bytes,
+    app: web::Data<App>,
+) -> Result<web::Json<Value>, HttpError> {
+    let user = user_of(&path)?;
+    let asked: Revocation = if body.is_empty() {
+        Revocation::default()
+    } else {
+        let refused = |e: serde_json::Error| ApiError::new(ErrorCode::BadRequest, e.to_string());
+        serde_json::from_slice(&body).map_err(refused)?
+    };
+    // A token of this very second is one of before.
+    let now = u64::try_from(clock::now().micros()).unwrap_or(0) / 1_000_000 + 1;
+    let before = asked.issued_before.unwrap_or(now);
+    if before > now {
+        let message = "issued_before is in the future: every token until then would be refused";
+        return Err(ApiError::new(ErrorCode::BadRequest, message).into());
+    }
+    let unstored = |e: Unstored| ApiError::new(ErrorCode::Unavailable, e.to_string());
+    let missing = app
+        .revocations
+        .revoke(user, before)
+        .await
+        .map_err(unstored)?;
+    let on = format!("user {user}, tokens issued before {before}");
+    audit::act("revoke", app.address_of(&request), &on);
+    Ok(web::Json(json!({
+        "user": user.get(),
+        "issued_before": before,
+        "not_yet_on": missing,
+    })))
+}
+
+/// The slots of every shard, by state.
+pub async fn slots(app: web::Data<App>) -> Result<web::Json<Value>, HttpError> {
     let view = app.context.messages.cluster().view();
     let describe = |shard: &crate::store::Shard| {
         let shard = shard.clone();

@@ -1,6 +1,7 @@
 //! Tokens: JWTs of one pinned algorithm, in the `Authorization` header or, from a browser, as a
 //! subprotocol.
 
+use crate::cluster::Revocations;
 use crate::config;
 use crate::domain::dialog::UserId;
 use crate::error::ApiError;
@@ -14,6 +15,7 @@ use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// The secret of `.env.sample`: public, and refused outside a demonstration.
@@ -40,6 +42,7 @@ enum Keys {
 #[derive(Serialize)]
 struct Minted<'a> {
     sub: String,
+    iat: u64,
     exp: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     aud: Option<&'a str>,
@@ -53,6 +56,7 @@ struct Minted<'a> {
 struct Claims {
     sub: Option<Value>,
     exp: Option<Value>,
+    iat: Option<Value>,
     aud: Option<IgnoredAny>,
 }
 
@@ -63,13 +67,14 @@ impl Claims {
         let of_text = sub.as_str().and_then(|text| text.parse().ok());
         of_text.or_else(|| UserId::new(sub.as_u64()?).ok())
     }
+}
 
-    /// Seconds since 1970. RFC 7519 allows fractions.
-    fn expires(&self) -> Option<u64> {
-        let exp = self.exp.as_ref()?;
-        // The conversion ends at the bounds of u64.
-        exp.as_u64().or_else(|| exp.as_f64().map(|exp| exp as u64))
-    }
+/// Seconds since 1970. RFC 7519 allows fractions.
+fn seconds(time: Option<&Value>) -> Option<u64> {
+    let time = time?;
+    // The conversion ends at the bounds of u64.
+    time.as_u64()
+        .or_else(|| time.as_f64().map(|time| time as u64))
 }
 
 impl Tokens {
@@ -112,6 +117,7 @@ impl Tokens {
         let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
         let claims = Minted {
             sub: user.to_string(),
+            iat: now.as_secs(),
             exp: now.as_secs().saturating_add(lifetime.as_secs()),
             aud: self.settings.audience.as_deref(),
             iss: self.settings.issuer.as_deref(),
@@ -236,8 +242,38 @@ fn validation(settings: &config::Auth, algorithm: Algorithm) -> Validation {
     validation
 }
 
-impl Authenticate for Tokens {
+/// Checks tokens, and whether they were revoked.
+pub struct Admission {
+    /// Checks signatures and claims.
+    pub tokens: Arc<Tokens>,
+    /// What is revoked.
+    pub revocations: Revocations,
+}
+
+impl Authenticate for Admission {
     fn authenticate(&self, token: &str) -> Result<Identity, ApiError> {
+        let identity = self.tokens.authenticate(token)?;
+        if self.is_revoked(&identity) {
+            return Err(ApiError::new(
+                ErrorCode::Unauthenticated,
+                "the token was revoked (iat)",
+            ));
+        }
+        Ok(identity)
+    }
+
+    fn is_revoked(&self, identity: &Identity) -> bool {
+        let before = self.revocations.issued_before(identity.user);
+        before.is_some_and(|before| identity.issued < before)
+    }
+}
+
+impl Tokens {
+    /// The identity of a token, by its signature and its claims.
+    ///
+    /// # Errors
+    /// [`ApiError`] with `unauthenticated` and the reason.
+    pub fn authenticate(&self, token: &str) -> Result<Identity, ApiError> {
         let refuse = |message: String| ApiError::new(ErrorCode::Unauthenticated, message);
         let header = jsonwebtoken::decode_header(token).map_err(|e| refuse(reason(&e)))?;
         if let Some(extension) = header.crit.iter().flatten().next() {
@@ -261,12 +297,13 @@ impl Authenticate for Tokens {
         }
         let user = claims.user();
         let user = user.ok_or_else(|| refuse("the sub of the token is not a user id".into()))?;
-        let expires = claims.expires();
+        let expires = seconds(claims.exp.as_ref());
         let expires = expires.ok_or_else(|| refuse("the exp of the token is no time".into()))?;
         let leeway = self.settings.leeway_seconds;
         Ok(Identity {
             user,
             expires: expires.saturating_add(leeway),
+            issued: seconds(claims.iat.as_ref()).unwrap_or(0),
         })
     }
 }

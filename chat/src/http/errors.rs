@@ -34,6 +34,8 @@ pub fn status(code: ErrorCode) -> StatusCode {
         ErrorCode::Unauthenticated => StatusCode::UNAUTHORIZED,
         ErrorCode::Forbidden => StatusCode::FORBIDDEN,
         ErrorCode::NotFound => StatusCode::NOT_FOUND,
+        ErrorCode::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
+        ErrorCode::RequestTimeout => StatusCode::REQUEST_TIMEOUT,
         ErrorCode::KeyReused => StatusCode::CONFLICT,
         ErrorCode::RateLimited => StatusCode::TOO_MANY_REQUESTS,
         ErrorCode::Overloaded | ErrorCode::ShardDown | ErrorCode::Unavailable => {
@@ -56,6 +58,10 @@ impl ResponseError for HttpError {
         }
         if self.0.code == ErrorCode::Unauthenticated {
             response.insert_header((WWW_AUTHENTICATE, "Bearer"));
+        }
+        if self.0.code == ErrorCode::RequestTimeout {
+            // The rest of the request is not waited for.
+            response.force_close();
         }
         response.json(self.0.clone().body(RequestName::default()))
     }

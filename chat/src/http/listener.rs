@@ -1,19 +1,23 @@
 //! Accepts connections and serves HTTP on them, on all threads: what `HttpServer` does, but over
 //! connections that can be cut, and on the threads that the rest of the process lives on.
 
+use super::client_address;
+use super::connection_limiter::{ConnectionLimiter, ConnectionPermit};
 use super::tcp::Connection;
+use crate::audit;
 use crate::config::Limits;
 use crate::threads::Threads;
 use actix_http::{HttpService, Protocol};
 use actix_service::{IntoServiceFactory, Service, ServiceFactory, ServiceFactoryExt, map_config};
 use actix_web::dev::AppConfig;
 use actix_web::http::header::{
-    CACHE_CONTROL, CONTENT_SECURITY_POLICY, REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS,
-    X_FRAME_OPTIONS,
+    CACHE_CONTROL, CONTENT_SECURITY_POLICY, HeaderName, HeaderValue, REFERRER_POLICY,
+    X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS,
 };
 use actix_web::middleware::DefaultHeaders;
 use actix_web::rt::net::TcpStream;
 use actix_web::{App as WebApp, web};
+use chat_wire::ErrorCode;
 use socket2::{Domain, Socket, Type};
 use std::io;
 use std::net::SocketAddr;
@@ -37,8 +41,28 @@ const STOP_LIMIT: Duration = Duration::from_secs(2);
 /// What the page of the API description needs; the page of dialogs has a policy of its own.
 const POLICY: &str = "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'";
 
-/// A connection, and its place among the connections.
-type Accepted = (std::net::TcpStream, OwnedSemaphorePermit);
+/// What a proxy or a browser must not keep or guess; a route may set its own.
+const HEADERS: [(HeaderName, &str); 5] = [
+    (CACHE_CONTROL, "no-store"),
+    (X_CONTENT_TYPE_OPTIONS, "nosniff"),
+    (REFERRER_POLICY, "no-referrer"),
+    (X_FRAME_OPTIONS, "DENY"),
+    (CONTENT_SECURITY_POLICY, POLICY),
+];
+
+/// A connection, and its places: among all connections, and among those of its address.
+type Accepted = (
+    std::net::TcpStream,
+    OwnedSemaphorePermit,
+    Option<ConnectionPermit>,
+);
+
+/// Connections of one address, of any kind.
+fn by_address(limits: &Limits) -> ConnectionLimiter {
+    let per_ip = limits.connections_per_ip;
+    let per_ip = per_ip.saturating_add(limits.spare_connections_per_ip);
+    ConnectionLimiter::new(per_ip, usize::MAX)
+}
 
 /// A server that accepts connections.
 pub struct Listener {
@@ -65,7 +89,8 @@ pub fn listen(address: SocketAddr) -> io::Result<std::net::TcpListener> {
 
 impl Listener {
     /// Serves the routes that `configure` gives to those who connect. Each thread takes its turn
-    /// with a connection.
+    /// with a connection. `of_proxy`: the connections are those of a proxy, so that their address
+    /// says nothing.
     ///
     /// # Errors
     /// If the listener cannot be used.
@@ -73,6 +98,7 @@ impl Listener {
         listener: std::net::TcpListener,
         threads: &Threads,
         limits: &Limits,
+        of_proxy: bool,
         configure: impl Fn(&mut web::ServiceConfig) + Clone + Send + 'static,
     ) -> io::Result<Self> {
         let stopping = CancellationToken::new();
@@ -92,13 +118,14 @@ impl Listener {
             .try_into()
             .unwrap_or(u32::MAX);
         let places = Arc::new(Semaphore::new(all_places as usize));
+        let by_address = (!of_proxy).then(|| by_address(limits));
         let listener = {
             let _context = threads.store().enter();
             TcpListener::from_std(listener)?
         };
         let accepting = threads
             .store()
-            .spawn(accept(listener, places.clone(), queues));
+            .spawn(accept(listener, places.clone(), by_address, queues));
         Ok(Self {
             accepting,
             stopping,
@@ -125,19 +152,35 @@ impl Listener {
 async fn accept(
     listener: TcpListener,
     places: Arc<Semaphore>,
+    by_address: Option<ConnectionLimiter>,
     queues: Vec<mpsc::UnboundedSender<Accepted>>,
 ) {
     let mut logged = false;
     for queue in queues.iter().cycle() {
         // unwrap: it is never closed
         let place = places.clone().acquire_owned().await.unwrap();
-        let stream = loop {
+        let (stream, of_address) = loop {
             match listener
                 .accept()
                 .await
-                .and_then(|(stream, _)| stream.into_std())
+                .and_then(|(stream, peer)| Ok((stream.into_std()?, peer)))
             {
-                Ok(stream) => break stream,
+                Ok((stream, peer)) => {
+                    let Some(limiter) = &by_address else {
+                        break (stream, None);
+                    };
+                    let address = client_address::counted(peer.ip());
+                    match limiter.take(Some(address)) {
+                        Some(place) => break (stream, Some(place)),
+                        // Closed without an answer: one would cost more than it tells.
+                        None => audit::refused(
+                            "tcp",
+                            Some(address),
+                            ErrorCode::Overloaded,
+                            "too many connections of this address",
+                        ),
+                    }
+                }
                 // It was closed before it was accepted.
                 Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => {}
                 Err(e) => {
@@ -149,7 +192,7 @@ async fn accept(
             }
         };
         logged = false;
-        if queue.send((stream, place)).is_err() {
+        if queue.send((stream, place, of_address)).is_err() {
             return;
         }
     }
@@ -164,18 +207,21 @@ async fn serve_connections(
 ) {
     let handshake = Duration::from_millis(limits.handshake_ms);
     let user_timeout = Duration::from_millis(limits.tcp_user_timeout_ms);
-    // What a proxy or a browser must not keep or guess; a route may set its own.
-    let headers = DefaultHeaders::new()
-        .add((CACHE_CONTROL, "no-store"))
-        .add((X_CONTENT_TYPE_OPTIONS, "nosniff"))
-        .add((REFERRER_POLICY, "no-referrer"))
-        .add((X_FRAME_OPTIONS, "DENY"))
-        .add((CONTENT_SECURITY_POLICY, POLICY));
+    let headers = HEADERS
+        .into_iter()
+        .fold(DefaultHeaders::new(), DefaultHeaders::add);
     let routes = WebApp::new()
         .wrap(headers)
         .configure(configure)
         .into_factory()
-        .map_err(|e: actix_web::Error| e.error_response());
+        .map_err(|e: actix_web::Error| {
+            let mut response = e.error_response();
+            for (name, value) in HEADERS {
+                let value = HeaderValue::from_static(value);
+                response.headers_mut().insert(name, value);
+            }
+            response
+        });
     let http = HttpService::build()
         // Connections that are only kept alive end when the server stops, instead of holding it up.
         .graceful_shutdown_signal(move || stopping.clone().cancelled_owned())
@@ -189,7 +235,7 @@ async fn serve_connections(
         return;
     };
     let http = Rc::new(http);
-    while let Some((stream, place)) = accepted.recv().await {
+    while let Some((stream, place, of_address)) = accepted.recv().await {
         let Ok(stream) = TcpStream::from_std(stream) else {
             continue;
         };
@@ -200,7 +246,7 @@ async fn serve_connections(
             let request = (connection, Protocol::Http1, peer);
             // An error here concerns one client, which has its answer or is gone.
             let _ = serve_one(&*http, request).await;
-            drop(place);
+            drop((place, of_address));
         });
     }
 }
@@ -251,7 +297,7 @@ mod tests {
         let threads = Threads::start(3).unwrap();
         let limits = Settings::from_toml("").unwrap().limits;
         let (address, listener) = socket();
-        let server = Listener::serve(listener, &threads, &limits, |config| {
+        let server = Listener::serve(listener, &threads, &limits, false, |config| {
             let name = || async { format!("{}.", std::thread::current().name().unwrap()) };
             config.route("/", web::get().to(name));
         });
@@ -278,7 +324,7 @@ mod tests {
         let requests = Arc::new(AtomicUsize::new(0));
         let seen = begun.clone();
         let goes_on = go_on.clone();
-        let server = Listener::serve(listener, &threads, &limits, move |config| {
+        let server = Listener::serve(listener, &threads, &limits, false, move |config| {
             let (begun, go_on, requests) = (seen.clone(), goes_on.clone(), requests.clone());
             let slow = move || {
                 let (begun, go_on) = (begun.clone(), go_on.clone());
@@ -319,19 +365,24 @@ mod tests {
         let places = Arc::new(Semaphore::new(1));
         let (queue, mut accepted) = mpsc::unbounded_channel();
         let listener = TcpListener::from_std(listener).unwrap();
-        let accepting = tokio::spawn(accept(listener, places.clone(), vec![queue]));
+        let accepting = tokio::spawn(accept(
+            listener,
+            places.clone(),
+            Some(ConnectionLimiter::new(2, 10)),
+            vec![queue],
+        ));
         let _clients = (
             Client::connect(address).await.unwrap(),
             Client::connect(address).await.unwrap(),
         );
-        let (_first, place) = accepted.recv().await.unwrap();
+        let (_first, place, _) = accepted.recv().await.unwrap();
         // Every other task has had its turn, and the second client waits in the backlog.
         for _ in 0..100 {
             tokio::task::yield_now().await;
         }
         assert!(accepted.try_recv().is_err());
         drop(place);
-        let (_second, place) = accepted.recv().await.unwrap();
+        let (_second, place, _) = accepted.recv().await.unwrap();
         drop((accepted, place));
         let _third = Client::connect(address).await.unwrap();
         accepting.await.unwrap();

@@ -6,6 +6,8 @@ mod auth;
 mod client_address;
 mod connection_limiter;
 mod errors;
+mod methods;
+mod door;
 mod frame_reader;
 mod health;
 mod page;
@@ -15,12 +17,12 @@ mod ws;
 mod listener;
 
 pub use asyncapi::document as asyncapi_document;
-pub use auth::{SAMPLE_SECRET, Tokens};
+pub use auth::{Admission, SAMPLE_SECRET, Tokens};
 pub use connection_limiter::ConnectionLimiter;
 pub use errors::HttpError;
 pub use listener::{Listener, listen};
 
-use crate::cluster::Peers;
+use crate::cluster::{Peers, Revocations};
 use crate::config::Secret;
 use crate::delivery::Reconcile;
 use crate::domain::dialog::UserId;
@@ -28,11 +30,18 @@ use crate::error::ApiError;
 use crate::rate_limit::RateLimiter;
 use crate::resharding::Resharding;
 use crate::session::Context;
+use actix_cors::Cors;
+use actix_web::http::Method;
+use actix_web::http::header::{AUTHORIZATION, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
+use actix_web::middleware::from_fn;
 use actix_web::{HttpRequest, web};
 use chat_wire::ErrorCode;
+use methods::at;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use tokio::sync::Semaphore;
+use tokio_util::task::AbortOnDropHandle;
 use utoipa::OpenApi;
 use utoipa_swagger_ui::SwaggerUi;
 
@@ -44,8 +53,12 @@ pub struct App {
     pub tokens: Arc<Tokens>,
     /// Whether `POST /v1/dev/token` is there.
     pub dev_tokens: bool,
-    /// Origins of pages that may open a WebSocket.
+    /// Origins of pages that may open a WebSocket and use REST.
     pub allowed_origins: Vec<String>,
+    /// Names of this service.
+    pub allowed_hosts: Vec<String>,
+    /// Refused WebSockets that may be upgraded at once.
+    pub upgraded_refusals: Arc<Semaphore>,
     /// Counts WebSockets.
     pub connections: ConnectionLimiter,
     /// How fast an address may open them.
@@ -60,6 +73,10 @@ pub struct App {
     pub resharding: Resharding,
     /// The other instances.
     pub peers: Peers,
+    /// Ends sessions whose token was revoked. Runs as long as the app.
+    pub closes_revoked: AbortOnDropHandle<()>,
+    /// Tokens that are refused.
+    pub revocations: Revocations,
     /// Runs as long as the app.
     pub reconcile: Reconcile,
     /// Asked of operators.
@@ -95,44 +112,68 @@ impl App {
 }
 
 /// The routes for clients; `body_bytes` is the largest body.
-pub fn routes(config: &mut web::ServiceConfig, body_bytes: usize) {
-    config
-        .route("/", web::get().to(page::index))
-        .route("/app.js", web::get().to(page::script))
-        .route("/connection.js", web::get().to(page::connection))
-        .route("/style.css", web::get().to(page::style))
-        .route("/favicon.svg", web::get().to(page::icon))
-        .route("/livez", web::get().to(health::live))
-        .route("/readyz", web::get().to(health::ready))
-        .route("/v1/ws", web::get().to(ws::connect))
-        .route("/v1/dialogs", web::get().to(rest::inbox))
-        .route("/v1/dialogs/{user}/messages", web::post().to(rest::send))
-        .route("/v1/dialogs/{user}/messages", web::get().to(rest::history))
-        .route("/v1/dialogs/{user}/read", web::put().to(rest::mark_read))
-        .route("/v1/users/{user}/presence", web::get().to(rest::presence))
-        .route("/v1/dev/token", web::post().to(rest::dev_token))
-        .route("/v1/asyncapi.json", web::get().to(asyncapi::asyncapi))
-        .route("/docs", web::get().to(page::to_docs))
+pub fn routes(config: &mut web::ServiceConfig, app: &App, body_bytes: usize) {
+    let routes = web::scope("")
+        .service(at("/").get(page::index).only())
+        .service(at("/app.js").get(page::script).only())
+        .service(at("/connection.js").get(page::connection).only())
+        .service(at("/style.css").get(page::style).only())
+        .service(at("/favicon.svg").get(page::icon).only())
+        .service(at("/livez").get(health::live).only())
+        .service(at("/readyz").get(health::ready).only())
+        .service(at("/v1/ws").get(ws::connect).only())
+        .service(at("/v1/dialogs").get(rest::inbox).only())
+        .service(at(MESSAGES).get(rest::history).post(rest::send).only())
+        .service(at("/v1/dialogs/{user}/read").put(rest::mark_read).only())
+        .service(at("/v1/users/{user}/presence").get(rest::presence).only())
+        .service(at("/v1/dev/token").post(rest::dev_token).only())
+        .service(at("/v1/asyncapi.json").get(asyncapi::asyncapi).only())
+        .service(at("/docs").get(page::to_docs).only())
         .service(SwaggerUi::new("/docs/{_:.*}").url("/v1/openapi.json", rest::ApiDoc::openapi()))
-        .default_service(web::to(unknown));
+        .default_service(web::to(unknown))
+        .wrap(cors(&app.allowed_origins))
+        .wrap(from_fn(door::clients));
+    config.service(routes);
     limits(config, body_bytes);
 }
 
-/// The routes for operators, on a listener of their own.
-pub fn admin_routes(config: &mut web::ServiceConfig, body_bytes: usize) {
-    config
-        .route("/metrics", web::get().to(admin::metrics))
-        .route("/livez", web::get().to(health::live))
-        .route("/readyz", web::get().to(health::ready))
-        .route("/admin/topology", web::get().to(admin::topology))
-        .route("/admin/shards", web::get().to(admin::shards))
-        .route("/admin/where/{a}/{b}", web::get().to(admin::locate))
-        .route("/admin/slots", web::get().to(admin::slots))
-        .route("/admin/resharding", web::get().to(admin::resharding))
-        .route("/admin/plan", web::post().to(admin::plan))
-        .route("/admin/resharding/pause", web::post().to(admin::pause))
-        .route("/admin/resharding/resume", web::post().to(admin::resume))
-        .default_service(web::to(unknown));
+const MESSAGES: &str = "/v1/dialogs/{user}/messages";
+
+/// Pages of these origins may use the REST API; they have no cookie here, and bring a token.
+fn cors(origins: &[String]) -> Cors {
+    let cors = Cors::default()
+        .allowed_methods([Method::GET, Method::HEAD, Method::POST, Method::PUT])
+        .allowed_headers([AUTHORIZATION, CONTENT_TYPE])
+        .expose_headers([RETRY_AFTER, WWW_AUTHENTICATE])
+        .max_age(3600);
+    let allow = |cors: Cors, origin: &String| cors.allowed_origin(origin);
+    origins.iter().fold(cors, allow)
+}
+
+/// The routes for operators, on a listener of its own.
+pub fn admin_routes(config: &mut web::ServiceConfig, _: &App, body_bytes: usize) {
+    let routes = web::scope("")
+        .service(at("/metrics").get(admin::metrics).only())
+        .service(at("/livez").get(health::live).only())
+        .service(at("/readyz").get(health::ready).only())
+        .service(at("/admin/topology").get(admin::topology).only())
+        .service(at("/admin/shards").get(admin::shards).only())
+        .service(at("/admin/where/{a}/{b}").get(admin::locate).only())
+        .service(at("/admin/slots").get(admin::slots).only())
+        .service(at("/admin/users/{user}").get(admin::user).only())
+        .service(
+            at("/admin/users/{user}/disconnect")
+                .post(admin::disconnect)
+                .only(),
+        )
+        .service(at("/admin/users/{user}/revoke").post(admin::revoke).only())
+        .service(at("/admin/resharding").get(admin::resharding).only())
+        .service(at("/admin/plan").post(admin::plan).only())
+        .service(at("/admin/resharding/pause").post(admin::pause).only())
+        .service(at("/admin/resharding/resume").post(admin::resume).only())
+        .default_service(web::to(unknown))
+        .wrap(from_fn(door::operators));
+    config.service(routes);
     limits(config, body_bytes);
 }
 

@@ -1,6 +1,7 @@
 //! The REST API: what the WebSocket does, a request at a time.
 
-use super::{App, HttpError, auth};
+use super::{App, HttpError, auth, door};
+use crate::audit;
 use crate::budget::cost;
 use crate::domain::dialog::UserId;
 use crate::error::ApiError;
@@ -69,7 +70,9 @@ fn caller(request: &HttpRequest, app: &App) -> Result<UserId, HttpError> {
     };
     let token = auth::token(request).ok_or_else(missing);
     let identity = token.and_then(|token| app.context.authenticate.authenticate(token));
-    let user = identity.map_err(|refusal| counted(app, refusal))?.user;
+    let user = identity
+        .map_err(|refusal| unauthenticated(request, app, refusal))?
+        .user;
     app.requests.check(&user).map_err(|wait| {
         let limit = app.context.limits.requests_per_second;
         let message = format!("too many requests: at most {limit} a second");
@@ -79,6 +82,20 @@ fn caller(request: &HttpRequest, app: &App) -> Result<UserId, HttpError> {
         )
     })?;
     Ok(user)
+}
+
+/// Guesses of an address are counted with its new connections.
+fn unauthenticated(request: &HttpRequest, app: &App, refusal: ApiError) -> HttpError {
+    let address = app.address_of(request);
+    audit::refused("rest", address, refusal.code, &refusal.message);
+    match address.and_then(|address| app.connects.check(&address).err()) {
+        None => counted(app, refusal),
+        Some(wait) => {
+            let message = "too many requests without a valid token from this address";
+            let refusal = ApiError::new(ErrorCode::RateLimited, message);
+            counted(app, refusal.retry_after(wait))
+        }
+    }
 }
 
 fn counted(app: &App, refusal: impl Into<ApiError>) -> HttpError {
@@ -251,9 +268,11 @@ const DEV_TOKEN_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
     responses((status = 200, body = Token), (status = 404, description = "Not in embedded mode", body = ErrorBody))
 )]
 pub async fn dev_token(
+    request: HttpRequest,
     body: web::Json<DevTokenRequest>,
     app: web::Data<App>,
 ) -> Result<web::Json<Token>, HttpError> {
+    door::own_site(request.headers()).map_err(|refusal| counted(&app, refusal))?;
     if !app.dev_tokens {
         return Err(counted(
             &app,

@@ -5,19 +5,27 @@ use actix_web::rt::net::TcpStream;
 use socket2::SockRef;
 use std::cell::{Cell, RefCell};
 use std::io;
+use std::mem::MaybeUninit;
 use std::pin::Pin;
 use std::rc::Rc;
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::sync::Notify;
+use tokio::time::{Sleep, sleep};
 
 /// Enough for a page on a slow line.
 const SEND_BUFFER_BYTES: usize = 128 * 1024;
+
+/// How long a client may take to end its half of a connection after ours.
+const LINGER: Duration = Duration::from_secs(1);
 
 /// A connection that a [`TcpHandle`] can cut.
 pub struct Connection {
     stream: TcpStream,
     handle: TcpHandle,
+    /// Set when our half has ended: how long that of the client is waited for.
+    lingers: Option<Pin<Box<Sleep>>>,
 }
 
 /// Cuts a connection. Closing a WebSocket waits until the client has read what was sent before;
@@ -30,6 +38,9 @@ pub struct TcpHandle(Rc<State>);
 #[derive(Default)]
 struct State {
     cut: Cell<bool>,
+    /// The connection is dropped.
+    gone: Cell<bool>,
+    is_gone: Notify,
     /// The task that reads and writes the connection.
     task: RefCell<Option<Waker>>,
 }
@@ -45,7 +56,11 @@ impl Connection {
         // What a client does not read must not gather in the kernel instead of in its queue.
         let _ = socket.set_send_buffer_size(SEND_BUFFER_BYTES);
         let handle = TcpHandle::default();
-        Self { stream, handle }
+        Self {
+            stream,
+            handle,
+            lingers: None,
+        }
     }
 
     /// The handle that cuts it.
@@ -85,12 +100,30 @@ impl TcpHandle {
             .unwrap_or_default()
     }
 
+    /// Waits until the connection is gone.
+    ///
+    /// # Cancel safety
+    /// Safe.
+    pub async fn gone(&self) {
+        let is_gone = self.0.is_gone.notified();
+        if !self.0.gone.get() {
+            is_gone.await;
+        }
+    }
+
     /// Ends the connection now.
     pub fn cut(&self) {
         self.0.cut.set(true);
         if let Some(task) = self.0.task.take() {
             task.wake();
         }
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.handle.0.gone.set(true);
+        self.handle.0.is_gone.notify_waiters();
     }
 }
 
@@ -117,8 +150,32 @@ impl AsyncWrite for Connection {
         self.unless_cut(context, |stream, context| stream.poll_flush(context))
     }
 
-    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.unless_cut(context, |stream, context| stream.poll_shutdown(context))
+    /// Ends our half at once, which a client waits for that has closed its WebSocket (RFC 6455,
+    /// 7.1.1). Then reads and forgets until the client ends its half: bytes that are not read would
+    /// make the kernel reset the connection, and the client could lose the last that was sent to it.
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.lingers.is_none() {
+            let ended = self
+                .as_mut()
+                .unless_cut(context, |stream, context| stream.poll_shutdown(context));
+            ready!(ended)?;
+            self.lingers = Some(Box::pin(sleep(LINGER)));
+        }
+        let lingers = self
+            .lingers
+            .as_mut()
+            .map(|lingers| lingers.as_mut().poll(context));
+        if lingers.is_some_and(|lingers| lingers.is_ready()) {
+            return Poll::Ready(Ok(()));
+        }
+        loop {
+            let mut bytes = [MaybeUninit::uninit(); 1024];
+            let mut buffer = ReadBuf::uninit(&mut bytes);
+            ready!(self.as_mut().poll_read(context, &mut buffer))?;
+            if buffer.filled().is_empty() {
+                return Poll::Ready(Ok(()));
+            }
+        }
     }
 }
 

@@ -1,10 +1,12 @@
 //! A WebSocket: the handshake, and the two halves of a connection around a [`Session`].
 
-use super::App;
 use super::auth;
 use super::connection_limiter::ConnectionPermit;
+use super::door::is_own_origin;
 use super::frame_reader::{FrameReader, Incoming, ReadError};
 use super::tcp::TcpHandle;
+use super::{App, HttpError};
+use crate::audit;
 use crate::config::normalized_origin;
 use crate::delivery::encode;
 use crate::delivery::outbound_queue::{Next, OutboundQueue};
@@ -12,7 +14,7 @@ use crate::error::{ApiError, RequestName};
 use crate::metrics::Metrics;
 use crate::session::{self, Identity, Session};
 use actix_web::dev::Payload;
-use actix_web::http::header::{HOST, ORIGIN};
+use actix_web::http::header::ORIGIN;
 use actix_web::{FromRequest, HttpRequest, HttpResponse, rt, web};
 use actix_ws::{CloseCode, CloseReason};
 use chat_wire::{Close, ErrorCode};
@@ -25,20 +27,40 @@ use tokio::time::{Instant, sleep_until, timeout};
 /// How long a client may take to read the close frame, and what was sent before it.
 const CLOSE_LIMIT: Duration = Duration::from_secs(3);
 
+/// How long a client that is refused may take for the same.
+const REFUSAL_LIMIT: Duration = Duration::from_secs(1);
+
 /// How long a session that is asked to leave may still wait for answers to what it asked before.
 const DRAIN_LIMIT: Duration = Duration::from_secs(6);
 
 /// `GET /v1/ws`. A rejected client gets an error frame and a close code, because a page cannot see
-/// the status of a failed handshake.
+/// the status of a failed handshake; if many are rejected at once, the others get the status.
 pub async fn connect(
     request: HttpRequest,
     payload: web::Payload,
     app: web::Data<App>,
-) -> actix_web::Result<HttpResponse> {
+) -> Result<HttpResponse, HttpError> {
+    let admitted = admit(&request, &app).map_err(|(refusal, reason)| {
+        let address = app.address_of(&request);
+        audit::refused("websocket", address, refusal.code, &refusal.message);
+        (refusal, reason)
+    });
+    let place = match &admitted {
+        Ok(_) => None,
+        Err((refusal, _)) => match app.upgraded_refusals.clone().try_acquire_owned() {
+            Ok(place) => Some(place),
+            Err(_) => {
+                app.context.metrics.error(refusal.code);
+                return Err(HttpError(refusal.clone()));
+            }
+        },
+    };
     // actix-ws writes; we read ourselves, with a limit that holds while a frame is on its way.
-    let nothing = web::Payload::from_request(&request, &mut Payload::None).await?;
+    let nothing = web::Payload::from_request(&request, &mut Payload::None);
+    let nothing = nothing.await.map_err(|e| not_upgraded(&app, &e))?;
     let (response, mut socket, _) =
-        actix_ws::handle_with_protocols(&request, nothing, &[chat_wire::PROTOCOL])?;
+        actix_ws::handle_with_protocols(&request, nothing, &[chat_wire::PROTOCOL])
+            .map_err(|e| not_upgraded(&app, &e))?;
     let limits = &app.context.limits;
     let mut frames = FrameReader::new(
         payload.into_inner(),
@@ -46,7 +68,6 @@ pub async fn connect(
         limits.message_fragments,
     );
     let line = TcpHandle::of(&request);
-    let admitted = admit(&request, &app);
     rt::spawn(async move {
         match admitted {
             Ok((identity, place)) => {
@@ -54,17 +75,21 @@ pub async fn connect(
                 drop(place);
             }
             Err((refusal, reason)) => {
-                let frame = encode(&session::error(
-                    &app.context.metrics,
-                    refusal,
-                    RequestName::default(),
-                ));
-                let _ = timeout(CLOSE_LIMIT, socket.text(frame)).await;
-                close(&app, &mut frames, socket, &line, reason).await;
+                let name = RequestName::default();
+                let frame = encode(&session::error(&app.context.metrics, refusal, name));
+                let _ = timeout(REFUSAL_LIMIT, socket.text(frame)).await;
+                close(&app, &mut frames, socket, &line, reason, REFUSAL_LIMIT).await;
+                drop(place);
             }
         }
     });
     Ok(response)
+}
+
+fn not_upgraded(app: &App, error: &actix_web::Error) -> HttpError {
+    app.context.metrics.error(ErrorCode::BadRequest);
+    let message = format!("this is a WebSocket: {error}");
+    HttpError(ApiError::new(ErrorCode::BadRequest, message))
 }
 
 /// Who it is, and a place among the connections.
@@ -121,25 +146,12 @@ const PLACE_RETRY: Duration = Duration::from_secs(5);
 
 /// Programs send no `Origin`. A page must be our own or be listed.
 fn origin_allowed(request: &HttpRequest, allowed: &[String]) -> bool {
-    let Some(origin) = request.headers().get(ORIGIN) else {
+    let headers = request.headers();
+    let Some(origin) = headers.get(ORIGIN) else {
         return true;
     };
-    let Ok(origin) = origin.to_str() else {
-        return false;
-    };
-    let host = request
-        .headers()
-        .get(HOST)
-        .and_then(|host| host.to_str().ok());
-    let Some(origin) = normalized_origin(origin) else {
-        return false;
-    };
-    // The scheme of our own is not known behind a proxy.
-    let own = ["http", "https"].iter().any(|scheme| {
-        host.and_then(|host| normalized_origin(&format!("{scheme}://{host}")))
-            == Some(origin.clone())
-    });
-    own || allowed.contains(&origin)
+    let origin = origin.to_str().ok().and_then(normalized_origin);
+    origin.is_some_and(|origin| is_own_origin(headers, &origin) || allowed.contains(&origin))
 }
 
 async fn run(
@@ -164,8 +176,16 @@ async fn run(
                 RequestName::default(),
             ));
             let mut socket = socket;
-            let _ = timeout(CLOSE_LIMIT, socket.text(frame)).await;
-            return close(app, &mut frames, socket, line, Close::TooManyConnections).await;
+            let _ = timeout(REFUSAL_LIMIT, socket.text(frame)).await;
+            return close(
+                app,
+                &mut frames,
+                socket,
+                line,
+                Close::TooManyConnections,
+                REFUSAL_LIMIT,
+            )
+            .await;
         }
     };
     let _counted = Counted::new(&context.metrics);
@@ -192,7 +212,7 @@ async fn run(
         // From here on nothing more is for this session.
         drop(session);
         tracing::debug!(%user, reason = reason.reason(), "session is closed");
-        close(app, &mut frames, socket, line, reason).await;
+        close(app, &mut frames, socket, line, reason, CLOSE_LIMIT).await;
     }
 }
 
@@ -313,32 +333,28 @@ async fn read(
     }
 }
 
-/// Sends a close frame and waits a little for the client to take it; cuts the line of one that does
-/// not.
+/// Sends a close frame, waits a little for the client to take it and what was sent before it, and
+/// ends the connection.
 async fn close(
     app: &App,
     frames: &mut FrameReader,
     socket: actix_ws::Session,
     line: &TcpHandle,
     reason: Close,
+    limit: Duration,
 ) {
     app.context.metrics.close(reason);
     let frame = CloseReason {
         code: CloseCode::from(reason.code()),
         description: Some(reason.reason().to_owned()),
     };
-    let taken = timeout(CLOSE_LIMIT, async {
-        // The client may be in the middle of sending: unread bytes would make the kernel reset the
-        // connection, and the close frame would be lost with it. If it was the client who closed,
-        // there is nothing to wait for.
-        let last_received = async {
-            if reason != Close::Normal {
-                frames.discard().await;
-            }
-        };
-        tokio::join!(socket.close(Some(frame)), last_received)
-    });
-    if taken.await.is_err() {
+    // A client that does not read is not waited for.
+    let taken = async {
+        // It may be gone already.
+        let _ = tokio::join!(socket.close(Some(frame)), frames.discard());
+        line.gone().await;
+    };
+    if timeout(limit, taken).await.is_err() {
         line.cut();
     }
 }

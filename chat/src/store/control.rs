@@ -192,6 +192,20 @@ pub trait Control: Send + Sync + 'static {
     async fn sizes(&self, identity: &ShardIdentity)
     -> Result<BTreeMap<Slot, SlotSize>, StoreError>;
 
+    /// Refuses the tokens of users that were issued before a time, in seconds since 1970; a time
+    /// only rises.
+    async fn revoke(
+        &self,
+        identity: &ShardIdentity,
+        revocations: &[(UserId, u64)],
+    ) -> Result<(), StoreError>;
+
+    /// All that is revoked.
+    async fn revocations(
+        &self,
+        identity: &ShardIdentity,
+    ) -> Result<BTreeMap<UserId, u64>, StoreError>;
+
     /// Takes the coordinator lock, if it is free.
     async fn try_lock_coordinator(&self) -> Result<Option<Box<dyn CoordinatorLock>>, StoreError>;
 }

@@ -21,6 +21,8 @@ pub enum Close {
     SlowReader,
     /// 4009: more sessions than one user may have on an instance.
     TooManyConnections,
+    /// 4010: an operator has ended the sessions of the user.
+    Disconnected,
     /// 4029: more frames a second than allowed.
     TooManyFrames,
     /// 4000: the client sent nothing for too long, not even an answer to a ping.
@@ -29,7 +31,7 @@ pub enum Close {
 
 impl Close {
     /// Every close code, for documentation and metrics.
-    pub const ALL: [Close; 11] = [
+    pub const ALL: [Close; 12] = [
         Close::Normal,
         Close::ProtocolError,
         Close::InvalidText,
@@ -40,6 +42,7 @@ impl Close {
         Close::ForbiddenOrigin,
         Close::SlowReader,
         Close::TooManyConnections,
+        Close::Disconnected,
         Close::TooManyFrames,
     ];
 
@@ -57,6 +60,7 @@ impl Close {
             Close::ForbiddenOrigin => 4003,
             Close::SlowReader => 4008,
             Close::TooManyConnections => 4009,
+            Close::Disconnected => 4010,
             Close::TooManyFrames => 4029,
         }
     }
@@ -75,6 +79,7 @@ impl Close {
             Close::ForbiddenOrigin => "forbidden_origin",
             Close::SlowReader => "slow_reader",
             Close::TooManyConnections => "too_many_connections",
+            Close::Disconnected => "disconnected",
             Close::TooManyFrames => "too_many_frames",
         }
     }

@@ -17,6 +17,10 @@ pub enum ErrorCode {
     Forbidden,
     /// The route or the resource does not exist.
     NotFound,
+    /// The route does not have this method; `Allow` has its methods.
+    MethodNotAllowed,
+    /// The request did not arrive in time.
+    RequestTimeout,
     /// The message has no character.
     TextEmpty,
     /// The message has more characters than the limit.
@@ -41,11 +45,13 @@ pub enum ErrorCode {
 
 impl ErrorCode {
     /// All codes.
-    pub const ALL: [ErrorCode; 14] = [
+    pub const ALL: [ErrorCode; 16] = [
         ErrorCode::BadRequest,
         ErrorCode::Unauthenticated,
         ErrorCode::Forbidden,
         ErrorCode::NotFound,
+        ErrorCode::MethodNotAllowed,
+        ErrorCode::RequestTimeout,
         ErrorCode::TextEmpty,
         ErrorCode::TextTooLong,
         ErrorCode::BadUser,
@@ -66,6 +72,8 @@ impl ErrorCode {
             ErrorCode::Unauthenticated => "unauthenticated",
             ErrorCode::Forbidden => "forbidden",
             ErrorCode::NotFound => "not_found",
+            ErrorCode::MethodNotAllowed => "method_not_allowed",
+            ErrorCode::RequestTimeout => "request_timeout",
             ErrorCode::TextEmpty => "text_empty",
             ErrorCode::TextTooLong => "text_too_long",
             ErrorCode::BadUser => "bad_user",
@@ -85,6 +93,7 @@ impl ErrorCode {
         matches!(
             self,
             ErrorCode::RateLimited
+                | ErrorCode::RequestTimeout
                 | ErrorCode::Overloaded
                 | ErrorCode::ShardDown
                 | ErrorCode::Unavailable

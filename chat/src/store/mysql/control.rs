@@ -378,6 +378,52 @@ impl Control for MysqlStore {
         .await
     }
 
+    async fn revoke(
+        &self,
+        identity: &ShardIdentity,
+        revocations: &[(UserId, u64)],
+    ) -> Result<(), StoreError> {
+        let rows: Vec<String> = revocations
+            .iter()
+            .map(|(user, time)| format!("SELECT {user} AS user_id, {time} AS issued_before"))
+            .collect();
+        // Only the shard that is meant stores it.
+        let sql = format!(
+            "{BEGIN}{}; INSERT INTO revocations (user_id, issued_before)
+               SELECT new.user_id, new.issued_before FROM ({}) new JOIN meta i ON i.id = 1 AND i.cluster_id = '{}' AND i.shard_name = '{}'
+               ON DUPLICATE KEY UPDATE issued_before = GREATEST(revocations.issued_before, VALUES(issued_before)); COMMIT",
+            select_identity(),
+            rows.join(" UNION ALL "),
+            identity.cluster_id,
+            identity.shard_name
+        );
+        self.on_write(async |conn| {
+            let mut sets = result_sets(conn, sql).await?.into_iter().skip(1);
+            check_identity(identity, sets.next()).map(drop)
+        })
+        .await
+    }
+
+    async fn revocations(
+        &self,
+        identity: &ShardIdentity,
+    ) -> Result<BTreeMap<UserId, u64>, StoreError> {
+        let sql = format!(
+            "{SNAPSHOT}{}; SELECT user_id, issued_before FROM revocations; COMMIT",
+            select_identity()
+        );
+        self.on_read(async |conn| {
+            let mut sets = result_sets(conn, sql).await?.into_iter().skip(2);
+            check_identity(identity, sets.next())?;
+            let user = |id| UserId::new(id).map_err(|_| corrupt("revocations.user_id"));
+            rows::<(u64, u64)>(sets.next())?
+                .into_iter()
+                .map(|(id, time)| Ok((user(id)?, time)))
+                .collect()
+        })
+        .await
+    }
+
     async fn try_lock_coordinator(&self) -> Result<Option<Box<dyn CoordinatorLock>>, StoreError> {
         // Each instance asks every second: those that find the lock taken open no connection for
         // it.

@@ -324,6 +324,52 @@ impl Control for SqliteStore {
         .await
     }
 
+    async fn revoke(
+        &self,
+        identity: &ShardIdentity,
+        revocations: &[(UserId, u64)],
+    ) -> Result<(), StoreError> {
+        let (identity, revocations) = (identity.clone(), revocations.to_vec());
+        self.write_on(move |connection| {
+            let transaction = immediate(connection)?;
+            check_identity(&transaction, &identity)?;
+            for (user, time) in revocations {
+                transaction
+                    .execute(
+                        "INSERT INTO revocations (user_id, issued_before) VALUES (?, ?) ON CONFLICT DO UPDATE
+                           SET issued_before = MAX(issued_before, excluded.issued_before)",
+                        (user.get(), time),
+                    )
+                    .map_err(|e| classify(&e))?;
+            }
+            transaction.commit().map_err(|e| classify(&e))
+        })
+        .await
+    }
+
+    async fn revocations(
+        &self,
+        identity: &ShardIdentity,
+    ) -> Result<BTreeMap<UserId, u64>, StoreError> {
+        let identity = identity.clone();
+        self.read_on(move |snapshot| {
+            check_identity(snapshot, &identity)?;
+            let rows: Vec<(u64, u64)> = snapshot
+                .prepare_cached("SELECT user_id, issued_before FROM revocations")
+                .and_then(|mut select| {
+                    select
+                        .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
+                        .collect()
+                })
+                .map_err(|e| classify(&e))?;
+            let user = |id| UserId::new(id).map_err(|_| corrupt("revocations.user_id"));
+            rows.into_iter()
+                .map(|(id, time)| Ok((user(id)?, time)))
+                .collect()
+        })
+        .await
+    }
+
     async fn try_lock_coordinator(&self) -> Result<Option<Box<dyn CoordinatorLock>>, StoreError> {
         // Two processes on the same files are rare, and safe all the same.
         Ok(Some(Box::new(Always)))

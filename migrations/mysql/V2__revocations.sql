@@ -1,0 +1,5 @@
+-- Tokens of a user that were issued before a time, in seconds since 1970, are refused. Every shard has all rows.
+CREATE TABLE revocations (
+  user_id       BIGINT UNSIGNED NOT NULL PRIMARY KEY,
+  issued_before BIGINT UNSIGNED NOT NULL
+) ENGINE = InnoDB;
