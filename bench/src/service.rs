@@ -198,7 +198,7 @@ impl Service {
             )
             .env("CHAT__SHARDS_FILE", self.dir.join("shards.toml"))
             .env(
-                "CHAT__NATS_URL",
+                "CHAT__NATS__URL",
                 self.bus[usize::from(i)]
                     .clone()
                     .unwrap_or_else(|| self.nats()),

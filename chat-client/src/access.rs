@@ -2,7 +2,12 @@
 
 use crate::ClientError;
 use chat_wire::{ErrorBody, ErrorCode};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+use rustls::{ClientConfig, RootCertStore};
 use serde::Serialize;
+use std::fmt;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// The source of tokens.
@@ -24,6 +29,8 @@ pub struct Access {
     others: Vec<String>,
     tokens: TokenSource,
     http: reqwest::Client,
+    /// TLS of WebSockets, if the CA is not a public one.
+    tls: Option<Arc<ClientConfig>>,
 }
 
 /// When a token expires, in seconds since 1970; `None` if it has no readable `exp`.
@@ -60,7 +67,37 @@ impl Access {
             others: Vec::new(),
             tokens,
             http: reqwest::Client::new(),
+            tls: None,
         }
+    }
+
+    /// Trusts the CAs of a PEM text instead of the public ones.
+    ///
+    /// # Errors
+    /// [`ClientError::Connection`], if it has no certificate.
+    pub fn with_ca(mut self, pem: &[u8]) -> Result<Self, ClientError> {
+        let wrong = |e: &dyn fmt::Display| ClientError::Connection(format!("the CA: {e}"));
+        let mut roots = RootCertStore::empty();
+        let mut of_http = Vec::new();
+        for certificate in CertificateDer::pem_slice_iter(pem) {
+            let certificate = certificate.map_err(|e| wrong(&e))?;
+            let http = reqwest::Certificate::from_der(&certificate).map_err(|e| wrong(&e))?;
+            of_http.push(http);
+            roots.add(certificate).map_err(|e| wrong(&e))?;
+        }
+        if of_http.is_empty() {
+            return Err(wrong(&"no certificate in PEM"));
+        }
+        let http = reqwest::Client::builder().tls_certs_only(of_http).build();
+        self.http = http.map_err(|e| wrong(&e))?;
+        let config = ClientConfig::builder().with_root_certificates(roots);
+        self.tls = Some(Arc::new(config.with_no_client_auth()));
+        Ok(self)
+    }
+
+    /// TLS of WebSockets, if the CA is not a public one.
+    pub(crate) fn tls(&self) -> Option<Arc<ClientConfig>> {
+        self.tls.clone()
     }
 
     /// Where to go when that instance is away.

@@ -10,7 +10,9 @@ use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::http::HeaderValue;
 use tokio_tungstenite::tungstenite::protocol::{CloseFrame, WebSocketConfig};
 use tokio_tungstenite::tungstenite::{Message, Utf8Bytes};
-use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
+use tokio_tungstenite::{
+    Connector, MaybeTlsStream, WebSocketStream, connect_async_tls_with_config,
+};
 
 /// An open connection.
 pub struct Connection {
@@ -54,9 +56,14 @@ impl Connection {
         );
         // The default of 128 KiB is filled with zeros at every read.
         let config = WebSocketConfig::default().read_buffer_size(READ_BUFFER_BYTES);
-        let (socket, _) = tokio_tungstenite::connect_async_with_config(request, Some(config), true)
-            .await
-            .map_err(connection)?;
+        let (socket, _) = connect_async_tls_with_config(
+            request,
+            Some(config),
+            true,
+            access.tls().map(Connector::Rustls),
+        )
+        .await
+        .map_err(connection)?;
         Ok(Self {
             socket,
             last_received: Instant::now(),

@@ -48,6 +48,9 @@ struct Servers {
     /// A file with a token, which is not shown in the list of processes; `-` is standard input.
     #[arg(long, global = true, conflicts_with = "token")]
     token_file: Option<PathBuf>,
+    /// A PEM file with the CAs of the service, if it does not have a public one.
+    #[arg(long, global = true, env = "CHAT_CA")]
+    ca: Option<PathBuf>,
     /// The service's HS256 secret, to mint tokens here.
     #[arg(long, global = true, env = "CHAT_SECRET", hide_env_values = true)]
     secret: Option<String>,
@@ -78,28 +81,43 @@ impl Servers {
         Ok(())
     }
 
-    fn all(&self) -> Vec<Access> {
+    fn all(&self) -> anyhow::Result<Vec<Access>> {
         let source = match (&self.token, &self.secret) {
             (Some(token), _) => TokenSource::Given(token.clone()),
             (None, Some(secret)) => TokenSource::Secret(secret.clone()),
             (None, None) => TokenSource::Dev,
         };
+        let ca = match &self.ca {
+            None => None,
+            Some(path) => {
+                let name = || path.display().to_string();
+                let pem = std::fs::read(path).with_context(name)?;
+                Some((pem, path))
+            }
+        };
         self.url
             .iter()
-            .map(|url| Access::new(url, source.clone()))
+            .map(|url| {
+                let access = Access::new(url, source.clone());
+                let Some((pem, path)) = &ca else {
+                    return Ok(access);
+                };
+                let with_ca = access.with_ca(pem);
+                with_ca.with_context(|| path.display().to_string())
+            })
             .collect()
     }
 
     /// The first, for a session: it goes to one of the others when that is away.
     fn first(&self) -> anyhow::Result<Access> {
-        let first = self.all().into_iter().next().context("--url is empty")?;
+        let first = self.all()?.into_iter().next().context("--url is empty")?;
         Ok(first.with_others(self.url.iter().map(String::as_str)))
     }
 
     /// The first that answers, for requests.
     async fn answering(&self) -> anyhow::Result<Access> {
         let mut reasons = Vec::new();
-        for access in self.all() {
+        for access in self.all()? {
             let url = access.url("/livez");
             let request = access.http().get(&url).timeout(ANSWER_LIMIT).send().await;
             match request.and_then(reqwest::Response::error_for_status) {
@@ -302,9 +320,9 @@ async fn run() -> anyhow::Result<()> {
             }
             Ok(())
         }
-        Command::Replay(options) => replay::run(&server.all(), options).await,
-        Command::Load(options) => load::run(&server.all(), options).await,
-        Command::Verify { journal } => verify::run(&server.all(), &journal).await,
+        Command::Replay(options) => replay::run(&server.all()?, options).await,
+        Command::Load(options) => load::run(&server.all()?, options).await,
+        Command::Verify { journal } => verify::run(&server.all()?, &journal).await,
     }
 }
 

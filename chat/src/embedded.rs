@@ -75,8 +75,8 @@ impl Embedded {
 
     fn apply(&self, settings: &mut Settings) -> anyhow::Result<()> {
         ensure!(
-            settings.nats_url.is_none(),
-            "nats_url is set, but embedded mode is a single instance; unset it, or leave out --embedded"
+            settings.nats.url.is_none(),
+            "nats.url is set, but embedded mode is a single instance; unset it, or leave out --embedded"
         );
         ensure!(
             settings.auth.secret.is_none() && settings.auth.key_file.is_none(),

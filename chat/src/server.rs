@@ -2,14 +2,14 @@
 
 use crate::bus::{Bus, LocalBus, NatsBus};
 use crate::cluster::{Cluster, IfEmpty, Notice, Peers, Revocations, StartError, stores};
-use crate::config::Settings;
+use crate::config::{Secret, Settings};
 use crate::delivery::Delivery;
 use crate::delivery::Reconcile;
 use crate::delivery::presence::Presence;
 use crate::delivery::registry::Registry;
 use crate::descriptors;
-use crate::domain::shards_file::ShardsFile;
-use crate::http::{self, Admission, App, ConnectionLimiter, Listener, Tokens};
+use crate::domain::shards_file::{ShardsFile, StoreUrl};
+use crate::http::{self, Admission, App, ConnectionLimiter, Listener, Tls, Tokens};
 use crate::messages::Messages;
 use crate::messages::last_seqs::LastSeqReader;
 use crate::messages::writer::{Committed, OnCommit};
@@ -22,7 +22,7 @@ use crate::threads::Threads;
 use actix_web::web;
 use anyhow::{Context, bail};
 use chat_wire::Close;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -30,13 +30,14 @@ use std::time::{Duration, Instant};
 use tokio::sync::Semaphore;
 use tokio::sync::broadcast::error::RecvError;
 use tokio_util::task::AbortOnDropHandle;
-use url::Url;
+use url::{Host, Url};
 
 /// A server that is built and listens, but does not serve yet.
 pub struct Server {
     address: SocketAddr,
     admin_address: SocketAddr,
     listener: TcpListener,
+    tls: Option<Tls>,
     admin_listener: TcpListener,
     app: web::Data<App>,
     settings: Settings,
@@ -81,12 +82,14 @@ impl Server {
         let (admin_address, admin_listener) =
             listen(settings.admin_listen).context("admin_listen")?;
 
+        let tls = Tls::new(&settings.tls, &runtime)?;
+        warn_of_plaintext(&settings, &file);
         let cluster = start_cluster(&file, &settings, &runtime, &metrics).await?;
-        let bus: Arc<dyn Bus> = match &settings.nats_url {
-            Some(url) => Arc::new(
-                NatsBus::connect(url.expose(), cluster.id(), &runtime, metrics.clone())
+        let bus: Arc<dyn Bus> = match &settings.nats.url {
+            Some(_) => Arc::new(
+                NatsBus::connect(&settings.nats, cluster.id(), &runtime, metrics.clone())
                     .await
-                    .context("nats_url")?,
+                    .context("nats.url")?,
             ),
             None => Arc::new(LocalBus::alone()),
         };
@@ -168,6 +171,7 @@ impl Server {
             address,
             admin_address,
             listener,
+            tls,
             admin_listener,
             app,
             settings,
@@ -195,6 +199,7 @@ impl Server {
     pub async fn run_until(self, shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
         let Self {
             listener,
+            tls,
             admin_listener,
             app,
             settings,
@@ -202,15 +207,15 @@ impl Server {
             ..
         } = self;
         let limits = &settings.limits;
-        let serve = |listener, of_proxy, routes: fn(&mut web::ServiceConfig, &App, usize)| {
+        let serve = |listener, tls, of_proxy, routes: fn(&mut web::ServiceConfig, &App, usize)| {
             let (app, body_bytes) = (app.clone(), limits.frame_bytes as usize);
-            Listener::serve(listener, &threads, limits, of_proxy, move |config| {
+            Listener::serve(listener, tls, &threads, limits, of_proxy, move |config| {
                 config.app_data(app.clone());
                 routes(config, &app, body_bytes);
             })
         };
-        let mut public = serve(listener, settings.trust_forwarded_for, http::routes)?;
-        let mut admin = serve(admin_listener, false, http::admin_routes)?;
+        let mut public = serve(listener, tls, settings.trust_forwarded_for, http::routes)?;
+        let mut admin = serve(admin_listener, None, false, http::admin_routes)?;
         tokio::select! {
             () = shutdown => {}
             () = public.failed() => bail!("the server ended by itself"),
@@ -237,6 +242,64 @@ impl Server {
         drop(threads);
         tracing::info!(after_ms = begun.elapsed().as_millis() as u64, "stopped");
         Ok(())
+    }
+}
+
+/// Names the connections over which others could read along.
+fn warn_of_plaintext(settings: &Settings, file: &ShardsFile) {
+    let is_far = |url: &str| {
+        let url = Url::parse(url).ok();
+        let host = url.as_ref().and_then(Url::host);
+        host.is_some_and(|host| match host {
+            Host::Ipv4(address) => !address.is_loopback(),
+            Host::Ipv6(address) => !address.is_loopback(),
+            // A URL of another scheme than http has its addresses as names.
+            Host::Domain(name) => {
+                name != "localhost"
+                    && name
+                        .parse::<IpAddr>()
+                        .map_or(true, |address| !address.is_loopback())
+            }
+        })
+    };
+    if settings.tls.certificate_file.is_none() && !settings.listen.ip().is_loopback() {
+        tracing::warn!(listen = %settings.listen, "clients connect without TLS, unless a proxy before this has it: tls.certificate_file");
+    }
+    if !settings.admin_listen.ip().is_loopback() {
+        tracing::warn!(admin_listen = %settings.admin_listen, "operators connect without TLS: listen on a loopback address, or close off the network");
+    }
+    let shards = file.shards.iter().filter(|(_, shard)| match &shard.url {
+        StoreUrl::Mysql(url) => is_far(url),
+        StoreUrl::Sqlite(_) => false,
+    });
+    let shards: Vec<&str> = shards.map(|(name, _)| name.as_str()).collect();
+    if !settings.store.tls.required && !shards.is_empty() {
+        tracing::warn!(
+            shards = shards.join(", "),
+            "these shards are reached without TLS: store.tls.required"
+        );
+    }
+    let nats = &settings.nats;
+    if let Some(url) = nats
+        .url
+        .as_ref()
+        .map(Secret::expose)
+        .filter(|url| is_far(url))
+    {
+        let in_url = Url::parse(url).is_ok_and(|url| !url.username().is_empty());
+        let authenticates = in_url
+            || nats.user.is_some()
+            || nats.token.is_some()
+            || nats.credentials_file.is_some()
+            || nats.tls.certificate_file.is_some();
+        if !authenticates {
+            tracing::warn!(
+                "NATS is reached without credentials: whoever reaches it reads messages and can forge them; see [nats]"
+            );
+        }
+        if !nats.tls.required && !url.starts_with("tls:") {
+            tracing::warn!("NATS is reached without TLS: nats.tls.required");
+        }
     }
 }
 

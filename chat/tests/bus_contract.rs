@@ -4,6 +4,7 @@
 
 use bytes::Bytes;
 use chat::bus::{Bus, BusState, LocalBus, Loss, NatsBus, Sink, Topic};
+use chat::config::{Nats, Secret};
 use chat::domain::dialog::UserId;
 use chat::metrics::Metrics;
 use std::sync::{Arc, Mutex};
@@ -23,6 +24,14 @@ fn sink() -> (Sink, Received) {
         Arc::new(move |payload| writes.lock().unwrap().push(payload)),
         received,
     )
+}
+
+/// A NATS server without credentials.
+fn at(url: &str) -> Nats {
+    Nats {
+        url: Some(Secret::new(url.to_owned())),
+        ..Nats::default()
+    }
 }
 
 /// Two instances on one bus: each receives the other, in order, and never itself.
@@ -122,7 +131,7 @@ async fn in_process() {
 
 async fn connected(service: &str) -> Arc<dyn Bus> {
     let runtime = tokio::runtime::Handle::current();
-    let bus = NatsBus::connect(&testkit::nats_url(), service, &runtime, Metrics::new())
+    let bus = NatsBus::connect(&at(&testkit::nats_url()), service, &runtime, Metrics::new())
         .await
         .unwrap();
     until("the bus is connected", async || {
@@ -148,7 +157,7 @@ async fn a_bus_that_comes_back_says_that_something_may_be_lost() {
         format!("nats://127.0.0.1:{}", proxy.port),
         tokio::runtime::Handle::current(),
     );
-    let bus = NatsBus::connect(&url, "s", &runtime, Metrics::new())
+    let bus = NatsBus::connect(&at(&url), "s", &runtime, Metrics::new())
         .await
         .unwrap();
     let mut losses = bus.losses();
@@ -205,7 +214,7 @@ async fn services_that_share_a_nats_do_not_hear_each_other() {
 async fn a_nats_that_is_away_hinders_nobody() {
     let metrics = Metrics::new();
     let runtime = tokio::runtime::Handle::current();
-    let bus = NatsBus::connect("nats://127.0.0.1:1", "s", &runtime, metrics.clone())
+    let bus = NatsBus::connect(&at("nats://127.0.0.1:1"), "s", &runtime, metrics.clone())
         .await
         .unwrap();
     assert_eq!(bus.state(), BusState::Disconnected);

@@ -15,7 +15,7 @@ static ROOM: tokio::sync::Semaphore = tokio::sync::Semaphore::const_new(2);
 async fn add_drain_remove(kind: Kind) {
     let mut service = Service::new(kind, 4, 1).await;
     let nats = testkit::nats_url();
-    let settings = [("NATS_URL", nats.as_str())];
+    let settings = [("NATS__URL", nats.as_str())];
     let (one, two) = (
         service.start(&settings).await,
         service.start(&settings).await,
@@ -144,7 +144,7 @@ impl Stage {
         };
         // The first one has the turn.
         let faulty = service
-            .start(&[("NATS_URL", nats.as_str()), ("FAULT", &fault)])
+            .start(&[("NATS__URL", nats.as_str()), ("FAULT", &fault)])
             .await;
         until("it has the turn", async || {
             let (_, change) = faulty
@@ -157,7 +157,11 @@ impl Stage {
         std::fs::copy(&service.file, &others_file).unwrap();
         let other = testkit::instance::Instance::start(
             &others_file,
-            &[&testkit::service::QUICK[..], &[("NATS_URL", nats.as_str())]].concat(),
+            &[
+                &testkit::service::QUICK[..],
+                &[("NATS__URL", nats.as_str())],
+            ]
+            .concat(),
         )
         .await;
         let talk = Talk::begin(&[&other], 6, burst, seed());
@@ -351,7 +355,7 @@ async fn a_dead_shard_that_is_declared_down_is_taken_over_and_merged_when_it_ret
     service.entries[1].url = service.databases.url_through(1, proxy.port);
     service.save();
     let nats = testkit::nats_url();
-    let settings = [("NATS_URL", nats.as_str())];
+    let settings = [("NATS__URL", nats.as_str())];
     let (one, two) = (
         service.start(&settings).await,
         service.start(&settings).await,
@@ -434,7 +438,7 @@ async fn an_edit_that_is_taken_back_at_once_ten_times_leaves_everything_as_it_wa
     let _room = ROOM.acquire().await.unwrap();
     let mut service = Service::new(Kind::Mysql, 3, 1).await;
     let nats = testkit::nats_url();
-    let settings = [("NATS_URL", nats.as_str())];
+    let settings = [("NATS__URL", nats.as_str())];
     let (one, two) = (
         service.start(&settings).await,
         service.start(&settings).await,
@@ -509,7 +513,7 @@ async fn a_shard_that_is_slow_and_stalls_holds_nobody_else_up() {
     let _room = ROOM.acquire().await.unwrap();
     let (service, proxy) = behind_a_proxy().await;
     let nats = testkit::nats_url();
-    let settings = [("NATS_URL", nats.as_str())];
+    let settings = [("NATS__URL", nats.as_str())];
     let (one, two) = (
         service.start(&settings).await,
         service.start(&settings).await,
@@ -656,7 +660,11 @@ async fn different_edits_at_once_on_two_instances_end_in_one_document() {
     let _room = ROOM.acquire().await.unwrap();
     let service = Service::new(Kind::Mysql, 3, 0).await;
     let nats = testkit::nats_url();
-    let settings = [&testkit::service::QUICK[..], &[("NATS_URL", nats.as_str())]].concat();
+    let settings = [
+        &testkit::service::QUICK[..],
+        &[("NATS__URL", nats.as_str())],
+    ]
+    .concat();
     let files = ["one", "two"].map(|name| service.file.with_extension(name));
     let whole = service.text();
     files

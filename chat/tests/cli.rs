@@ -159,7 +159,7 @@ async fn embedded_mode_is_asked_for_on_the_command_line_only_and_takes_no_secret
             "has a secret of its own",
         ),
         (
-            "CHAT__NATS_URL",
+            "CHAT__NATS__URL",
             "nats://127.0.0.1:4222",
             "is a single instance",
         ),

@@ -16,7 +16,7 @@ use testkit::socket::Socket;
 use testkit::{Databases, Kind, nats_url, until};
 
 async fn instance_on(shards: &Path, nats: &str) -> Instance {
-    let settings = [("NATS_URL", nats), ("LIMITS__SENDS_BURST", "1000")];
+    let settings = [("NATS__URL", nats), ("LIMITS__SENDS_BURST", "1000")];
     let instance = Instance::start(shards, &settings).await;
     until("the bus is connected", async || {
         (instance.ready().await.1["status"] == "ok").then_some(())

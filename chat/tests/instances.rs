@@ -21,7 +21,7 @@ async fn two(databases: &Databases) -> (Instance, Instance) {
 
 async fn two_on(file: &std::path::Path) -> (Instance, Instance) {
     let nats = nats_url();
-    let settings = [("NATS_URL", nats.as_str())];
+    let settings = [("NATS__URL", nats.as_str())];
     let (one, two) = tokio::join!(
         Instance::start(file, &settings),
         Instance::start(file, &settings)
@@ -525,8 +525,8 @@ async fn a_bus_that_goes_and_comes_back_interrupts_only_delivery_between_instanc
     let url = format!("nats://127.0.0.1:{port}");
     let file = databases.shards_file();
     let (one, two) = (
-        Instance::start(&file, &[("NATS_URL", &url)]).await,
-        Instance::start(&file, &[("NATS_URL", &url)]).await,
+        Instance::start(&file, &[("NATS__URL", &url)]).await,
+        Instance::start(&file, &[("NATS__URL", &url)]).await,
     );
     let status = async |instance: &Instance, expected: &str| {
         until(expected, async || {
@@ -635,7 +635,7 @@ async fn an_instance_that_leaves_or_is_killed_is_noticed_by_the_others() {
     })
     .await;
     let nats = nats_url();
-    let settings = [("NATS_URL", nats.as_str())];
+    let settings = [("NATS__URL", nats.as_str())];
     two = Instance::start(&databases.shards_file(), &settings).await;
     until("it is back", async || (others().await == 1).then_some(())).await;
     assert!(!one.log().contains("another instance timed out"));

@@ -13,6 +13,7 @@
 
 pub mod process;
 
+pub mod ca;
 pub mod instance;
 pub mod lossy;
 pub mod memory;

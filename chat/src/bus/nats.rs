@@ -2,12 +2,15 @@
 //! of its own users.
 
 use super::{Bus, BusState, Listening, Loss, Sink, Topic};
+use crate::config;
 use crate::metrics::Metrics;
+use anyhow::Context;
 use async_nats::client::RequestErrorKind;
 use async_nats::{Client, ConnectOptions, Event};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, StreamExt};
+use percent_encoding::percent_decode_str;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -16,6 +19,7 @@ use tokio::sync::{broadcast, watch};
 use tokio::task::unconstrained;
 use tokio::time::{Instant, timeout};
 use tokio_util::task::AbortOnDropHandle;
+use url::Url;
 
 /// One instance's end of a NATS bus.
 pub struct NatsBus {
@@ -43,14 +47,53 @@ const ANSWER: Duration = Duration::from_secs(1);
 /// Losses that may wait for a receiver; a receiver that misses some has got others.
 const LOSSES: usize = 16;
 
+/// The options with the credentials and TLS of the settings.
+async fn authenticated(
+    mut options: ConnectOptions,
+    settings: &config::Nats,
+) -> anyhow::Result<ConnectOptions> {
+    let url = settings
+        .url
+        .as_ref()
+        .and_then(|url| Url::parse(url.expose()).ok());
+    let of_url = url.filter(|url| !url.username().is_empty());
+    if let Some(url) = of_url {
+        let plain = |text: &str| percent_decode_str(text).decode_utf8_lossy().into_owned();
+        let user = plain(url.username());
+        options = match url.password() {
+            Some(password) => options.user_and_password(user, plain(password)),
+            None => options.token(user),
+        };
+    }
+    if let (Some(user), Some(password)) = (&settings.user, &settings.password) {
+        options = options.user_and_password(user.clone(), password.expose().to_owned());
+    }
+    if let Some(token) = &settings.token {
+        options = options.token(token.expose().to_owned());
+    }
+    if let Some(file) = &settings.credentials_file {
+        let read = options.credentials_file(file).await;
+        options = read.with_context(|| format!("nats.credentials_file {}", file.display()))?;
+    }
+    let tls = &settings.tls;
+    options = options.require_tls(tls.required);
+    if let Some(file) = &tls.ca_file {
+        options = options.add_root_certificates(file.clone());
+    }
+    if let (Some(certificate), Some(key)) = (&tls.certificate_file, &tls.key_file) {
+        options = options.add_client_certificate(certificate.clone(), key.clone());
+    }
+    Ok(options)
+}
+
 impl NatsBus {
     /// Connects the service with that id to `nats://…`, and retries in the background: the start
     /// does not depend on the server.
     ///
     /// # Errors
-    /// If the URL is not one.
+    /// If the URL is not one, or a file of the settings cannot be read.
     pub async fn connect(
-        url: &str,
+        settings: &config::Nats,
         service: &str,
         runtime: &Handle,
         metrics: Arc<Metrics>,
@@ -107,7 +150,9 @@ impl NatsBus {
                 }
                 std::future::ready(())
             });
-        let url = url.to_owned();
+        let options = authenticated(options, settings).await?;
+        let url = settings.url.as_ref().context("it is not set")?;
+        let url = url.expose().to_owned();
         let client = runtime
             .spawn(async move { options.connect(url).await })
             .await??;

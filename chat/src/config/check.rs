@@ -1,6 +1,7 @@
 //! The range of each setting, and settings that depend on each other. All faults are reported, one
 //! line each.
 
+use super::tls::unreadable;
 use super::{Secret, Settings};
 use config::Config;
 use std::ops::RangeInclusive;
@@ -111,6 +112,40 @@ pub fn weak_secrets(settings: &Settings) -> Vec<String> {
     sample.into_iter().chain(short).collect()
 }
 
+/// A line for each way to authenticate at NATS that has no server, or stands beside another.
+pub fn ways_to_nats(settings: &Settings) -> Vec<String> {
+    let nats = &settings.nats;
+    let ways = [
+        ("nats.user", nats.user.is_some()),
+        ("nats.token", nats.token.is_some()),
+        ("nats.credentials_file", nats.credentials_file.is_some()),
+    ];
+    let set: Vec<&str> = ways
+        .iter()
+        .filter(|(_, set)| *set)
+        .map(|(name, _)| *name)
+        .collect();
+    let mut faults = Vec::new();
+    if set.len() > 1 {
+        faults.push(format!(
+            "{} are set: one way to authenticate is needed",
+            set.join(" and ")
+        ));
+    }
+    if nats.user.is_some() != nats.password.is_some() {
+        faults.push("nats.user and nats.password belong together: set both".to_owned());
+    }
+    let file = unreadable("nats.credentials_file", &nats.credentials_file);
+    faults.extend(file);
+    let unused = !set.is_empty() || nats.tls.required;
+    if unused && nats.url.is_none() {
+        faults.push(
+            "settings of nats are set, but nats.url is not: set it, or leave them out".to_owned(),
+        );
+    }
+    faults
+}
+
 /// A line for each setting that contradicts another one.
 pub fn contradictions(settings: &Settings) -> Vec<String> {
     let (limits, store) = (&settings.limits, &settings.store);
@@ -219,6 +254,49 @@ mod tests {
                 let refusal = refusal(&format!("{head}{key} = {value}"));
                 assert!(refusal.contains(&format!("{name} is {value}")), "{refusal}");
             }
+        }
+    }
+
+    #[test]
+    fn ways_to_authenticate_and_files_belong_together() {
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
+        for (toml, expected) in [
+            (
+                "[nats]\nurl = 'nats://a'\nuser = 'u'",
+                "nats.user and nats.password",
+            ),
+            (
+                "[nats]\nurl = 'nats://a'\nuser = 'u'\npassword = 'p'\ntoken = 't'",
+                "one way",
+            ),
+            ("[nats]\ntoken = 't'", "nats.url is not"),
+            (
+                "[nats]\nurl = 'nats://a'\ncredentials_file = '/nowhere'",
+                "nats.credentials_file /nowhere",
+            ),
+            (
+                &format!("[nats.tls]\nca_file = '{file}'"),
+                "nats.tls.required is false",
+            ),
+            (
+                &format!("[store.tls]\nrequired = true\nkey_file = '{file}'"),
+                "store.tls.certificate_file and store.tls.key_file",
+            ),
+            (
+                "[store.tls]\nrequired = true\nca_file = '/nowhere'",
+                "store.tls.ca_file /nowhere",
+            ),
+            (
+                &format!("[tls]\ncertificate_file = '{file}'"),
+                "tls.certificate_file and tls.key_file",
+            ),
+            (
+                &format!("[tls]\nclient_ca_file = '{file}'"),
+                "tls.certificate_file is needed",
+            ),
+        ] {
+            let refusal = refusal(toml);
+            assert!(refusal.contains(expected), "{toml}: {refusal}");
         }
     }
 

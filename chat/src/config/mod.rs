@@ -3,9 +3,11 @@
 
 mod check;
 mod origin;
+mod tls;
 
 pub use check::RANGES;
 pub use origin::{is_allowed_host, normalized as normalized_origin};
+pub use tls::{ClientTls, ServerTls};
 
 use serde::Deserialize;
 use std::fmt;
@@ -25,8 +27,6 @@ pub struct Settings {
     pub admin_token: Option<Secret>,
     /// The file that names the shards.
     pub shards_file: PathBuf,
-    /// `nats://host:port`; without it this is the only instance.
-    pub nats_url: Option<Secret>,
     /// One process with everything in files, and a route that mints tokens on loopback. Set by
     /// `serve --embedded`.
     #[serde(skip)]
@@ -44,6 +44,10 @@ pub struct Settings {
     pub start_wait_ms: u64,
     /// Threads that serve clients; the first one has the databases and the bus, too.
     pub threads: usize,
+    /// TLS of the listener for clients.
+    pub tls: ServerTls,
+    /// The bus between instances.
+    pub nats: Nats,
     /// How clients authenticate.
     pub auth: Auth,
     /// Limits of clients, requests and answers.
@@ -54,6 +58,25 @@ pub struct Settings {
     pub resharding: Resharding,
     /// What is logged.
     pub log: Log,
+}
+
+/// The bus between instances: a server, and how this service authenticates there.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Nats {
+    /// `nats://host:port`; without it this is the only instance. It may have a user and a password,
+    /// or a token.
+    pub url: Option<Secret>,
+    /// A user.
+    pub user: Option<String>,
+    /// The password of the user.
+    pub password: Option<Secret>,
+    /// A token, instead of a user.
+    pub token: Option<Secret>,
+    /// A credentials file of NATS (JWT and seed), instead of a user.
+    pub credentials_file: Option<PathBuf>,
+    /// TLS towards the server.
+    pub tls: ClientTls,
 }
 
 /// How tokens are checked. One algorithm is pinned; a token that names another is refused.
@@ -141,6 +164,8 @@ pub struct Store {
     pub answer_ms: u64,
     /// How long a send may take altogether, in milliseconds.
     pub send_ms: u64,
+    /// TLS towards MySQL.
+    pub tls: ClientTls,
 }
 
 /// How slots move when the set of shards changes.
@@ -253,7 +278,17 @@ impl Settings {
         let mut settings: Self = merged.try_deserialize()?;
         settings.unset_empty();
         let contradictions = check::contradictions(&settings);
-        refuse(&[contradictions, check::weak_secrets(&settings)].concat())?;
+        let of_tls = [
+            settings.tls.faults(),
+            settings.nats.tls.faults("nats.tls"),
+            settings.store.tls.faults("store.tls"),
+        ];
+        let others = [
+            contradictions,
+            check::weak_secrets(&settings),
+            check::ways_to_nats(&settings),
+        ];
+        refuse(&[others.concat(), of_tls.concat()].concat())?;
         Ok(settings)
     }
 }
@@ -263,18 +298,30 @@ impl Settings {
     fn unset_empty(&mut self) {
         let secrets = [
             &mut self.admin_token,
-            &mut self.nats_url,
+            &mut self.nats.url,
+            &mut self.nats.password,
+            &mut self.nats.token,
             &mut self.auth.secret,
         ];
         for secret in secrets {
             secret.take_if(|secret| secret.expose().trim().is_empty());
         }
-        for text in [&mut self.auth.audience, &mut self.auth.issuer] {
+        for text in [
+            &mut self.auth.audience,
+            &mut self.auth.issuer,
+            &mut self.nats.user,
+        ] {
             text.take_if(|text| text.trim().is_empty());
         }
-        self.auth
-            .key_file
-            .take_if(|path| path.as_os_str().is_empty());
+        let files = [&mut self.auth.key_file, &mut self.nats.credentials_file];
+        let of_tls = [
+            self.nats.tls.files(),
+            self.store.tls.files(),
+            self.tls.files(),
+        ];
+        for file in files.into_iter().chain(of_tls.into_iter().flatten()) {
+            file.take_if(|path| path.as_os_str().is_empty());
+        }
     }
 }
 

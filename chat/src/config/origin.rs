@@ -81,8 +81,7 @@ pub(super) fn list<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Str
         .map(|origin| {
             normalized(origin).ok_or_else(|| {
                 serde::de::Error::custom(format!(
-                    "auth.allowed_origins has '{}': an origin is scheme://host[:port], such as https://chat.example.org",
-                    origin
+                    "auth.allowed_origins has '{origin}': an origin is scheme://host[:port], such as https://chat.example.org"
                 ))
             })
         })

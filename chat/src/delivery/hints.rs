@@ -188,7 +188,7 @@ fn unpack(publication: &mut Bytes) -> Option<Bytes> {
 /// Applies the hints of another instance to the sessions on this one.
 fn take(mut publication: Bytes, registry: &Registry) {
     while let Some(event) = unpack(&mut publication) {
-        let event = BusEvent::decode(&event);
+        let event = BusEvent::decode(&event, None);
         if let Some(event @ (BusEvent::LastSeq { dialog, .. } | BusEvent::Read { dialog, .. })) =
             event
         {
@@ -217,7 +217,7 @@ mod tests {
         let received = |mut bytes: Bytes| {
             let mut received = Vec::new();
             while let Some(event) = unpack(&mut bytes) {
-                received.extend(BusEvent::decode(&event));
+                received.extend(BusEvent::decode(&event, None));
             }
             received
         };

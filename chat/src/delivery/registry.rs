@@ -115,7 +115,7 @@ impl Registry {
             subscriber.outbound().push(welcome(session));
             let registry = self.clone();
             let sink: Sink = Arc::new(move |payload| {
-                if let Some(event) = BusEvent::decode(&payload) {
+                if let Some(event) = BusEvent::decode(&payload, Some(user)) {
                     if let (BusEvent::Message { dialog, seq, .. }, Some(callback)) =
                         (&event, registry.inner.on_remote_message.get())
                     {

@@ -3,7 +3,8 @@
 
 use super::client_address;
 use super::connection_limiter::{ConnectionLimiter, ConnectionPermit};
-use super::tcp::Connection;
+use super::tcp::{Connection, set_options};
+use super::tls::Tls;
 use crate::audit;
 use crate::config::Limits;
 use crate::threads::Threads;
@@ -96,6 +97,7 @@ impl Listener {
     /// If the listener cannot be used.
     pub fn serve(
         listener: std::net::TcpListener,
+        tls: Option<Tls>,
         threads: &Threads,
         limits: &Limits,
         of_proxy: bool,
@@ -107,9 +109,13 @@ impl Listener {
             // Bounded by the places.
             let (queue, accepted) = mpsc::unbounded_channel();
             queues.push(queue);
-            let (configure, stopping, limits) =
-                (configure.clone(), stopping.clone(), limits.clone());
-            Box::new(move || serve_connections(accepted, configure, stopping, limits))
+            let (configure, stopping, limits, tls) = (
+                configure.clone(),
+                stopping.clone(),
+                limits.clone(),
+                tls.clone(),
+            );
+            Box::new(move || serve_connections(accepted, configure, stopping, limits, tls))
         });
         let all_places = limits
             .connections
@@ -204,6 +210,7 @@ async fn serve_connections(
     configure: impl Fn(&mut web::ServiceConfig),
     stopping: CancellationToken,
     limits: Limits,
+    tls: Option<Tls>,
 ) {
     let handshake = Duration::from_millis(limits.handshake_ms);
     let user_timeout = Duration::from_millis(limits.tcp_user_timeout_ms);
@@ -239,10 +246,20 @@ async fn serve_connections(
         let Ok(stream) = TcpStream::from_std(stream) else {
             continue;
         };
-        let http = http.clone();
+        let (http, tls) = (http.clone(), tls.clone());
         tokio::task::spawn_local(async move {
             let peer = stream.peer_addr().ok();
-            let connection = Connection::new(stream, user_timeout);
+            set_options(&stream, user_timeout);
+            let connection = match tls {
+                None => Connection::plain(stream),
+                Some(tls) => {
+                    let accepting = tls.acceptor().accept(stream);
+                    match tokio::time::timeout(handshake, accepting).await {
+                        Ok(Ok(stream)) => Connection::encrypted(stream),
+                        Ok(Err(_)) | Err(_) => return,
+                    }
+                }
+            };
             let request = (connection, Protocol::Http1, peer);
             // An error here concerns one client, which has its answer or is gone.
             let _ = serve_one(&*http, request).await;
@@ -297,7 +314,7 @@ mod tests {
         let threads = Threads::start(3).unwrap();
         let limits = Settings::from_toml("").unwrap().limits;
         let (address, listener) = socket();
-        let server = Listener::serve(listener, &threads, &limits, false, |config| {
+        let server = Listener::serve(listener, None, &threads, &limits, false, |config| {
             let name = || async { format!("{}.", std::thread::current().name().unwrap()) };
             config.route("/", web::get().to(name));
         });
@@ -324,7 +341,7 @@ mod tests {
         let requests = Arc::new(AtomicUsize::new(0));
         let seen = begun.clone();
         let goes_on = go_on.clone();
-        let server = Listener::serve(listener, &threads, &limits, false, move |config| {
+        let server = Listener::serve(listener, None, &threads, &limits, false, move |config| {
             let (begun, go_on, requests) = (seen.clone(), goes_on.clone(), requests.clone());
             let slow = move || {
                 let (begun, go_on) = (begun.clone(), go_on.clone());

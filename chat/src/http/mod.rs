@@ -14,6 +14,7 @@ mod page;
 mod rest;
 mod tcp;
 mod ws;
+mod tls;
 mod listener;
 
 pub use asyncapi::document as asyncapi_document;
@@ -21,6 +22,7 @@ pub use auth::{Admission, SAMPLE_SECRET, Tokens};
 pub use connection_limiter::ConnectionLimiter;
 pub use errors::HttpError;
 pub use listener::{Listener, listen};
+pub use tls::Tls;
 
 use crate::cluster::{Peers, Revocations};
 use crate::config::Secret;

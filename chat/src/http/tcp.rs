@@ -13,6 +13,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::Notify;
 use tokio::time::{Sleep, sleep};
+use tokio_rustls::server::TlsStream;
 
 /// Enough for a page on a slow line.
 const SEND_BUFFER_BYTES: usize = 128 * 1024;
@@ -22,10 +23,57 @@ const LINGER: Duration = Duration::from_secs(1);
 
 /// A connection that a [`TcpHandle`] can cut.
 pub struct Connection {
-    stream: TcpStream,
+    stream: Stream,
     handle: TcpHandle,
     /// Set when our half has ended: how long that of the client is waited for.
     lingers: Option<Pin<Box<Sleep>>>,
+}
+
+/// The bytes of a connection.
+enum Stream {
+    Plain(TcpStream),
+    /// It is large, and most connections are without it.
+    Encrypted(Box<TlsStream<TcpStream>>),
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Stream::Plain(stream) => Pin::new(stream).poll_read(context, buffer),
+            Stream::Encrypted(stream) => Pin::new(stream).poll_read(context, buffer),
+        }
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Stream::Plain(stream) => Pin::new(stream).poll_write(context, bytes),
+            Stream::Encrypted(stream) => Pin::new(stream).poll_write(context, bytes),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Stream::Plain(stream) => Pin::new(stream).poll_flush(context),
+            Stream::Encrypted(stream) => Pin::new(stream).poll_flush(context),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Stream::Plain(stream) => Pin::new(stream).poll_shutdown(context),
+            Stream::Encrypted(stream) => Pin::new(stream).poll_shutdown(context),
+        }
+    }
 }
 
 /// Cuts a connection. Closing a WebSocket waits until the client has read what was sent before;
@@ -45,20 +93,32 @@ struct State {
     task: RefCell<Option<Waker>>,
 }
 
+/// Sets the options of a new connection.
+pub fn set_options(stream: &TcpStream, user_timeout: Duration) {
+    let socket = SockRef::from(stream);
+    // A client that vanished is noticed when what we send is not acknowledged for this long. If an
+    // option cannot be set the connection still works, and pings notice in the end.
+    let _ = socket.set_tcp_user_timeout(Some(user_timeout));
+    let _ = socket.set_tcp_nodelay(true);
+    // What a client does not read must not gather in the kernel instead of in its queue.
+    let _ = socket.set_send_buffer_size(SEND_BUFFER_BYTES);
+}
+
 impl Connection {
-    /// Sets the options of a new connection.
-    pub fn new(stream: TcpStream, user_timeout: Duration) -> Self {
-        let socket = SockRef::from(&stream);
-        // A client that vanished is noticed when what we send is not acknowledged for this long. If
-        // an option cannot be set the connection still works, and pings notice in the end.
-        let _ = socket.set_tcp_user_timeout(Some(user_timeout));
-        let _ = socket.set_tcp_nodelay(true);
-        // What a client does not read must not gather in the kernel instead of in its queue.
-        let _ = socket.set_send_buffer_size(SEND_BUFFER_BYTES);
-        let handle = TcpHandle::default();
+    /// A connection without TLS.
+    pub fn plain(stream: TcpStream) -> Self {
+        Self::of(Stream::Plain(stream))
+    }
+
+    /// A connection with TLS, after the handshake.
+    pub fn encrypted(stream: TlsStream<TcpStream>) -> Self {
+        Self::of(Stream::Encrypted(Box::new(stream)))
+    }
+
+    fn of(stream: Stream) -> Self {
         Self {
             stream,
-            handle,
+            handle: TcpHandle::default(),
             lingers: None,
         }
     }
@@ -72,7 +132,7 @@ impl Connection {
     fn unless_cut<T>(
         self: Pin<&mut Self>,
         context: &mut Context<'_>,
-        io: impl FnOnce(Pin<&mut TcpStream>, &mut Context<'_>) -> Poll<io::Result<T>>,
+        io: impl FnOnce(Pin<&mut Stream>, &mut Context<'_>) -> Poll<io::Result<T>>,
     ) -> Poll<io::Result<T>> {
         let this = self.get_mut();
         if this.handle.0.cut.get() {
@@ -205,7 +265,7 @@ mod tests {
         let address = listener.local_addr().unwrap();
         let _client = tokio::net::TcpStream::connect(address).await.unwrap();
         let (server, _) = listener.accept().await.unwrap();
-        let mut connection = Connection::new(server, Duration::from_secs(30));
+        let mut connection = Connection::plain(server);
         let handle = connection.handle();
         let woken = Arc::new(Woken::default());
         let waker = Waker::from(woken.clone());

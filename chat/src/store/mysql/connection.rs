@@ -6,7 +6,9 @@ use super::error::{classify, unreachable};
 use super::sql::{SELECT_OWNED, holding};
 use crate::config;
 use mysql_async::prelude::Queryable;
-use mysql_async::{Conn, Opts, OptsBuilder, Pool, PoolConstraints, PoolOpts};
+use mysql_async::{
+    ClientIdentity, Conn, Opts, OptsBuilder, Pool, PoolConstraints, PoolOpts, SslOpts,
+};
 use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, SemaphorePermit};
@@ -49,6 +51,25 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(2);
 /// Below `wait_timeout`, so that a connection is closed by us and not under us.
 const IDLE_LIMIT: Duration = Duration::from_secs(5);
 
+/// TLS towards a shard, with its own CAs only if there are any.
+fn ssl(settings: &config::ClientTls) -> SslOpts {
+    let own = settings
+        .certificate_file
+        .clone()
+        .zip(settings.key_file.clone());
+    let own = own.map(|(certificate, key)| ClientIdentity::new(certificate.into(), key.into()));
+    SslOpts::default()
+        .with_disable_built_in_roots(settings.ca_file.is_some())
+        .with_root_certs(
+            settings
+                .ca_file
+                .iter()
+                .map(|file| file.clone().into())
+                .collect(),
+        )
+        .with_client_identity(own)
+}
+
 impl MysqlStore {
     /// A store for `mysql://user:password@host:port/database`. Opens no connection yet.
     ///
@@ -63,7 +84,13 @@ impl MysqlStore {
                 "the url names no database; end it in /NAME".into(),
             ));
         }
+        let ssl = match settings.tls.required {
+            true => Some(ssl(&settings.tls)),
+            // As the URL has it.
+            false => opts.ssl_opts().cloned(),
+        };
         let opts = OptsBuilder::from_opts(opts)
+            .ssl_opts(ssl)
             .prefer_socket(false)
             .tcp_nodelay(true)
             .tcp_keepalive(Some(Duration::from_secs(5)))
