@@ -4,6 +4,7 @@
 use anyhow::{Context, bail, ensure};
 use chat_client::{Access, TokenSource};
 use mysql_async::prelude::Queryable;
+use mysql_async::{Opts, OptsBuilder, SslOpts};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -11,10 +12,19 @@ use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use testkit::SECRET;
+use testkit::ca::{Ca, Certificate};
+use testkit::lossy;
 use testkit::process::{self, Process};
 
 pub fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A private CA, and certificates for the instances as clients, and for every server.
+struct Tls {
+    ca: Ca,
+    own: Certificate,
+    server: Certificate,
 }
 
 /// Five databases, a bus, two instances.
@@ -27,6 +37,7 @@ pub struct Service {
     pub at_default_limits: bool,
     /// Where the instances find the bus, if not where it is.
     pub bus: [Option<String>; 2],
+    tls: Option<Tls>,
     /// Of dialogs that were asked for; no slot moves meanwhile.
     owners: BTreeMap<(u64, u64), String>,
     /// While these lasted, something was dead: (what, from, until).
@@ -43,12 +54,36 @@ impl Service {
             instances: vec![None, None],
             at_default_limits: false,
             bus: [None, None],
+            tls: None,
             owners: BTreeMap::new(),
             outages: Vec::new(),
         };
         // The first one installs the crypto provider of this process.
         drop(service.access(0));
         service
+    }
+
+    /// From now on everything is over TLS. Before the servers are started.
+    pub fn use_tls(&mut self) -> anyhow::Result<()> {
+        let folder = self.dir.canonicalize()?;
+        let ca = Ca::new(&folder);
+        let (own, server) = (ca.issue("instance"), ca.issue("server"));
+        let nats = format!(
+            r#"tls {{ cert_file: "{}", key_file: "{}", ca_file: "{}", verify: true }}
+            authorization {{ user: chat, password: secret }}"#,
+            server.certificate.display(),
+            server.key.display(),
+            ca.file().display()
+        );
+        std::fs::write(folder.join("nats.conf"), nats)?;
+        self.tls = Some(Tls { ca, own, server });
+        Ok(())
+    }
+
+    /// Certificates for a proxy before NATS.
+    pub fn lossy_tls(&self) -> Option<lossy::Tls> {
+        let tls = self.tls.as_ref()?;
+        Some(lossy::Tls::new(&tls.ca, &tls.server))
     }
 
     /// Five databases and the bus.
@@ -60,10 +95,15 @@ impl Service {
     }
 
     pub fn servers(command: &[&str]) -> anyhow::Result<()> {
-        let status = Command::new("dev/servers")
-            .args(command)
-            .status()
-            .context("dev/servers")?;
+        Self::servers_with(command, "")
+    }
+
+    fn servers_with(command: &[&str], options: &str) -> anyhow::Result<()> {
+        let mut program = Command::new("dev/servers");
+        if !options.is_empty() {
+            program.env("SERVER_OPTIONS", options);
+        }
+        let status = program.args(command).status().context("dev/servers")?;
         ensure!(status.success(), "dev/servers {command:?} failed");
         Ok(())
     }
@@ -82,7 +122,11 @@ impl Service {
     }
 
     pub fn start_nats(&self) -> anyhow::Result<()> {
-        Self::servers(&["nats", &self.dir("nats"), &(self.port + 9).to_string()])
+        let options = self.tls.as_ref().map_or(String::new(), |_| {
+            format!("-c {}", self.dir.join("nats.conf").display())
+        });
+        let port = (self.port + 9).to_string();
+        Self::servers_with(&["nats", &self.dir("nats"), &port], &options)
     }
 
     pub fn kill_nats(&self) -> anyhow::Result<()> {
@@ -153,7 +197,41 @@ impl Service {
     }
 
     pub fn url(&self, i: u16) -> String {
-        format!("http://127.0.0.1:{}", self.port + i)
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        format!("{scheme}://127.0.0.1:{}", self.port + i)
+    }
+
+    /// The settings of an instance for TLS.
+    fn tls_settings(&self) -> Vec<(&'static str, String)> {
+        let Some(Tls { ca, own, server }) = &self.tls else {
+            return Vec::new();
+        };
+        let file = |path: &Path| path.display().to_string();
+        vec![
+            ("CHAT__TLS__CERTIFICATE_FILE", file(&server.certificate)),
+            ("CHAT__TLS__KEY_FILE", file(&server.key)),
+            ("CHAT__NATS__USER", "chat".into()),
+            ("CHAT__NATS__PASSWORD", "secret".into()),
+            ("CHAT__NATS__TLS__REQUIRED", "true".into()),
+            ("CHAT__NATS__TLS__CA_FILE", file(&ca.file())),
+            ("CHAT__NATS__TLS__CERTIFICATE_FILE", file(&own.certificate)),
+            ("CHAT__NATS__TLS__KEY_FILE", file(&own.key)),
+            ("CHAT__STORE__TLS__REQUIRED", "true".into()),
+            ("CHAT__STORE__TLS__CA_FILE", file(&ca.file())),
+            ("CHAT__STORE__TLS__CERTIFICATE_FILE", file(&own.certificate)),
+            ("CHAT__STORE__TLS__KEY_FILE", file(&own.key)),
+        ]
+    }
+
+    /// A connection to a database server.
+    async fn connection(&self, shard: u16) -> anyhow::Result<mysql_async::Conn> {
+        let options = OptsBuilder::from_opts(Opts::from_url(&self.database(shard))?);
+        let ssl = self.tls.as_ref().map(|tls| {
+            SslOpts::default()
+                .with_disable_built_in_roots(true)
+                .with_root_certs(vec![tls.ca.file().into()])
+        });
+        Ok(mysql_async::Conn::new(options.ssl_opts(ssl)).await?)
     }
 
     pub fn admin(&self, i: u16) -> String {
@@ -161,7 +239,12 @@ impl Service {
     }
 
     pub fn access(&self, i: u16) -> Access {
-        Access::new(&self.url(i), TokenSource::Secret(SECRET.to_owned()))
+        let access = Access::new(&self.url(i), TokenSource::Secret(SECRET.to_owned()));
+        let Some(tls) = &self.tls else {
+            return access;
+        };
+        let ca = std::fs::read(tls.ca.file()).expect("the CA of this run");
+        access.with_ca(&ca).expect("the CA of this run")
     }
 
     /// Saves the file as an editor does, by renaming. `shards` are numbers and further lines of
@@ -191,7 +274,8 @@ impl Service {
             .open(self.dir.join(format!("instance{i}.log")))?;
         let child = Command::new(&self.chat)
             .arg("serve")
-            .env("CHAT__LISTEN", self.url(i).trim_start_matches("http://"))
+            .env("CHAT__LISTEN", format!("127.0.0.1:{}", self.port + i))
+            .envs(self.tls_settings())
             .env(
                 "CHAT__ADMIN_LISTEN",
                 self.admin(i).trim_start_matches("http://"),
@@ -212,7 +296,7 @@ impl Service {
             .spawn()?;
         self.instances[usize::from(i)] = Some(Process(child));
         for _ in 0..600 {
-            if reqwest::get(format!("{}/readyz", self.url(i)))
+            if reqwest::get(format!("{}/readyz", self.admin(i)))
                 .await
                 .is_ok_and(|answer| answer.status().is_success())
             {
@@ -338,7 +422,15 @@ impl Service {
 
     pub fn start_shard(&self, n: u16) -> anyhow::Result<()> {
         let port = self.shard_port(n).to_string();
-        Self::servers(&["mysql", &self.dir(&format!("shard{n}")), &port])
+        let options = self.tls.as_ref().map_or(String::new(), |tls| {
+            format!(
+                "--ssl-ca={} --ssl-cert={} --ssl-key={} --require-secure-transport=ON",
+                tls.ca.file().display(),
+                tls.server.certificate.display(),
+                tls.server.key.display()
+            )
+        });
+        Self::servers_with(&["mysql", &self.dir(&format!("shard{n}")), &port], &options)
     }
 
     /// Something was dead from `since` until now; clients that noticed come back with a pause that
@@ -356,14 +448,14 @@ impl Service {
 
     /// Runs statements on a database server.
     pub async fn execute(&self, shard: u16, sql: &str) -> anyhow::Result<()> {
-        let mut conn = mysql_async::Conn::from_url(self.database(shard)).await?;
+        let mut conn = self.connection(shard).await?;
         conn.query_drop(sql).await?;
         Ok(conn.disconnect().await?)
     }
 
     /// Closes all connections to a database server.
     pub async fn close_connections(&self, shard: u16) -> anyhow::Result<()> {
-        let mut conn = mysql_async::Conn::from_url(self.database(shard)).await?;
+        let mut conn = self.connection(shard).await?;
         let others = "SELECT id FROM information_schema.processlist WHERE id <> CONNECTION_ID() AND user = 'root'";
         for id in conn.query::<u64, _>(others).await? {
             // It may have gone by itself.
@@ -395,7 +487,7 @@ impl Service {
     }
 
     pub async fn number(&self, shard: u16, sql: &str) -> anyhow::Result<u64> {
-        let mut conn = mysql_async::Conn::from_url(self.database(shard)).await?;
+        let mut conn = self.connection(shard).await?;
         let number: Option<u64> = conn.query_first(sql).await?;
         conn.disconnect().await?;
         number.context("no number")

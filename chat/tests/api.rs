@@ -940,15 +940,20 @@ fn properties(
 #[test]
 fn the_asyncapi_file_the_protocol_page_and_the_types_say_the_same() {
     let document = chat::http::asyncapi_document();
-    let text = serde_json::to_string_pretty(&document).unwrap() + "\n";
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/asyncapi.json");
-    if std::env::var_os("CHAT_WRITE_DOCS").is_some() {
-        std::fs::write(path, &text).unwrap();
+    for (name, document) in [
+        ("asyncapi.json", &document),
+        ("openapi.json", &chat::http::openapi_document()),
+    ] {
+        let text = serde_json::to_string_pretty(document).unwrap() + "\n";
+        let path = format!("{}/../docs/{name}", env!("CARGO_MANIFEST_DIR"));
+        if std::env::var_os("CHAT_WRITE_DOCS").is_some() {
+            std::fs::write(&path, &text).unwrap();
+        }
+        assert!(
+            std::fs::read_to_string(path).is_ok_and(|there| there == text),
+            "docs/{name} is outdated: CHAT_WRITE_DOCS=1 writes it anew"
+        );
     }
-    assert!(
-        std::fs::read_to_string(path).unwrap() == text,
-        "docs/asyncapi.json is outdated: CHAT_WRITE_DOCS=1 writes it anew"
-    );
     let page = include_str!("../../docs/PROTOCOL.md");
     let mut shown = BTreeSet::new();
     for (side, section) in [

@@ -158,7 +158,7 @@ fn loses(what: &'static str) -> (Loses, Arc<AtomicBool>) {
 async fn with_losses(loses: Loses) -> (Databases, Instance, Instance, Lossy) {
     let databases = Databases::new(Kind::Sqlite, 2).await;
     let file = databases.shards_file();
-    let lossy = Lossy::to(&nats_url(), loses).await.unwrap();
+    let lossy = Lossy::to(&nats_url(), loses, None).await.unwrap();
     let (nats, deaf) = (nats_url(), lossy.url.clone());
     let (one, two) = tokio::join!(instance_on(&file, &nats), instance_on(&file, &deaf));
     (databases, one, two, lossy)

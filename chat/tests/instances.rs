@@ -752,3 +752,18 @@ async fn a_revoked_token_is_refused_everywhere_and_after_a_restart() {
     assert_eq!(future.send().await.unwrap().status(), 400);
     assert!(one.log().contains("\"act\":\"revoke\""), "{}", one.log());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_instance_without_nats_is_noticed() {
+    let databases = Databases::new(Kind::Mariadb, 1).await;
+    let file = databases.shards_file();
+    let one = Instance::start(&file, &[]).await;
+    let two = Instance::start(&file, &[]).await;
+    until("one of them says so", async || {
+        let states = [one.ready().await.1, two.ready().await.1];
+        let says = |state: &serde_json::Value| state.to_string().contains("nats.url is not set");
+        states.iter().any(says).then_some(())
+    })
+    .await;
+    assert!((one.log() + &two.log()).contains("another instance uses these shards"));
+}

@@ -1797,6 +1797,30 @@ async fn last_seqs_are_those_of_the_dialogs_with_their_read_marks(kind: Kind) {
     ));
 }
 
+/// The tables of the version before get what is new; those of a later version do not stop this one.
+async fn tables_of_the_versions_before_and_after_are_used(kind: Kind) {
+    let (databases, store) = initialized(kind).await;
+    write(&store, &[message("7_42", 7, "a", "x")]).await;
+    if kind == Kind::Memory {
+        return;
+    }
+    for sql in [
+        "DROP TABLE revocations",
+        "DELETE FROM refinery_schema_history WHERE version = 2",
+    ] {
+        databases.execute(0, sql).await;
+    }
+    store.migrate().await.unwrap();
+    assert!(store.revocations(&identity()).await.unwrap().is_empty());
+    let later = "INSERT INTO refinery_schema_history (version, name, applied_on, checksum) VALUES (99, 'later', '2026-11-27T00:00:00Z', '1')";
+    databases.execute(0, later).await;
+    store.migrate().await.unwrap();
+    let page = store
+        .page(&identity(), dialog("7_42"), Range::Newest, 5)
+        .await;
+    assert_eq!(page.unwrap().messages.len(), 1);
+}
+
 /// Revocations of one shard: each only rises, and those of another database are not touched.
 async fn what_is_revoked_stays_revoked(kind: Kind) {
     let (_databases, store) = initialized(kind).await;
@@ -1855,6 +1879,7 @@ on_every_store! {
     a_text_comes_back_byte_for_byte
     a_document_is_taken_forward_only_and_fences_who_was_declared_down
     what_is_revoked_stays_revoked
+    tables_of_the_versions_before_and_after_are_used
     last_seqs_are_those_of_the_dialogs_with_their_read_marks
     a_slot_moves_step_by_step_and_takes_no_other_step
     what_a_lost_shard_held_comes_in_once_and_in_its_place

@@ -83,6 +83,10 @@ pub struct Options {
     /// Clients of the handover and of the storm, messages for the slow reader, runs of the order.
     #[arg(long)]
     count: Option<u64>,
+    /// Everything over TLS with a private CA: the instances, MySQL and NATS, which ask for
+    /// certificates, and NATS for a user.
+    #[arg(long)]
+    tls: bool,
     /// The seed of the random numbers; printed.
     #[arg(long, default_value_t = 7)]
     seed: u64,
@@ -106,6 +110,9 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     ];
     let scenarios = options.scenario.map_or(all.to_vec(), |one| vec![one]);
     let mut service = Service::new(options.chat.clone(), options.dir.clone(), options.port);
+    if options.tls {
+        service.use_tls()?;
+    }
     let mut done = prepare(&service);
     for (n, scenario) in scenarios.into_iter().enumerate() {
         if done.is_err() {
@@ -140,7 +147,7 @@ async fn one(
             let rng = Mutex::new(StdRng::seed_from_u64(options.seed + i as u64));
             let losses = options.losses;
             let loses = move |_: &str, _: &[u8]| locked(&rng).random_range(0..100) < losses;
-            let lossy = Lossy::to(&service.nats(), Arc::new(loses)).await?;
+            let lossy = Lossy::to(&service.nats(), Arc::new(loses), service.lossy_tls()).await?;
             service.bus[i] = Some(lossy.url.clone());
             losing.push(lossy);
         }

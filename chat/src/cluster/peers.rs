@@ -125,6 +125,12 @@ impl Peers {
         }
     }
 
+    /// Whether there is no bus to other instances, by configuration.
+    #[must_use]
+    pub fn is_standalone(&self) -> bool {
+        self.inner.bus.state() == BusState::Standalone
+    }
+
     /// The id of this process.
     #[must_use]
     pub fn instance(&self) -> &str {

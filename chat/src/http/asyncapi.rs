@@ -2,7 +2,7 @@
 //! the frames.
 
 use actix_web::HttpResponse;
-use chat_wire::{ClientFrame, PROTOCOL, ServerFrame};
+use chat_wire::{ClientFrame, Close, PROTOCOL, ServerFrame};
 use serde_json::{Map, Value, json};
 use utoipa::{PartialSchema, ToSchema};
 
@@ -26,22 +26,19 @@ pub fn document() -> Value {
         frames(&json!(ServerFrame::schema())),
     );
     let mut messages = Map::new();
-    let mut operation = |action: &str, side: &str, frames: Vec<(String, Value)>| {
-        let mut names = Vec::new();
-        for (kind, payload) in frames {
+    let mut add = |side: &str, frames: Vec<(String, Value)>| -> Vec<String> {
+        let named = frames.into_iter().map(|(kind, payload)| {
             let name = format!("{side}_{kind}");
             let summary = payload["description"].clone();
-            names.push(json!({"$ref": format!("#/channels/session/messages/{name}")}));
             messages.insert(
                 name,
                 json!({"name": kind, "summary": summary, "payload": payload}),
             );
-        }
-        json!({"action": action, "channel": {"$ref": "#/channels/session"}, "messages": names})
+            kind
+        });
+        named.collect()
     };
-    // Said from the server's side, as the standard wants it.
-    let receive = operation("receive", "client", from_client);
-    let send = operation("send", "server", to_client);
+    let (client, server) = (add("client", from_client), add("server", to_client));
     let of_channel: Map<String, Value> = messages
         .keys()
         .map(|name| {
@@ -49,23 +46,101 @@ pub fn document() -> Value {
             (name.clone(), message)
         })
         .collect();
+    // Said from the server's side, as the standard wants it.
+    let channel = json!({"$ref": "#/channels/session"});
+    let message = |name: String| json!({"$ref": format!("#/channels/session/messages/{name}")});
+    let mut operations = Map::new();
+    for kind in client {
+        let answers = [answer(&kind), "error"].map(|kind| message(format!("server_{kind}")));
+        operations.insert(
+            format!("receive_{kind}"),
+            json!({
+                "action": "receive",
+                "channel": channel,
+                "description": described(&messages[&format!("client_{kind}")]),
+                "messages": [message(format!("client_{kind}"))],
+                "reply": {"channel": channel, "messages": answers},
+            }),
+        );
+    }
+    let events = server
+        .into_iter()
+        .filter(|kind| EVENTS.contains(&kind.as_str()));
+    let events: Vec<Value> = events
+        .map(|kind| message(format!("server_{kind}")))
+        .collect();
+    operations.insert(
+        "send_events".to_owned(),
+        json!({
+            "action": "send",
+            "channel": channel,
+            "description": "What a session receives without a request.",
+            "messages": events,
+        }),
+    );
     json!({
         "asyncapi": "3.0.0",
         "info": {
             "title": "chat",
             "version": PROTOCOL,
-            "description": "JSON text frames, one object each; `type` is its kind. docs/PROTOCOL.md explains the protocol."
+            "description": "JSON text frames, one object each; `type` is its kind. docs/PROTOCOL.md explains the protocol.",
+            "license": {"name": "MIT OR Apache-2.0"}
         },
         "defaultContentType": "application/json",
+        "servers": {"instance": {
+            "host": "{host}",
+            "protocol": "wss",
+            "description": "An instance; ws without TLS",
+            "variables": {"host": {"default": "localhost:8080", "description": "Host and port"}},
+            "security": [{"$ref": "#/components/securitySchemes/bearer"}]
+        }},
         "channels": {"session": {
             "address": "/v1/ws",
-            "description": "A WebSocket with the subprotocol chat.v1, and a bearer token",
+            "description": format!("A WebSocket with the subprotocol {PROTOCOL}. {}", close_codes()),
+            "servers": [{"$ref": "#/servers/instance"}],
             "messages": of_channel,
-            "bindings": {"ws": {"method": "GET"}}
+            "bindings": {"ws": {"method": "GET", "bindingVersion": "0.1.0"}}
         }},
-        "operations": {"receive": receive, "send": send},
-        "components": {"messages": messages, "schemas": schemas}
+        "operations": operations,
+        "components": {
+            "messages": messages,
+            "schemas": schemas,
+            "securitySchemes": {"bearer": {
+                "type": "http",
+                "scheme": "bearer",
+                "bearerFormat": "JWT",
+                "description": "Authorization: Bearer, or in a browser the second subprotocol bearer.JWT"
+            }}
+        }
     })
+}
+
+/// The frames that a session receives without a request.
+const EVENTS: [&str; 7] = [
+    "welcome", "message", "resumed", "read", "typing", "presence", "error",
+];
+
+/// What a message is.
+fn described(message: &Value) -> Value {
+    message["summary"].clone()
+}
+
+/// The kind of the frame that answers a request.
+fn answer(request: &str) -> &'static str {
+    match request {
+        "send" => "sent",
+        "history" => "history",
+        "inbox" => "inbox",
+        "resume" => "resumed",
+        "auth" => "authenticated",
+        "ping" => "pong",
+        _ => "done",
+    }
+}
+
+fn close_codes() -> String {
+    let codes = Close::ALL.map(|close| format!("{} {}", close.code(), close.reason()));
+    format!("Close codes: {}.", codes.join(", "))
 }
 
 /// The kinds of a frame, by `type`, with their schemas.

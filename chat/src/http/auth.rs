@@ -272,7 +272,7 @@ impl Tokens {
     /// The identity of a token, by its signature and its claims.
     ///
     /// # Errors
-    /// [`ApiError`] with `unauthenticated` and the reason.
+    /// A refusal with `unauthenticated`, and the reason.
     pub fn authenticate(&self, token: &str) -> Result<Identity, ApiError> {
         let refuse = |message: String| ApiError::new(ErrorCode::Unauthenticated, message);
         let header = jsonwebtoken::decode_header(token).map_err(|e| refuse(reason(&e)))?;

@@ -29,6 +29,9 @@ pub async fn ready(app: web::Data<App>) -> HttpResponse {
                 .to_owned(),
         );
     }
+    if app.resharding.is_unconnected() {
+        reasons.push("another instance uses these shards, but nats.url is not set here".to_owned());
+    }
     let draining = app.draining.load(Ordering::Relaxed);
     if draining {
         reasons.push("going away".to_owned());

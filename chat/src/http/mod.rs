@@ -22,6 +22,7 @@ pub use auth::{Admission, SAMPLE_SECRET, Tokens};
 pub use connection_limiter::ConnectionLimiter;
 pub use errors::HttpError;
 pub use listener::{Listener, listen};
+pub use rest::document as openapi_document;
 pub use tls::Tls;
 
 use crate::cluster::{Peers, Revocations};

@@ -17,12 +17,22 @@ use serde::Deserialize;
 use std::future::{Ready, ready};
 use std::time::Duration;
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
-use utoipa::{IntoParams, Modify, OpenApi};
+use utoipa::{IntoParams, IntoResponses, Modify, OpenApi};
 
 /// The description of the API, served at `/v1/openapi.json`.
 #[derive(OpenApi)]
 #[openapi(
-    info(title = "chat", description = "Dialogs between two users, stored in order and delivered at once."),
+    info(
+        title = "chat",
+        description = "Dialogs between two users, stored in order and delivered at once. docs/PROTOCOL.md explains the protocol; the WebSocket is described at /v1/asyncapi.json.",
+        license(name = "MIT OR Apache-2.0", identifier = "MIT OR Apache-2.0")
+    ),
+    servers((url = "/", description = "The server that has this description")),
+    tags(
+        (name = "messages", description = "Send, read, and mark as read"),
+        (name = "users", description = "Who is online"),
+        (name = "development", description = "For embedded mode only")
+    ),
     paths(send, history, inbox, mark_read, presence, dev_token),
     components(schemas(
         SendRequest, Sent, Message, HistoryPage, InboxPage, InboxEntry, ReadRequest, ReadMark, Presence, DevTokenRequest, Token, ErrorBody, ErrorCode
@@ -30,6 +40,49 @@ use utoipa::{IntoParams, Modify, OpenApi};
     modifiers(&Bearer)
 )]
 pub struct ApiDoc;
+
+/// The refusals of every route that needs a token.
+#[derive(IntoResponses)]
+#[allow(dead_code)] // for the description only
+enum Refusals {
+    /// Malformed, or out of bounds.
+    #[response(status = 400)]
+    BadRequest(ErrorBody),
+    /// No token, or one that is not valid.
+    #[response(status = 401)]
+    Unauthenticated(ErrorBody),
+    /// A host that is not one of this service.
+    #[response(status = 403)]
+    Forbidden(ErrorBody),
+    /// No such route, or a dialog without messages.
+    #[response(status = 404)]
+    NotFound(ErrorBody),
+    /// The request did not arrive in time: try again.
+    #[response(status = 408)]
+    RequestTimeout(ErrorBody),
+    /// A rate or a budget is exceeded: try again later.
+    #[response(status = 429, headers(("Retry-After" = u32, description = "Seconds to wait")))]
+    RateLimited(ErrorBody),
+    /// A shard does not answer, a queue is full, or the time is over: try again, a send with the same
+    /// key.
+    #[response(status = 503, headers(("Retry-After" = u32, description = "Seconds to wait")))]
+    Unavailable(ErrorBody),
+}
+
+/// The refusals of routes with a body.
+#[derive(IntoResponses)]
+#[allow(dead_code)] // for the description only
+enum BodyRefusals {
+    /// The body is larger than `limits.frame_bytes`.
+    #[response(status = 413)]
+    TooLarge(ErrorBody),
+}
+
+/// The description as JSON. `docs/openapi.json` is a copy of it.
+#[must_use]
+pub fn document() -> serde_json::Value {
+    serde_json::json!(ApiDoc::openapi())
+}
 
 struct Bearer;
 
@@ -113,12 +166,12 @@ fn user(app: &App, path: &str) -> Result<u64, HttpError> {
 
 /// Store a message in the dialog with `user`, and deliver it.
 #[utoipa::path(
-    post, path = "/v1/dialogs/{user}/messages", request_body = SendRequest, params(("user" = u64, Path, description = "The other user")),
+    post, path = "/v1/dialogs/{user}/messages", tag = "messages", request_body = SendRequest, params(("user" = u64, Path, description = "The other user", minimum = 1, maximum = 9_007_199_254_740_991_u64, example = 42)),
     responses(
         (status = 201, description = "Stored", body = Sent),
         (status = 200, description = "A repeat of a send that was stored before", body = Sent),
-        (status = "4XX", description = "Refused", body = ErrorBody),
-        (status = 503, description = "Try again with the same key", body = ErrorBody)
+        (status = 409, description = "The key was used in this dialog for another text", body = ErrorBody),
+        BodyRefusals, Refusals
     ),
     security(("bearer" = []))
 )]
@@ -153,17 +206,20 @@ pub async fn send(
 #[serde(deny_unknown_fields)]
 pub struct HistoryQuery {
     /// Messages with a smaller seq, the newest of them.
+    #[param(minimum = 1, example = 120)]
     before: Option<u64>,
     /// Messages with a larger seq, the oldest of them.
+    #[param(minimum = 0)]
     after: Option<u64>,
-    /// The largest number; 50 by default.
+    /// The largest number; 50 by default. A larger value than the maximum of the server is lowered.
+    #[param(minimum = 1, example = 50)]
     limit: Option<u32>,
 }
 
 /// A page of the dialog with `user`, ascending; the newest unless `before` or `after` is given.
 #[utoipa::path(
-    get, path = "/v1/dialogs/{user}/messages", params(("user" = u64, Path, description = "The other user"), HistoryQuery),
-    responses((status = 200, body = HistoryPage), (status = "4XX", body = ErrorBody), (status = 503, body = ErrorBody)),
+    get, path = "/v1/dialogs/{user}/messages", tag = "messages", params(("user" = u64, Path, description = "The other user", minimum = 1, maximum = 9_007_199_254_740_991_u64, example = 42), HistoryQuery),
+    responses((status = 200, description = "The page", body = HistoryPage), Refusals),
     security(("bearer" = []))
 )]
 pub async fn history(
@@ -189,14 +245,15 @@ pub async fn history(
 pub struct InboxQuery {
     /// The `cursor` of the page before.
     cursor: Option<String>,
-    /// The largest number; 50 by default.
+    /// The largest number; 50 by default. A larger value than the maximum of the server is lowered.
+    #[param(minimum = 1, example = 50)]
     limit: Option<u32>,
 }
 
 /// The dialogs of the token's user, newest first.
 #[utoipa::path(
-    get, path = "/v1/dialogs", params(InboxQuery),
-    responses((status = 200, body = InboxPage), (status = "4XX", body = ErrorBody), (status = 503, body = ErrorBody)),
+    get, path = "/v1/dialogs", tag = "messages", params(InboxQuery),
+    responses((status = 200, description = "The page", body = InboxPage), Refusals),
     security(("bearer" = []))
 )]
 pub async fn inbox(
@@ -215,8 +272,8 @@ pub async fn inbox(
 
 /// Mark the dialog with `user` as read up to a seq: forward only, never beyond the last message.
 #[utoipa::path(
-    put, path = "/v1/dialogs/{user}/read", request_body = ReadRequest, params(("user" = u64, Path, description = "The other user")),
-    responses((status = 200, body = ReadMark), (status = "4XX", body = ErrorBody), (status = 503, body = ErrorBody)),
+    put, path = "/v1/dialogs/{user}/read", tag = "messages", request_body = ReadRequest, params(("user" = u64, Path, description = "The other user", minimum = 1, maximum = 9_007_199_254_740_991_u64, example = 42)),
+    responses((status = 200, description = "The mark as it is now", body = ReadMark), BodyRefusals, Refusals),
     security(("bearer" = []))
 )]
 pub async fn mark_read(
@@ -237,8 +294,8 @@ pub async fn mark_read(
 
 /// Whether `user` has a session on any instance.
 #[utoipa::path(
-    get, path = "/v1/users/{user}/presence", params(("user" = u64, Path, description = "Who")),
-    responses((status = 200, body = Presence), (status = "4XX", body = ErrorBody), (status = 503, body = ErrorBody)),
+    get, path = "/v1/users/{user}/presence", tag = "users", params(("user" = u64, Path, description = "The user", minimum = 1, maximum = 9_007_199_254_740_991_u64, example = 42)),
+    responses((status = 200, description = "Whether the user has a session on any instance", body = Presence), Refusals),
     security(("bearer" = []))
 )]
 pub async fn presence(
@@ -264,8 +321,14 @@ const DEV_TOKEN_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// A token for anybody: in embedded mode on a loopback address only.
 #[utoipa::path(
-    post, path = "/v1/dev/token", request_body = DevTokenRequest,
-    responses((status = 200, body = Token), (status = 404, description = "Not in embedded mode", body = ErrorBody))
+    post, path = "/v1/dev/token", tag = "development", request_body = DevTokenRequest,
+    responses(
+        (status = 200, description = "The token", body = Token),
+        (status = 400, description = "Malformed", body = ErrorBody),
+        (status = 403, description = "A page of another site, or a host that is not one of this service", body = ErrorBody),
+        (status = 404, description = "Not in embedded mode", body = ErrorBody)
+    ),
+    security(())
 )]
 pub async fn dev_token(
     request: HttpRequest,

@@ -51,6 +51,8 @@ pub(super) struct Coordinator {
     /// Notified when a round may have something to do.
     wake: Arc<Notify>,
     is_coordinator: AtomicBool,
+    /// See [`Coordinator::is_unconnected`].
+    unconnected: AtomicBool,
 }
 
 impl Coordinator {
@@ -67,6 +69,7 @@ impl Coordinator {
             peers,
             wake: Arc::default(),
             is_coordinator: AtomicBool::new(false),
+            unconnected: AtomicBool::new(false),
         }
     }
 
@@ -113,10 +116,27 @@ impl Coordinator {
                     false
                 }
             };
+            self.look_for_strangers(&lease);
             if !busy && self.wait(&mut events).await {
                 quiet = None;
             }
         }
+    }
+
+    /// Notices an instance that uses the same shards while this one has no bus to it.
+    fn look_for_strangers(&self, lease: &CoordinatorLease) {
+        let unconnected = self.peers.is_standalone() && lease.is_of_another();
+        let before = self.unconnected.swap(unconnected, Ordering::Relaxed);
+        if unconnected && !before {
+            tracing::warn!(
+                "another instance uses these shards, but nats.url is not set here: sessions on one do not receive at once what is sent on the other"
+            );
+        }
+    }
+
+    /// Whether another instance uses the same shards, and there is no bus to it.
+    pub fn is_unconnected(&self) -> bool {
+        self.unconnected.load(Ordering::Relaxed)
     }
 
     /// Waits until the next round is due; `true` if an event has triggered it.

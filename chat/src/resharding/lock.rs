@@ -12,6 +12,8 @@ use tokio_util::task::AbortOnDropHandle;
 #[derive(Default)]
 pub(super) struct CoordinatorLease {
     held: Option<Held>,
+    /// Another instance had it when this one tried last.
+    of_another: bool,
 }
 
 struct Held {
@@ -31,6 +33,11 @@ impl CoordinatorLease {
         held.is_some_and(|held| held.alive.load(Ordering::Relaxed))
     }
 
+    /// Whether another instance has the lock.
+    pub fn is_of_another(&self) -> bool {
+        self.of_another
+    }
+
     /// Tries to take the lock, or keeps it. `true` if this instance holds it now.
     pub async fn take(&mut self, view: &TopologyView) -> bool {
         let Some(shard) = view.shards.iter().find(|shard| !shard.is_down()) else {
@@ -45,6 +52,7 @@ impl CoordinatorLease {
         let lock = shard
             .ask(|store, _| async move { store.try_lock_coordinator().await })
             .await;
+        self.of_another = matches!(lock, Ok(None));
         if let Ok(Some(lock)) = lock {
             let alive = Arc::new(AtomicBool::new(true));
             let keeper = tokio::spawn(keep(lock, alive.clone()));

@@ -117,6 +117,12 @@ impl Resharding {
         self.file.clone()
     }
 
+    /// Whether another instance uses the same shards, and there is no bus to it.
+    #[must_use]
+    pub fn is_unconnected(&self) -> bool {
+        self.coordinator.is_unconnected()
+    }
+
     /// What `file` would do if it were installed now.
     ///
     /// # Errors

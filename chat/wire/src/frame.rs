@@ -13,13 +13,26 @@ pub enum ClientFrame {
     Send {
         /// Repeated in the answer.
         #[serde(default, skip_serializing_if = "Option::is_none")]
+        #[cfg_attr(feature = "openapi", schema(max_length = 64))]
         id: Option<String>,
         /// 1 to 64 bytes, chosen by the client, unique per author and dialog. A repeat is stored
         /// once.
+        #[cfg_attr(
+            feature = "openapi",
+            schema(min_length = 1, max_length = 64, example = "c1")
+        )]
         key: String,
         /// The user id of the recipient; the user's own id for notes to self.
+        #[cfg_attr(
+            feature = "openapi",
+            schema(minimum = 1, maximum = 9_007_199_254_740_991_u64, example = 42)
+        )]
         to: u64,
         /// 1 to 4,000 characters, stored exactly as sent.
+        #[cfg_attr(
+            feature = "openapi",
+            schema(min_length = 1, max_length = 16_383, example = "hi")
+        )]
         text: String,
     },
     /// Requests a page of the dialog with `with`: below `before`, above `after`, or the newest
@@ -27,8 +40,13 @@ pub enum ClientFrame {
     History {
         /// Repeated in the answer.
         #[serde(default, skip_serializing_if = "Option::is_none")]
+        #[cfg_attr(feature = "openapi", schema(max_length = 64))]
         id: Option<String>,
         /// The user id of the other participant.
+        #[cfg_attr(
+            feature = "openapi",
+            schema(minimum = 1, maximum = 9_007_199_254_740_991_u64, example = 42)
+        )]
         with: u64,
         /// Messages with a smaller seq, the newest of them.
         #[serde(default)]
@@ -38,15 +56,18 @@ pub enum ClientFrame {
         after: Option<u64>,
         /// The largest number of messages; the server's limit is in `welcome`.
         #[serde(default)]
+        #[cfg_attr(feature = "openapi", schema(minimum = 1))]
         limit: Option<u32>,
     },
     /// Requests a page of the user's dialogs, newest first.
     Inbox {
         /// Repeated in the answer.
         #[serde(default, skip_serializing_if = "Option::is_none")]
+        #[cfg_attr(feature = "openapi", schema(max_length = 64))]
         id: Option<String>,
         /// The largest number of dialogs; the server's limit is in `welcome`.
         #[serde(default)]
+        #[cfg_attr(feature = "openapi", schema(minimum = 1))]
         limit: Option<u32>,
         /// The `cursor` of the page before.
         #[serde(default)]
@@ -56,10 +77,16 @@ pub enum ClientFrame {
     Read {
         /// Repeated in the answer.
         #[serde(default, skip_serializing_if = "Option::is_none")]
+        #[cfg_attr(feature = "openapi", schema(max_length = 64))]
         id: Option<String>,
         /// The user id of the other participant.
+        #[cfg_attr(
+            feature = "openapi",
+            schema(minimum = 1, maximum = 9_007_199_254_740_991_u64, example = 42)
+        )]
         with: u64,
         /// The seq of the last message that was read. A smaller one than before has no effect.
+        #[cfg_attr(feature = "openapi", schema(minimum = 0, example = 118))]
         seq: u64,
     },
     /// Requests all messages after these positions, and from then on live messages without a gap.
@@ -67,6 +94,7 @@ pub enum ClientFrame {
     Resume {
         /// Repeated in the answer.
         #[serde(default, skip_serializing_if = "Option::is_none")]
+        #[cfg_attr(feature = "openapi", schema(max_length = 64))]
         id: Option<String>,
         /// For each dialog, the seq up to which the client has every message. Their number is
         /// limited by `resume_dialogs` of `welcome`.
@@ -80,14 +108,20 @@ pub enum ClientFrame {
     Typing {
         /// Repeated in the answer.
         #[serde(default, skip_serializing_if = "Option::is_none")]
+        #[cfg_attr(feature = "openapi", schema(max_length = 64))]
         id: Option<String>,
         /// The user id of the other participant.
+        #[cfg_attr(
+            feature = "openapi",
+            schema(minimum = 1, maximum = 9_007_199_254_740_991_u64, example = 42)
+        )]
         with: u64,
     },
     /// Subscribes to the presence of these users: their state now, and each change.
     Watch {
         /// Repeated in the answer.
         #[serde(default, skip_serializing_if = "Option::is_none")]
+        #[cfg_attr(feature = "openapi", schema(max_length = 64))]
         id: Option<String>,
         /// User ids.
         users: Vec<u64>,
@@ -96,6 +130,7 @@ pub enum ClientFrame {
     Unwatch {
         /// Repeated in the answer.
         #[serde(default, skip_serializing_if = "Option::is_none")]
+        #[cfg_attr(feature = "openapi", schema(max_length = 64))]
         id: Option<String>,
         /// User ids.
         users: Vec<u64>,
@@ -105,6 +140,7 @@ pub enum ClientFrame {
     Auth {
         /// Repeated in the answer.
         #[serde(default, skip_serializing_if = "Option::is_none")]
+        #[cfg_attr(feature = "openapi", schema(max_length = 64))]
         id: Option<String>,
         /// The new token.
         token: String,
@@ -113,6 +149,7 @@ pub enum ClientFrame {
     Ping {
         /// Repeated in the answer.
         #[serde(default, skip_serializing_if = "Option::is_none")]
+        #[cfg_attr(feature = "openapi", schema(max_length = 64))]
         id: Option<String>,
     },
 }
@@ -122,17 +159,32 @@ pub enum ClientFrame {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Message {
     /// The dialog, e.g. `7_42`.
+    #[cfg_attr(feature = "openapi", schema(example = "7_42"))]
     pub dialog: String,
     /// 1, 2, 3 … within the dialog.
+    #[cfg_attr(feature = "openapi", schema(minimum = 0, example = 118))]
     pub seq: u64,
     /// The user id of the author.
+    #[cfg_attr(
+        feature = "openapi",
+        schema(minimum = 1, maximum = 9_007_199_254_740_991_u64, example = 42)
+    )]
     pub from: u64,
     /// The user id of the recipient.
+    #[cfg_attr(
+        feature = "openapi",
+        schema(minimum = 1, maximum = 9_007_199_254_740_991_u64, example = 42)
+    )]
     pub to: u64,
     /// The text, exactly as it was sent.
+    #[cfg_attr(
+        feature = "openapi",
+        schema(min_length = 1, max_length = 16_383, example = "hi")
+    )]
     pub text: String,
     /// The time of storing by the shard's clock, RFC 3339 in UTC with microseconds. It is for
     /// display; the order is by `seq`.
+    #[cfg_attr(feature = "openapi", schema(format = DateTime, example = "2026-11-21T05:00:00.123456Z"))]
     pub at: String,
     /// The idempotency key that the author chose.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -144,8 +196,13 @@ pub struct Message {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct InboxEntry {
     /// The dialog, e.g. `7_42`.
+    #[cfg_attr(feature = "openapi", schema(example = "7_42"))]
     pub dialog: String,
     /// The user id of the other participant.
+    #[cfg_attr(
+        feature = "openapi",
+        schema(minimum = 1, maximum = 9_007_199_254_740_991_u64, example = 42)
+    )]
     pub with: u64,
     /// The newest message.
     pub last: Message,
@@ -201,6 +258,10 @@ pub enum ServerFrame {
     /// The first frame of a session.
     Welcome {
         /// The user id in the token.
+        #[cfg_attr(
+            feature = "openapi",
+            schema(minimum = 1, maximum = 9_007_199_254_740_991_u64, example = 42)
+        )]
         user: u64,
         /// The id of this session in the server's logs.
         session: String,
@@ -210,20 +271,29 @@ pub enum ServerFrame {
         limits: Limits,
         /// The time by the server's clock, for `since` of a later `resume`.
         #[serde(default)]
+        #[cfg_attr(feature = "openapi", schema(format = DateTime, example = "2026-11-21T05:00:00.123456Z"))]
         now: String,
     },
     /// The answer to `send`, after the shard's COMMIT.
     Sent {
         /// The request's id.
         #[serde(default, skip_serializing_if = "Option::is_none")]
+        #[cfg_attr(feature = "openapi", schema(max_length = 64))]
         id: Option<String>,
         /// The idempotency key of the send.
+        #[cfg_attr(
+            feature = "openapi",
+            schema(min_length = 1, max_length = 64, example = "c1")
+        )]
         key: String,
         /// The dialog, e.g. `7_42`.
+        #[cfg_attr(feature = "openapi", schema(example = "7_42"))]
         dialog: String,
         /// The seq of the message.
+        #[cfg_attr(feature = "openapi", schema(minimum = 0, example = 118))]
         seq: u64,
         /// The time of storing.
+        #[cfg_attr(feature = "openapi", schema(format = DateTime, example = "2026-11-21T05:00:00.123456Z"))]
         at: String,
     },
     /// A message for this user, or one that this user sent from another session.
@@ -232,6 +302,7 @@ pub enum ServerFrame {
     History {
         /// The request's id.
         #[serde(default, skip_serializing_if = "Option::is_none")]
+        #[cfg_attr(feature = "openapi", schema(max_length = 64))]
         id: Option<String>,
         /// The page.
         #[serde(flatten)]
@@ -241,6 +312,7 @@ pub enum ServerFrame {
     Inbox {
         /// The request's id.
         #[serde(default, skip_serializing_if = "Option::is_none")]
+        #[cfg_attr(feature = "openapi", schema(max_length = 64))]
         id: Option<String>,
         /// The page.
         #[serde(flatten)]
@@ -251,6 +323,7 @@ pub enum ServerFrame {
     Resumed {
         /// The request's id.
         #[serde(default, skip_serializing_if = "Option::is_none")]
+        #[cfg_attr(feature = "openapi", schema(max_length = 64))]
         id: Option<String>,
         /// For each dialog, the seq up to which the client has every message now.
         positions: BTreeMap<String, u64>,
@@ -262,6 +335,7 @@ pub enum ServerFrame {
         /// Shards that do not answer. The missed messages of their dialogs follow when they do.
         incomplete: Vec<String>,
         /// The time by the server's clock, for `since` of a later `resume`.
+        #[cfg_attr(feature = "openapi", schema(format = DateTime, example = "2026-11-21T05:00:00.123456Z"))]
         now: String,
     },
     /// A participant has read up to `seq`.
@@ -269,8 +343,13 @@ pub enum ServerFrame {
     /// A user is typing. Valid for six seconds.
     Typing {
         /// The dialog, e.g. `7_42`.
+        #[cfg_attr(feature = "openapi", schema(example = "7_42"))]
         dialog: String,
         /// The user who is typing.
+        #[cfg_attr(
+            feature = "openapi",
+            schema(minimum = 1, maximum = 9_007_199_254_740_991_u64, example = 42)
+        )]
         user: u64,
     },
     /// The presence of a watched user.
@@ -279,6 +358,7 @@ pub enum ServerFrame {
     Authenticated {
         /// The request's id.
         #[serde(default, skip_serializing_if = "Option::is_none")]
+        #[cfg_attr(feature = "openapi", schema(max_length = 64))]
         id: Option<String>,
         /// The expiry of the new token, in seconds since 1970.
         expires: u64,
@@ -287,6 +367,7 @@ pub enum ServerFrame {
     Pong {
         /// The request's id.
         #[serde(default, skip_serializing_if = "Option::is_none")]
+        #[cfg_attr(feature = "openapi", schema(max_length = 64))]
         id: Option<String>,
     },
     /// The answer to a `read`, `typing`, `watch` or `unwatch` that has an `id`: it is carried out.

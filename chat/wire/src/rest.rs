@@ -8,8 +8,16 @@ use serde::{Deserialize, Serialize};
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct SendRequest {
     /// The idempotency key: 1 to 64 bytes, unique per author and dialog.
+    #[cfg_attr(
+        feature = "openapi",
+        schema(min_length = 1, max_length = 64, example = "c1")
+    )]
     pub key: String,
     /// 1 to 4,000 characters, stored exactly as sent.
+    #[cfg_attr(
+        feature = "openapi",
+        schema(min_length = 1, max_length = 16_383, example = "hi")
+    )]
     pub text: String,
 }
 
@@ -18,10 +26,13 @@ pub struct SendRequest {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Sent {
     /// The dialog, e.g. `7_42`.
+    #[cfg_attr(feature = "openapi", schema(example = "7_42"))]
     pub dialog: String,
     /// The seq of the message.
+    #[cfg_attr(feature = "openapi", schema(minimum = 0, example = 118))]
     pub seq: u64,
     /// The time of storing, RFC 3339 in UTC with microseconds.
+    #[cfg_attr(feature = "openapi", schema(format = DateTime, example = "2026-11-21T05:00:00.123456Z"))]
     pub at: String,
 }
 
@@ -30,6 +41,7 @@ pub struct Sent {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct HistoryPage {
     /// The dialog, e.g. `7_42`.
+    #[cfg_attr(feature = "openapi", schema(example = "7_42"))]
     pub dialog: String,
     /// The messages, ascending.
     pub messages: Vec<Message>,
@@ -60,6 +72,7 @@ pub struct InboxPage {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ReadRequest {
     /// The seq of the last message that was read.
+    #[cfg_attr(feature = "openapi", schema(minimum = 0, example = 118))]
     pub seq: u64,
 }
 
@@ -68,10 +81,16 @@ pub struct ReadRequest {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ReadMark {
     /// The dialog, e.g. `7_42`.
+    #[cfg_attr(feature = "openapi", schema(example = "7_42"))]
     pub dialog: String,
     /// The user who has read.
+    #[cfg_attr(
+        feature = "openapi",
+        schema(minimum = 1, maximum = 9_007_199_254_740_991_u64, example = 42)
+    )]
     pub user: u64,
     /// The seq of the last message that the user has read.
+    #[cfg_attr(feature = "openapi", schema(minimum = 0, example = 118))]
     pub seq: u64,
 }
 
@@ -80,6 +99,10 @@ pub struct ReadMark {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct DevTokenRequest {
     /// The user id that the token is for.
+    #[cfg_attr(
+        feature = "openapi",
+        schema(minimum = 1, maximum = 9_007_199_254_740_991_u64, example = 42)
+    )]
     pub user: u64,
 }
 
@@ -96,6 +119,10 @@ pub struct Token {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Presence {
     /// The user id.
+    #[cfg_attr(
+        feature = "openapi",
+        schema(minimum = 1, maximum = 9_007_199_254_740_991_u64, example = 42)
+    )]
     pub user: u64,
     /// Whether the user has a session.
     pub online: bool,

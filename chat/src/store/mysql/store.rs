@@ -38,6 +38,8 @@ impl Store for MysqlStore {
             ));
         }
         let result = migrate::mysql::migrations::runner()
+            // A later version has added to the tables: this one does without (a way back).
+            .set_abort_missing(false)
             .run_async(&mut self.reads.pool.clone())
             .await;
         drop(

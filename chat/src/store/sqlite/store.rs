@@ -31,6 +31,8 @@ impl Store for SqliteStore {
             let mut migrated = Ok(());
             for _ in 0..MIGRATION_TRIES {
                 migrated = migrate::sqlite::migrations::runner()
+                    // A later version has added to the tables: this one does without (a way back).
+                    .set_abort_missing(false)
                     .run(connection)
                     .map(drop);
                 if migrated.is_ok() {
