@@ -179,13 +179,21 @@ impl Backlog {
 
     /// The request with this id, which is answered.
     pub fn answered(&mut self, id: Option<&str>) -> Option<Of> {
-        self.remove(id?.parse().ok()?)
+        let number = self.of_id(id)?;
+        self.remove(number)
+    }
+
+    /// The number of the request with this id. Sends have none: only their keys name them.
+    fn of_id(&self, id: Option<&str>) -> Option<u64> {
+        let number = id?.parse().ok()?;
+        let asked = |of: &&Of| !matches!(of, Of::Send(_));
+        self.of(number).filter(asked).map(|_| number)
     }
 
     /// The number of the request that an error names.
     pub fn named(&self, to: Option<u64>, key: Option<&str>, id: Option<&str>) -> Option<u64> {
         let Some(key) = key else {
-            return id?.parse().ok();
+            return self.of_id(id);
         };
         let is_it =
             |number: &u64| matches!(self.of(*number), Some(Of::Send(send)) if send.key == key);
@@ -329,6 +337,15 @@ mod tests {
             answers[0].try_recv(),
             Ok(Err(ClientError::TooLarge(_)))
         ));
+    }
+
+    #[test]
+    fn an_answer_with_the_number_of_a_send_does_not_take_it_away() {
+        let (mut backlog, mut answers) = (Backlog::default(), Answers::new());
+        send(&mut backlog, &mut answers, 42, "a", "x");
+        assert!(backlog.answered(Some("1")).is_none());
+        assert_eq!(backlog.named(None, None, Some("1")), None);
+        assert!(backlog.sent(42, "a").is_some());
     }
 
     #[test]

@@ -36,7 +36,7 @@ impl Streams {
             self.enter(dialog, seq, State::Live);
             return true;
         };
-        let follows = seq == stream.last + 1;
+        let follows = stream.last.checked_add(1) == Some(seq);
         let show = match stream.state {
             State::Live => seq > stream.last,
             State::Resuming => follows,
@@ -54,7 +54,7 @@ impl Streams {
         let early = self
             .of
             .get(dialog)
-            .is_some_and(|stream| seq > stream.last + 1 && seq % GENERATION != 1);
+            .is_some_and(|stream| seq > stream.last.saturating_add(1) && seq % GENERATION != 1);
         !early && self.message(dialog, seq)
     }
 

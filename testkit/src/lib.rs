@@ -14,6 +14,7 @@
 pub mod process;
 
 pub mod ca;
+pub mod fuzz;
 pub mod instance;
 pub mod lossy;
 pub mod memory;

@@ -186,6 +186,9 @@ mod tests {
     use super::*;
     use actix_web::error::PayloadError;
     use futures_util::stream;
+    use rand::RngExt;
+    use rand::rngs::StdRng;
+    use rand::seq::IndexedRandom;
 
     /// A client's frame, masked with zeros.
     fn frame(first: u8, payload: &[u8]) -> Vec<u8> {
@@ -282,5 +285,157 @@ mod tests {
             frames(vec![TEXT, 3, b'a', b'b', b'c'], 50).next().await,
             Err(ReadError::Protocol)
         ); // not masked
+    }
+
+    /// What a reader of WebSocket says of bytes: messages and control frames, and how it ended.
+    #[derive(Debug, PartialEq, Eq)]
+    enum Said {
+        Text(String),
+        Binary,
+        Ping(Vec<u8>),
+        Pong,
+        /// By a Close, or because the bytes are not WebSocket: the other implementation takes a Close
+        /// with a code that does not exist for a Close, this one does not.
+        Ended,
+    }
+
+    /// Bytes of a client: frames that are valid, wrong, cut and mutated.
+    fn random_bytes(rng: &mut StdRng) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let mut open = false;
+        for _ in 0..rng.random_range(1..8) {
+            let length = *[0, 1, 5, 125, 126, 130, 400, 999, 1000, 1001]
+                .choose(rng)
+                .unwrap();
+            let payload: Vec<u8> = match rng.random_range(0..8) {
+                0 => (0..length).map(|_| rng.random()).collect(),
+                1 => "é😀".bytes().cycle().take(length).collect(),
+                _ => vec![b'x'; length],
+            };
+            let (fin, opcode) = match rng.random_range(0..10) {
+                0..3 => (true, if open { 0 } else { 1 }),
+                3..6 => (false, if open { 0 } else { 1 }),
+                6 => (true, 2),
+                7 => (true, 9 + rng.random_range(0..2)),
+                8 => (rng.random(), rng.random_range(0..16)),
+                _ => (true, 0),
+            };
+            open = if opcode < 8 { !fin } else { open };
+            let payload = if opcode >= 8 {
+                &payload[..length.min(125)]
+            } else {
+                &payload[..]
+            };
+            let mut one = frame((u8::from(fin) << 7) | opcode, payload);
+            if rng.random_ratio(1, 30) {
+                let at = rng.random_range(0..one.len());
+                one[at] = rng.random();
+            }
+            bytes.extend(one);
+        }
+        if rng.random_ratio(1, 10) {
+            bytes.truncate(rng.random_range(0..bytes.len()));
+        }
+        bytes
+    }
+
+    /// What tungstenite says: an implementation that shares nothing with this one.
+    /// `true` beside it if it ended because of a text that is not UTF-8: it sees that in the middle of a
+    /// message, this one at its end (RFC 6455, 8.1, allows both).
+    fn oracle(bytes: &[u8]) -> (Vec<Said>, bool) {
+        use tokio_tungstenite::tungstenite::Message;
+        use tokio_tungstenite::tungstenite::error::{Error, ProtocolError as Violation};
+        use tokio_tungstenite::tungstenite::protocol::{Role, WebSocket, WebSocketConfig};
+        struct Wire<'a>(std::io::Cursor<&'a [u8]>);
+        impl std::io::Read for Wire<'_> {
+            fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+                self.0.read(buffer)
+            }
+        }
+        impl std::io::Write for Wire<'_> {
+            fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+                Ok(bytes.len())
+            }
+            fn flush(&mut self) -> std::io::Result<()> {
+                Ok(())
+            }
+        }
+        let config = WebSocketConfig::default()
+            .max_message_size(Some(1000))
+            .max_frame_size(Some(1000));
+        let wire = Wire(std::io::Cursor::new(bytes));
+        let mut socket = WebSocket::from_raw_socket(wire, Role::Server, Some(config));
+        let mut said = Vec::new();
+        loop {
+            said.push(match socket.read() {
+                Ok(message) if message.is_text() => {
+                    Said::Text(message.to_text().unwrap().to_owned())
+                }
+                Ok(message) if message.is_binary() => Said::Binary,
+                Ok(message) if message.is_ping() => Said::Ping(message.into_data().to_vec()),
+                Ok(message) if message.is_pong() => Said::Pong,
+                Ok(Message::Close(_)) => {
+                    said.push(Said::Ended);
+                    return (said, false);
+                }
+                Ok(other) => panic!("{other:?}"),
+                Err(Error::Protocol(Violation::ResetWithoutClosingHandshake) | Error::Io(_)) => {
+                    return (said, false);
+                }
+                Err(e) => {
+                    said.push(Said::Ended);
+                    return (said, matches!(e, Error::Utf8(_)));
+                }
+            });
+        }
+    }
+
+    async fn ours(bytes: &[u8], chunk: usize) -> Vec<Said> {
+        let mut frames = frames(bytes.to_vec(), chunk);
+        frames.max_fragments = 1000;
+        let mut said = Vec::new();
+        loop {
+            said.push(match frames.next().await {
+                Ok(Incoming::Text(text)) => Said::Text(text.to_string()),
+                Ok(Incoming::Binary) => Said::Binary,
+                Ok(Incoming::Ping(bytes)) => Said::Ping(bytes.to_vec()),
+                Ok(Incoming::Pong) => Said::Pong,
+                Ok(Incoming::Fragment) => continue,
+                Ok(Incoming::Close) => {
+                    said.push(Said::Ended);
+                    return said;
+                }
+                Err(ReadError::Gone) => return said,
+                Err(_) => {
+                    said.push(Said::Ended);
+                    return said;
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn it_says_of_any_bytes_what_another_implementation_says() {
+        let runtime = actix_web::rt::Runtime::new().unwrap();
+        testkit::fuzz::each(20_000, |rng| {
+            let bytes = random_bytes(rng);
+            let chunk = rng.random_range(1..400);
+            let (ours, (theirs, early)) = (runtime.block_on(ours(&bytes, chunk)), oracle(&bytes));
+            let later = |said: &Said| matches!(said, Said::Ping(_) | Said::Pong | Said::Ended);
+            let same = if early {
+                let before = theirs.len() - 1;
+                ours.starts_with(&theirs[..before]) && ours[before..].iter().all(later)
+            } else {
+                // Of a frame that is cut, this one looks at the header, the other at nothing.
+                ours == theirs || ours.split_last() == Some((&Said::Ended, &theirs[..]))
+            };
+            if !same {
+                let path = std::env::temp_dir().join("frame_reader.fuzz");
+                std::fs::write(&path, &bytes).unwrap();
+                let ends =
+                    |said: &[Said]| format!("{} and at last {:.60?}", said.len(), said.last());
+                panic!("{}: {}, but {}", path.display(), ends(&ours), ends(&theirs));
+            }
+        });
     }
 }

@@ -36,7 +36,7 @@ pub const GENERATION: u64 = 1 << 40;
 /// first of a later generation.
 #[must_use]
 pub fn follows(before: u64, seq: u64) -> bool {
-    seq == before + 1 || (seq % GENERATION == 1 && seq > before)
+    before.checked_add(1) == Some(seq) || (seq % GENERATION == 1 && seq > before)
 }
 
 /// The largest user id: 2^53 - 1, the largest integer that JavaScript holds exactly.
