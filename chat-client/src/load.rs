@@ -20,7 +20,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 #[derive(Args)]
 pub struct Options {
@@ -79,6 +79,8 @@ struct Report {
     seed: u64,
     users: u64,
     planned: u64,
+    /// It was ended early, by Ctrl-C.
+    interrupted: bool,
     acknowledged: u64,
     refused: BTreeMap<String, u64>,
     delivered: u64,
@@ -125,6 +127,7 @@ struct Run {
 const PARTS: usize = 16;
 
 pub async fn run(servers: &[Access], options: Options) -> anyhow::Result<()> {
+    let mut interrupted = interruption();
     let seed = options.seed.unwrap_or_else(rand::random);
     let mut rng = StdRng::seed_from_u64(seed);
     output::line(&format!("seed {seed}"))?;
@@ -186,12 +189,21 @@ pub async fn run(servers: &[Access], options: Options) -> anyhow::Result<()> {
         acknowledged_in,
         options.journal.clone(),
         options.verify,
+        interrupted.clone(),
     ));
     let begun = Instant::now();
+    let mut planned = options.messages;
     for number in 0..options.messages {
         let at = begun + Duration::from_secs_f64(number as f64 / options.rate);
         if at > Instant::now() {
-            tokio::time::sleep_until(at.into()).await;
+            tokio::select! {
+                () = tokio::time::sleep_until(at.into()) => {}
+                _ = interrupted.wait_for(|interrupted| *interrupted) => {}
+            }
+        }
+        if *interrupted.borrow() {
+            planned = number;
+            break;
         }
         let (from, to) = next_pair(&mut rng, &options);
         let client = clients[(from - options.first_user) as usize].clone();
@@ -214,7 +226,11 @@ pub async fn run(servers: &[Access], options: Options) -> anyhow::Result<()> {
         .context("answers are missing after the time of patience")???;
     let acknowledged_seconds = begun.elapsed().as_secs_f64();
     let give_up = Instant::now() + patience;
-    while run.delivered.load(Ordering::Relaxed) < collected.count && Instant::now() < give_up {
+    let waits = |count| {
+        let delivered = run.delivered.load(Ordering::Relaxed);
+        delivered < count && Instant::now() < give_up && !*interrupted.borrow()
+    };
+    while waits(collected.count) {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     let seconds = begun.elapsed().as_secs_f64();
@@ -224,7 +240,8 @@ pub async fn run(servers: &[Access], options: Options) -> anyhow::Result<()> {
     for part in &run.deliveries {
         deliveries.merge(&part.lock().unwrap_or_else(PoisonError::into_inner));
     }
-    let verified = if options.verify {
+    let interrupted = *interrupted.borrow();
+    let verified = if options.verify && !interrupted {
         Some(verify::compare(servers, &collected.all).await?)
     } else {
         None
@@ -237,7 +254,8 @@ pub async fn run(servers: &[Access], options: Options) -> anyhow::Result<()> {
     let report = Report {
         seed,
         users: options.users,
-        planned: options.messages,
+        planned,
+        interrupted,
         acknowledged: collected.count,
         refused: std::mem::take(&mut collected.refused),
         delivered,
@@ -255,6 +273,16 @@ pub async fn run(servers: &[Access], options: Options) -> anyhow::Result<()> {
     if let Some(path) = &options.report {
         std::fs::write(path, &text).with_context(|| path.display().to_string())?;
     }
+    if interrupted {
+        bail!("interrupted: the report has what there was until then");
+    }
+    if report.acknowledged < report.planned {
+        let refused = report.planned - report.acknowledged;
+        bail!(
+            "{refused} of {} messages were not stored; the report has the reasons",
+            report.planned
+        );
+    }
     if report.delivered < report.acknowledged {
         bail!(
             "{} messages were acknowledged and not delivered",
@@ -269,6 +297,20 @@ pub async fn run(servers: &[Access], options: Options) -> anyhow::Result<()> {
         bail!("the logs are not what was acknowledged");
     }
     Ok(())
+}
+
+/// Becomes true with Ctrl-C.
+fn interruption() -> watch::Receiver<bool> {
+    let (interrupt, interrupted) = watch::channel(false);
+    tokio::spawn(async move {
+        if tokio::signal::ctrl_c().await.is_ok() {
+            interrupt.send_replace(true);
+        }
+        // A second one ends the command.
+        let _ = tokio::signal::ctrl_c().await;
+        std::process::exit(130);
+    });
+    interrupted
 }
 
 fn pair(rng: &mut StdRng, options: &Options) -> (u64, u64) {
@@ -340,6 +382,7 @@ async fn collect(
     mut outcomes: mpsc::Receiver<Outcome>,
     journal: Option<PathBuf>,
     keep: bool,
+    mut interrupted: watch::Receiver<bool>,
 ) -> anyhow::Result<Collected> {
     let mut journal = journal.as_deref().map(Journal::create).transpose()?;
     let mut collected = Collected {
@@ -348,7 +391,12 @@ async fn collect(
         refused: BTreeMap::new(),
         latencies: Latencies::new(),
     };
-    while let Some(outcome) = outcomes.recv().await {
+    loop {
+        let outcome = tokio::select! {
+            outcome = outcomes.recv() => outcome,
+            _ = interrupted.wait_for(|interrupted| *interrupted) => None,
+        };
+        let Some(outcome) = outcome else { break };
         run.bar.inc(1);
         match outcome.result {
             Ok(acknowledged) => {

@@ -154,15 +154,19 @@ fn read_token(path: &Path) -> std::io::Result<String> {
 enum Command {
     /// Talk with a user: type, and see both sides.
     Talk {
+        /// The user id.
         #[arg(long)]
         user: u64,
+        /// The user id of the other.
         #[arg(long)]
         with: u64,
     },
     /// Send one message and print its seq.
     Send {
+        /// The user id.
         #[arg(long)]
         user: u64,
+        /// The user id of the recipient.
         #[arg(long)]
         to: u64,
         /// The name of this send; a random one if left out. A repeat with the same key is stored
@@ -172,18 +176,24 @@ enum Command {
         /// How long to wait for the acknowledgement, in seconds.
         #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400))]
         timeout: u64,
+        /// The text of the message.
         text: String,
     },
     /// Print a dialog, a JSON object a message.
     History {
+        /// The user id.
         #[arg(long)]
         user: u64,
+        /// The user id of the other.
         #[arg(long)]
         with: u64,
+        /// Messages below this seq, the newest of them.
         #[arg(long)]
         before: Option<u64>,
+        /// Messages above this seq, the oldest of them.
         #[arg(long, conflicts_with = "before")]
         after: Option<u64>,
+        /// The largest number of messages.
         #[arg(long, default_value_t = 50)]
         limit: u64,
         /// The whole dialog.
@@ -192,11 +202,13 @@ enum Command {
     },
     /// Print a user's dialogs, a JSON object each.
     Inbox {
+        /// The user id.
         #[arg(long)]
         user: u64,
     },
     /// Print what comes for a user as it comes, a JSON object a message.
     Tail {
+        /// The user id.
         #[arg(long)]
         user: u64,
     },
@@ -209,6 +221,13 @@ enum Command {
         /// What `load --journal` wrote.
         journal: PathBuf,
     },
+    /// Print completions for a shell.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page.
+    Man,
 }
 
 #[tokio::main]
@@ -322,6 +341,16 @@ async fn run() -> anyhow::Result<()> {
         }
         Command::Replay(options) => replay::run(&server.all()?, options).await,
         Command::Load(options) => load::run(&server.all()?, options).await,
+        Command::Completions { shell } => {
+            let mut text = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "chat-client", &mut text);
+            output::line(String::from_utf8(text)?.trim_end())
+        }
+        Command::Man => {
+            let mut text = Vec::new();
+            clap_mangen::Man::new(Cli::command()).render(&mut text)?;
+            output::line(String::from_utf8(text)?.trim_end())
+        }
         Command::Verify { journal } => verify::run(&server.all()?, &journal).await,
     }
 }
@@ -351,4 +380,32 @@ async fn closed(events: &mut chat_client::Events) -> Option<chat_client::ClientE
 
 fn new_key() -> String {
     format!("{:032x}", rand::random::<u128>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Cli;
+    use clap::CommandFactory;
+
+    /// The names of the arguments and commands without a help text.
+    fn without_help(command: &clap::Command) -> Vec<String> {
+        let of = |name: String| format!("{} {name}", command.get_name());
+        let arguments = command
+            .get_arguments()
+            .filter(|argument| argument.get_help().is_none());
+        let mut names: Vec<_> = arguments
+            .map(|argument| of(argument.get_id().to_string()))
+            .collect();
+        if command.get_about().is_none() {
+            names.push(of(String::new()));
+        }
+        names.extend(command.get_subcommands().flat_map(without_help));
+        names
+    }
+
+    #[test]
+    fn every_command_and_argument_has_a_help_text() {
+        Cli::command().debug_assert();
+        assert_eq!(without_help(&Cli::command()), Vec::<String>::new());
+    }
 }

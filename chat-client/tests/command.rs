@@ -289,3 +289,68 @@ async fn a_terminal_keeps_what_is_typed_ahead_and_pasted() {
     let shown = String::from_utf8_lossy(&output.stdout);
     assert!(shown.contains("Alt-Enter"), "{shown}");
 }
+
+#[test]
+fn completions_and_a_manual_page_need_no_server() {
+    for (arguments, expected) in [
+        (["completions", "bash"].as_slice(), "complete -F"),
+        (&["completions", "zsh"], "#compdef chat-client"),
+        (&["completions", "fish"], "complete -c chat-client"),
+        (&["man"], ".SH SUBCOMMANDS"),
+    ] {
+        let (code, output, error) = run(&mut client("http://127.0.0.1:1", arguments));
+        assert_eq!(code, Some(0), "{error}");
+        assert!(output.contains(expected), "{expected}: {output}");
+    }
+}
+
+/// Options of a small load.
+const LOAD: [&str; 8] = [
+    "load",
+    "--users",
+    "2",
+    "--messages",
+    "40",
+    "--rate",
+    "400",
+    "--patience-seconds=5",
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_load_that_is_refused_or_interrupted_says_so_and_reports_what_there_is() {
+    let databases = Databases::new(Kind::Sqlite, 1).await;
+    let small = [("LIMITS__TEXT_CHARS", "50")];
+    let instance = Instance::start(&databases.shards_file(), &small).await;
+    let (code, output, error) = run(client(&instance.url, &LOAD).args(["--chars", "100"]));
+    assert_eq!(code, Some(1), "{output}");
+    assert!(
+        error.contains("40 of 40 messages were not stored"),
+        "{error}"
+    );
+    assert!(output.contains("\"text_too_long\": 40"), "{output}");
+    let (code, output, error) = run(client(&instance.url, &LOAD).args(["--chars", "10"]));
+    assert_eq!(code, Some(0), "{error}{output}");
+
+    let mut command = client(&instance.url, &LOAD[..3]);
+    command.args(["--messages", "100000", "--rate", "20", "--chars", "10"]);
+    let mut child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut output = BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    while !line.contains("connected") {
+        line.clear();
+        output.read_line(&mut line).unwrap();
+    }
+    testkit::process::signal(child.id(), "INT").unwrap();
+    let status = child.wait().unwrap();
+    let report = std::io::read_to_string(output).unwrap();
+    let report: Value = serde_json::from_str(&report).unwrap();
+    assert_eq!(
+        (status.code(), &report["interrupted"]),
+        (Some(1), &json!(true))
+    );
+    assert!(report["planned"].as_u64().unwrap() < 100_000);
+}

@@ -5,12 +5,13 @@ use anyhow::{Context, bail};
 use chat::cluster::{Cluster, IfEmpty, stores};
 use chat::config::{Secret, Settings};
 use chat::domain::dialog::{DialogId, UserId};
+use chat::domain::ownership::SlotRow;
 use chat::domain::slot::{SLOTS, Slot};
 use chat::metrics::Metrics;
 use chat::resharding::Report;
 use chat::resharding::estimate::{Plan, plan as work_out};
 use chat::server::read_shards_file;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::fmt::Write as _;
 use std::io::{ErrorKind, IsTerminal, Write as _};
 use std::net::SocketAddr;
@@ -35,11 +36,42 @@ async fn look(settings: &Settings) -> anyhow::Result<Cluster> {
 }
 
 /// Prints the slot, owner and target of a dialog, and the rows of its slot.
-pub async fn find(settings: &Settings, dialog: DialogId) -> anyhow::Result<()> {
+pub async fn find(settings: &Settings, dialog: DialogId, json: bool) -> anyhow::Result<()> {
     let cluster = look(settings).await?;
     let slot = Slot::of(dialog);
     let view = cluster.view();
-    let owner = cluster.known_owner(slot).map_or(
+    let owner = cluster.known_owner(slot);
+    let mut rows = Vec::new();
+    for shard in &view.shards {
+        let ask = shard
+            .ask(
+                move |store, identity| async move { store.rows(&identity, None, Some(slot)).await },
+            )
+            .await;
+        let row = ask.ok().and_then(|rows| rows.into_iter().next());
+        rows.extend(row.map(|row| (shard.name(), row)));
+    }
+    if json {
+        let row = |(shard, row): &(&str, SlotRow)| {
+            json!({
+                "shard": shard,
+                "state": row.state.to_string(),
+                "term": row.term,
+                "peer": row.peer,
+                "history": row.history.to_string(),
+            })
+        };
+        let place = json!({
+            "dialog": dialog.to_string(),
+            "slot": slot.get(),
+            "slots": SLOTS,
+            "owner": owner.map(|shard| shard.name().to_owned()),
+            "target": view.target(slot),
+            "rows": rows.iter().map(row).collect::<Vec<_>>(),
+        });
+        return print(&format!("{place}\n"));
+    }
+    let owner = owner.map_or(
         "unknown: no shard that answers owns it".to_owned(),
         |shard| shard.name().to_owned(),
     );
@@ -47,35 +79,26 @@ pub async fn find(settings: &Settings, dialog: DialogId) -> anyhow::Result<()> {
         "dialog {dialog}\nslot   {slot} of {SLOTS}\nowner  {owner}\ntarget {}\n",
         view.target(slot)
     ))?;
-    for shard in &view.shards {
-        let rows = shard
-            .ask(
-                move |store, identity| async move { store.rows(&identity, None, Some(slot)).await },
-            )
-            .await;
-        if let Some(row) = rows.ok().and_then(|rows| rows.into_iter().next()) {
-            let peer = row
-                .peer
-                .as_ref()
-                .map_or(String::new(), |peer| format!(", with {peer}"));
-            let gap = if row.history.is_complete() {
-                String::new()
-            } else {
-                format!(", {}", row.history)
-            };
-            print(&format!(
-                "       {:<12} {} (term {}{peer}{gap})\n",
-                shard.name(),
-                row.state,
-                row.term
-            ))?;
-        }
+    for (name, row) in rows {
+        let peer = row
+            .peer
+            .as_ref()
+            .map_or(String::new(), |peer| format!(", with {peer}"));
+        let gap = if row.history.is_complete() {
+            String::new()
+        } else {
+            format!(", {}", row.history)
+        };
+        print(&format!(
+            "       {name:<12} {} (term {}{peer}{gap})\n",
+            row.state, row.term
+        ))?;
     }
     Ok(())
 }
 
 /// What a file would do.
-pub async fn plan(settings: &Settings, file: &Path) -> anyhow::Result<()> {
+pub async fn plan(settings: &Settings, file: &Path, json: bool) -> anyhow::Result<()> {
     let cluster = look(settings).await?;
     let (parsed, _) = read_shards_file(file)?;
     let found = work_out(&cluster, &parsed)
@@ -105,8 +128,10 @@ pub async fn plan(settings: &Settings, file: &Path) -> anyhow::Result<()> {
             }
         }
     }
-    print(&describe(&found))?;
-    Ok(())
+    if json {
+        return print(&format!("{}\n", serde_json::to_string(&found)?));
+    }
+    print(&describe(&found))
 }
 
 fn describe(plan: &Plan) -> String {
@@ -151,13 +176,24 @@ fn describe(plan: &Plan) -> String {
 }
 
 /// The shards and the progress of resharding, as a running instance reports them.
-pub async fn status(admin: SocketAddr, token: Option<&Secret>, watch: bool) -> anyhow::Result<()> {
+pub async fn status(
+    admin: SocketAddr,
+    token: Option<&Secret>,
+    watch: bool,
+    json: bool,
+) -> anyhow::Result<()> {
     loop {
         let change = ask(admin, token, "GET", "/admin/resharding", "").await?;
         let topology = ask(admin, token, "GET", "/admin/topology", "").await?;
         let shards = ask(admin, token, "GET", "/admin/slots", "").await?;
-        let text = table(&change, &topology, &shards);
-        if watch && std::io::stdout().is_terminal() {
+        let text = if json {
+            let all =
+                json!({"resharding": change, "topology": topology, "shards": shards["shards"]});
+            format!("{all}\n")
+        } else {
+            table(&change, &topology, &shards)
+        };
+        if watch && !json && std::io::stdout().is_terminal() {
             // Home, text, and whatever was below it before is cleared.
             print(&format!("\x1b[H{}\x1b[J", text.replace('\n', "\x1b[K\n")))?;
         } else {

@@ -8,7 +8,7 @@ use chat::config::{LogFormat, Settings};
 use chat::domain::dialog::{DialogId, UserId};
 use chat::http::Tokens;
 use chat::server::Server;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use embedded::Embedded;
 use std::io::{IsTerminal, Write};
 use std::net::{AddrParseError, SocketAddr};
@@ -40,11 +40,18 @@ struct Cli {
 enum Command {
     /// Serve (the default).
     Serve {
+        /// The address for clients, instead of `listen` of the settings.
+        #[arg(long)]
+        listen: Option<SocketAddr>,
+        /// The address for operators, instead of `admin_listen` of the settings.
+        #[arg(long)]
+        admin_listen: Option<SocketAddr>,
         #[command(flatten)]
         embedded: Embedded,
     },
     /// Print a token for a user, signed with the configured secret.
     Token {
+        /// The user id.
         user: u64,
         /// How long it lasts, in seconds.
         #[arg(long, default_value_t = 24 * 60 * 60)]
@@ -56,6 +63,9 @@ enum Command {
     Plan {
         /// The file to look at; usually a copy of shards.toml with the edit in it.
         file: PathBuf,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
         #[command(flatten)]
         embedded: Embedded,
     },
@@ -64,6 +74,9 @@ enum Command {
         /// Repeat every second, until Ctrl-C.
         #[arg(long)]
         watch: bool,
+        /// Print JSON, one line each time.
+        #[arg(long)]
+        json: bool,
         /// The admin listener of a running instance; that of the settings if left out.
         #[arg(long, value_parser = admin_address)]
         admin: Option<SocketAddr>,
@@ -88,6 +101,7 @@ enum Command {
     },
     /// End the sessions of a user on all instances.
     Disconnect {
+        /// The user id.
         user: u64,
         /// The admin listener of a running instance; that of the settings if left out.
         #[arg(long, value_parser = admin_address)]
@@ -98,6 +112,7 @@ enum Command {
     /// Refuse the tokens of a user that were issued before a time, and end the sessions that have
     /// one.
     Revoke {
+        /// The user id.
         user: u64,
         /// Seconds since 1970; now if left out.
         #[arg(long)]
@@ -110,11 +125,46 @@ enum Command {
     },
     /// Show the slot, owner and target shard of the dialog of two users.
     Where {
+        /// The user id of one of them.
         a: u64,
+        /// The user id of the other.
         b: u64,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
         #[command(flatten)]
         embedded: Embedded,
     },
+    /// Print completions for a shell.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page.
+    Man,
+}
+
+impl Command {
+    /// For commands that need no settings: their output.
+    fn about_itself(&self) -> anyhow::Result<Option<Vec<u8>>> {
+        let mut output = Vec::new();
+        match self {
+            Command::Completions { shell } => {
+                clap_complete::generate(*shell, &mut Cli::command(), "chat", &mut output);
+            }
+            Command::Man => clap_mangen::Man::new(Cli::command()).render(&mut output)?,
+            Command::Serve { .. }
+            | Command::Token { .. }
+            | Command::Plan { .. }
+            | Command::Status { .. }
+            | Command::Pause { .. }
+            | Command::Resume { .. }
+            | Command::Disconnect { .. }
+            | Command::Revoke { .. }
+            | Command::Where { .. } => return Ok(None),
+        }
+        Ok(Some(output))
+    }
 }
 
 /// A socket address, also as the start of the server prints it: with `http://` before it.
@@ -138,14 +188,31 @@ async fn main() -> ExitCode {
 
 async fn run() -> anyhow::Result<()> {
     let cli = Cli::parse();
+    if let Some(text) = cli
+        .command
+        .as_ref()
+        .map(Command::about_itself)
+        .transpose()?
+        .flatten()
+    {
+        return cli::print(&String::from_utf8(text)?);
+    }
     let mut settings = Settings::load(cli.config.as_deref()).context("settings")?;
     let filter = EnvFilter::try_new(&settings.log.filter).context("log.filter")?;
     start_log(&settings.log.format, filter);
     let command = cli.command.unwrap_or(Command::Serve {
+        listen: None,
+        admin_listen: None,
         embedded: Embedded::off(),
     });
     match command {
-        Command::Serve { embedded } => {
+        Command::Serve {
+            listen,
+            admin_listen,
+            embedded,
+        } => {
+            settings.listen = listen.unwrap_or(settings.listen);
+            settings.admin_listen = admin_listen.unwrap_or(settings.admin_listen);
             let _lock = embedded.serve(&mut settings)?;
             serve(settings).await
         }
@@ -159,18 +226,23 @@ async fn run() -> anyhow::Result<()> {
             let token = tokens.mint(UserId::new(user)?, Duration::from_secs(seconds))?;
             cli::print(&format!("{token}\n"))
         }
-        Command::Plan { file, embedded } => {
+        Command::Plan {
+            file,
+            json,
+            embedded,
+        } => {
             embedded.read(&mut settings)?;
-            cli::plan(&settings, &file).await
+            cli::plan(&settings, &file, json).await
         }
         Command::Status {
             watch,
+            json,
             admin,
             embedded,
         } => {
             embedded.read(&mut settings)?;
             let admin = admin.unwrap_or(settings.admin_listen);
-            cli::status(admin, settings.admin_token.as_ref(), watch).await
+            cli::status(admin, settings.admin_token.as_ref(), watch, json).await
         }
         Command::Pause { admin, embedded } => {
             embedded.read(&mut settings)?;
@@ -202,14 +274,21 @@ async fn run() -> anyhow::Result<()> {
             let token = settings.admin_token.as_ref();
             cli::revoke(admin, token, UserId::new(user)?, issued_before).await
         }
-        Command::Where { a, b, embedded } => {
+        Command::Where {
+            a,
+            b,
+            json,
+            embedded,
+        } => {
             embedded.read(&mut settings)?;
             cli::find(
                 &settings,
                 DialogId::between(UserId::new(a)?, UserId::new(b)?),
+                json,
             )
             .await
         }
+        Command::Completions { .. } | Command::Man => Ok(()),
     }
 }
 
@@ -279,5 +358,33 @@ impl Signals {
             _ = interrupt.recv() => {}
             _ = hangup.recv() => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Cli;
+    use clap::CommandFactory;
+
+    /// The names of the arguments and commands without a help text.
+    fn without_help(command: &clap::Command) -> Vec<String> {
+        let of = |name: String| format!("{} {name}", command.get_name());
+        let arguments = command
+            .get_arguments()
+            .filter(|argument| argument.get_help().is_none());
+        let mut names: Vec<_> = arguments
+            .map(|argument| of(argument.get_id().to_string()))
+            .collect();
+        if command.get_about().is_none() {
+            names.push(of(String::new()));
+        }
+        names.extend(command.get_subcommands().flat_map(without_help));
+        names
+    }
+
+    #[test]
+    fn every_command_and_argument_has_a_help_text() {
+        Cli::command().debug_assert();
+        assert_eq!(without_help(&Cli::command()), Vec::<String>::new());
     }
 }

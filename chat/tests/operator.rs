@@ -75,7 +75,10 @@ async fn a_plan_says_what_an_edit_moves_and_the_edit_moves_that() {
 
     // The route says the same, with the messages by shard.
     let url = format!("{}/admin/plan", instance.admin);
-    let post = |text: String| reqwest::Client::new().post(&url).body(text).send();
+    let post = |text: String| {
+        let request = reqwest::Client::new().post(&url).body(text);
+        request.header("content-type", "application/toml").send()
+    };
     let body: Value = post(added).await.unwrap().json().await.unwrap();
     let moves = body["moves"].as_array().unwrap();
     let planned = moves
@@ -128,6 +131,19 @@ async fn a_pause_stops_the_moves_until_they_are_resumed_and_the_status_says_so()
     ] {
         assert!(output.contains(expected), "{expected}: {output}");
     }
+    let (ok, output, error) = chat(&service.file, &["status", "--json", "--admin", &admin], &[]);
+    assert!(ok, "{error}");
+    let all: Value = serde_json::from_str(&output).unwrap();
+    assert_eq!(all["resharding"]["version"], 1, "{all}");
+    assert_eq!(all["shards"].as_array().map(Vec::len), Some(2), "{all}");
+    let (ok, output, error) = chat(&service.file, &["where", "7", "42", "--json"], &[]);
+    assert!(ok, "{error}");
+    let place: Value = serde_json::from_str(&output).unwrap();
+    assert_eq!(
+        (&place["dialog"], &place["owner"]),
+        (&"7_42".into(), &place["target"])
+    );
+    assert_eq!(place["rows"].as_array().map(Vec::len), Some(2), "{place}");
     assert!(operate(&service, &admin, "pause").contains("paused"));
     let (_, status) = instance.get(&format!("{admin}/admin/resharding")).await;
     let version = status["version"].as_u64().unwrap();
