@@ -6,6 +6,7 @@ use futures_util::{SinkExt, StreamExt};
 use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
+use tokio_tungstenite::tungstenite::Error;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::http::HeaderValue;
 use tokio_tungstenite::tungstenite::protocol::{CloseFrame, WebSocketConfig};
@@ -35,12 +36,20 @@ pub enum Incoming {
     Closed(Option<u16>, String),
 }
 
+/// The refusal in the answer to a handshake: from a server that refuses many at once.
+fn refused(error: &Error) -> Option<ClientError> {
+    let Error::Http(response) = error else {
+        return None;
+    };
+    let body = serde_json::from_slice(response.body().as_ref()?).ok()?;
+    Some(ClientError::Refused(body))
+}
+
 impl Connection {
     /// Connects as the user of the token, to another instance at each attempt if there are several.
     /// Whether the server takes us is in its first frame.
     pub async fn open(access: &Access, token: &str, attempt: usize) -> Result<Self, ClientError> {
-        let connection =
-            |e: tokio_tungstenite::tungstenite::Error| ClientError::Connection(e.to_string());
+        let connection = |e: Error| ClientError::Connection(e.to_string());
         let mut request = access
             .socket_url_of_attempt(attempt)
             .into_client_request()
@@ -56,14 +65,15 @@ impl Connection {
         );
         // The default of 128 KiB is filled with zeros at every read.
         let config = WebSocketConfig::default().read_buffer_size(READ_BUFFER_BYTES);
-        let (socket, _) = connect_async_tls_with_config(
+        let connected = connect_async_tls_with_config(
             request,
             Some(config),
             true,
             access.tls().map(Connector::Rustls),
-        )
-        .await
-        .map_err(connection)?;
+        );
+        let (socket, _) = connected
+            .await
+            .map_err(|e| refused(&e).unwrap_or_else(|| connection(e)))?;
         Ok(Self {
             socket,
             last_received: Instant::now(),
@@ -75,8 +85,7 @@ impl Connection {
         &mut self,
         frames: impl IntoIterator<Item = Utf8Bytes>,
     ) -> Result<(), ClientError> {
-        let connection =
-            |e: tokio_tungstenite::tungstenite::Error| ClientError::Connection(e.to_string());
+        let connection = |e: Error| ClientError::Connection(e.to_string());
         for frame in frames {
             self.socket
                 .feed(Message::Text(frame))

@@ -11,6 +11,7 @@ mod verify;
 use anyhow::{Context, bail};
 use chat_client::{Access, Api, Client, Event, TokenSource};
 use chat_wire::Message;
+use clap::builder::RangedU64ValueParser;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::path::{Path, PathBuf};
@@ -54,6 +55,11 @@ struct Servers {
     /// The service's HS256 secret, to mint tokens here.
     #[arg(long, global = true, env = "CHAT_SECRET", hide_env_values = true)]
     secret: Option<String>,
+}
+
+/// What a user id may be.
+fn user_id() -> RangedU64ValueParser {
+    RangedU64ValueParser::new().range(1..=chat_wire::MAX_USER_ID)
 }
 
 /// The address of an instance.
@@ -155,19 +161,19 @@ enum Command {
     /// Talk with a user: type, and see both sides.
     Talk {
         /// The user id.
-        #[arg(long)]
+        #[arg(long, value_parser = user_id())]
         user: u64,
         /// The user id of the other.
-        #[arg(long)]
+        #[arg(long, value_parser = user_id())]
         with: u64,
     },
     /// Send one message and print its seq.
     Send {
         /// The user id.
-        #[arg(long)]
+        #[arg(long, value_parser = user_id())]
         user: u64,
         /// The user id of the recipient.
-        #[arg(long)]
+        #[arg(long, value_parser = user_id())]
         to: u64,
         /// The name of this send; a random one if left out. A repeat with the same key is stored
         /// once.
@@ -182,10 +188,10 @@ enum Command {
     /// Print a dialog, a JSON object a message.
     History {
         /// The user id.
-        #[arg(long)]
+        #[arg(long, value_parser = user_id())]
         user: u64,
         /// The user id of the other.
-        #[arg(long)]
+        #[arg(long, value_parser = user_id())]
         with: u64,
         /// Messages below this seq, the newest of them.
         #[arg(long)]
@@ -203,13 +209,13 @@ enum Command {
     /// Print a user's dialogs, a JSON object each.
     Inbox {
         /// The user id.
-        #[arg(long)]
+        #[arg(long, value_parser = user_id())]
         user: u64,
     },
     /// Print what comes for a user as it comes, a JSON object a message.
     Tail {
         /// The user id.
-        #[arg(long)]
+        #[arg(long, value_parser = user_id())]
         user: u64,
     },
     /// Send the lines of a file ({"from","to","text"}), in order per dialog, as many users at once.

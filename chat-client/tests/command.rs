@@ -354,3 +354,15 @@ async fn a_load_that_is_refused_or_interrupted_says_so_and_reports_what_there_is
     );
     assert!(report["planned"].as_u64().unwrap() < 100_000);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_without_an_upgrade_is_understood() {
+    let databases = Databases::new(Kind::Sqlite, 1).await;
+    let plain = [("LIMITS__UPGRADED_REFUSALS", "0")];
+    let instance = Instance::start(&databases.shards_file(), &plain).await;
+    let arguments = [
+        "send", "--user", "7", "--to", "42", "--token", "nonsense", "hi",
+    ];
+    let error = refusal(&mut client(&instance.url, &arguments));
+    assert!(error.contains("unauthenticated"), "{error}");
+}

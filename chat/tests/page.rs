@@ -633,3 +633,50 @@ async fn drafts_focus_and_read_marks_stay_where_they_belong() {
     );
     page.close().await.unwrap();
 }
+
+/// How many dialogs the page writes into while it is refused and cut off; a thousand when asked for.
+fn order_runs() -> u64 {
+    let asked = std::env::var("CHAT_TEST_ORDER_RUNS").ok();
+    asked.and_then(|runs| runs.parse().ok()).unwrap_or(6)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn texts_keep_their_order_through_refusals_and_lost_connections() {
+    let folder = tempfile::tempdir().unwrap();
+    let slowly = [
+        ("LIMITS__SENDS_BURST", "4"),
+        ("LIMITS__SENDS_PER_SECOND", "60"),
+    ];
+    let instance = Instance::start_embedded(folder.path(), &slowly).await;
+    let proxy = Proxy::to(instance.url.trim_start_matches("http://").to_owned()).await;
+    let browser = Browser::start();
+    let page = browser.client().await;
+    sign_in(&page, &format!("http://127.0.0.1:{}", proxy.port), 7).await;
+    let mut rng = StdRng::seed_from_u64(seed());
+    let texts: Vec<String> = (0..6).map(|n| format!("text {n}")).collect();
+    let runs = order_runs();
+    for run in 0..runs {
+        // All at once, as somebody who pastes; every third time the connection is cut among them.
+        let cut = (run % 3 == 0).then(|| rng.random_range(0..texts.len()));
+        open(&page, 100 + run).await;
+        for (n, text) in texts.iter().enumerate() {
+            submit(&page, text).await;
+            if cut == Some(n) {
+                proxy.set(Mode::Cut);
+                proxy.set(Mode::Pass);
+            }
+        }
+    }
+    let api = instance.api(7).await;
+    for run in 0..runs {
+        let log = until("all is stored", async || {
+            let log = api.log_upwards(100 + run).await.ok()?;
+            (log.len() >= texts.len()).then_some(log)
+        })
+        .await;
+        let stored: Vec<String> = log.into_iter().map(|message| message.text).collect();
+        assert_eq!(stored, texts, "run {run}");
+    }
+    println!("{runs} dialogs");
+    page.close().await.unwrap();
+}
