@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub const TARGET: &str = "chat::audit";
 
 /// Refusals a second that are logged one by one. An attacker cannot fill the disk.
+// unwrap: 20 is not 0
 const REFUSALS_PER_SECOND: NonZeroU32 = NonZeroU32::new(20).unwrap();
 
 static REFUSALS: LazyLock<DefaultDirectRateLimiter> =

@@ -129,8 +129,8 @@ impl Session {
                 .delivery
                 .registry()
                 .join(identity.user, subscriber.clone(), welcome)?;
-        // Looked at again: what was revoked since the token was checked has closed the sessions that
-        // were registered by then.
+        // Looked at again: what was revoked since the token was checked has closed the sessions
+        // that were registered by then.
         if context.authenticate.is_revoked(&identity) {
             outbound.close(Close::Unauthenticated);
         }

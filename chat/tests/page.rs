@@ -634,7 +634,8 @@ async fn drafts_focus_and_read_marks_stay_where_they_belong() {
     page.close().await.unwrap();
 }
 
-/// How many dialogs the page writes into while it is refused and cut off; a thousand when asked for.
+/// How many dialogs the page writes into while it is refused and cut off; a thousand when asked
+/// for.
 fn order_runs() -> u64 {
     let asked = std::env::var("CHAT_TEST_ORDER_RUNS").ok();
     asked.and_then(|runs| runs.parse().ok()).unwrap_or(6)
@@ -643,9 +644,11 @@ fn order_runs() -> u64 {
 #[tokio::test(flavor = "multi_thread")]
 async fn texts_keep_their_order_through_refusals_and_lost_connections() {
     let folder = tempfile::tempdir().unwrap();
+    // Refusals come all the same: the page does not know the burst.
     let slowly = [
         ("LIMITS__SENDS_BURST", "4"),
-        ("LIMITS__SENDS_PER_SECOND", "60"),
+        ("LIMITS__SENDS_PER_SECOND", "200"),
+        ("LIMITS__FRAMES_PER_SECOND", "1000"),
     ];
     let instance = Instance::start_embedded(folder.path(), &slowly).await;
     let proxy = Proxy::to(instance.url.trim_start_matches("http://").to_owned()).await;
@@ -667,6 +670,12 @@ async fn texts_keep_their_order_through_refusals_and_lost_connections() {
             }
         }
     }
+    // The last of them: whatever waits is stored then.
+    until_page(
+        &page,
+        "document.querySelectorAll('#log li.pending').length === 0",
+    )
+    .await;
     let api = instance.api(7).await;
     for run in 0..runs {
         let log = until("all is stored", async || {

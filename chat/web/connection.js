@@ -19,7 +19,8 @@ export class Connection {
     this.sends = new Map(); // by peer: sends without an answer, in order; only the first is transmitted
     this.asked = new Map(); // by id: other requests without an answer
     this.suspects = new Set(); // requests, one of which made the server close the connection: sent alone
-    this.limits = { frame_bytes: Infinity };
+    this.limits = { frame_bytes: Infinity, sends_per_second: 20 };
+    this.pace = 0; // when the next request may be transmitted
     this.streams = new Map(); // by dialog: {last, state}, state is live, resuming or reading
     this.resumes = new Map(); // by id: the dialogs of a resume without an answer
     this.watched = new Set();
@@ -234,16 +235,21 @@ export class Connection {
     const [suspect] = this.suspects;
     const alone = suspect && [suspect].filter(() => !this.requests().some((request) => request.inFlight));
     const waiting = (alone ?? this.requests()).filter((request) => !request.inFlight);
-    for (const request of waiting.filter(({ notBefore }) => notBefore <= now)) {
+    const due = waiting.filter(({ notBefore }) => notBefore <= now);
+    while (due.length && this.pace <= now) {
+      const request = due.shift();
       const text = JSON.stringify(request.frame);
       if (new TextEncoder().encode(text).length > this.limits.frame_bytes) {
         this.fail(request, { message: 'too long for this server' });
       } else {
         request.inFlight = true;
         this.socket.send(text);
+        // As many a second as the server takes, and up to a second's worth at once.
+        this.pace = Math.max(this.pace, now - 1000) + 1000 / this.limits.sends_per_second;
       }
     }
     const later = waiting.map(({ notBefore }) => notBefore).filter((at) => at > now);
+    if (due.length) later.push(this.pace);
     if (later.length) this.repeats = setTimeout(() => this.pump(), Math.min(...later) - now);
   }
 
@@ -255,7 +261,9 @@ export class Connection {
       return;
     }
     request.inFlight = false;
-    request.notBefore = Date.now() + (error.retry_after_ms ?? 250) * (1 + Math.random() / 2);
+    // Not this one alone is too early, but every request.
+    if (error.code === 'rate_limited') this.pace = Math.max(this.pace, Date.now() + (error.retry_after_ms ?? 1000));
+    else request.notBefore = Date.now() + (error.retry_after_ms ?? 250) * (1 + Math.random() / 2);
     this.pump();
   }
 

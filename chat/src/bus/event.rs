@@ -68,8 +68,9 @@ impl BusEvent {
     }
 
     /// Reads a payload from the bus; `None` if it is not what an instance publishes, or if it is
-    /// published for `user` and does not concern that user. The frame is made anew from its parts: the bytes of another instance, or
-    /// of somebody else who reaches the bus, never reach a client as they are.
+    /// published for `user` and does not concern that user. The frame is made anew from its parts:
+    /// the bytes of another instance, or of somebody else who reaches the bus, never reach a client
+    /// as they are.
     #[must_use]
     pub fn decode(bytes: &Bytes, user: Option<UserId>) -> Option<Self> {
         let end = bytes.iter().position(|byte| *byte == b'\n')?;

@@ -1,9 +1,9 @@
 //! Settings: defaults, then `chat.toml`, then the environment (`CHAT__LIMITS__TEXT_CHARS=…`). Units
 //! are in the names.
 
+mod tls;
 mod check;
 mod origin;
-mod tls;
 
 pub use check::RANGES;
 pub use origin::{is_allowed_host, normalized as normalized_origin};

@@ -294,8 +294,8 @@ mod tests {
         Binary,
         Ping(Vec<u8>),
         Pong,
-        /// By a Close, or because the bytes are not WebSocket: the other implementation takes a Close
-        /// with a code that does not exist for a Close, this one does not.
+        /// By a Close, or because the bytes are not WebSocket: the other implementation takes a
+        /// Close with a code that does not exist for a Close, this one does not.
         Ended,
     }
 
@@ -340,8 +340,8 @@ mod tests {
     }
 
     /// What tungstenite says: an implementation that shares nothing with this one.
-    /// `true` beside it if it ended because of a text that is not UTF-8: it sees that in the middle of a
-    /// message, this one at its end (RFC 6455, 8.1, allows both).
+    /// `true` beside it if it ended because of a text that is not UTF-8: it sees that in the middle
+    /// of a message, this one at its end (RFC 6455, 8.1, allows both).
     fn oracle(bytes: &[u8]) -> (Vec<Said>, bool) {
         use tokio_tungstenite::tungstenite::Message;
         use tokio_tungstenite::tungstenite::error::{Error, ProtocolError as Violation};

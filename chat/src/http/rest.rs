@@ -63,8 +63,8 @@ enum Refusals {
     /// A rate or a budget is exceeded: try again later.
     #[response(status = 429, headers(("Retry-After" = u32, description = "Seconds to wait")))]
     RateLimited(ErrorBody),
-    /// A shard does not answer, a queue is full, or the time is over: try again, a send with the same
-    /// key.
+    /// A shard does not answer, a queue is full, or the time is over: try again, a send with the
+    /// same key.
     #[response(status = 503, headers(("Retry-After" = u32, description = "Seconds to wait")))]
     Unavailable(ErrorBody),
 }

@@ -212,7 +212,8 @@ impl AsyncWrite for Connection {
 
     /// Ends our half at once, which a client waits for that has closed its WebSocket (RFC 6455,
     /// 7.1.1). Then reads and forgets until the client ends its half: bytes that are not read would
-    /// make the kernel reset the connection, and the client could lose the last that was sent to it.
+    /// make the kernel reset the connection, and the client could lose the last that was sent to
+    /// it.
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         if self.lingers.is_none() {
             let ended = self
