@@ -189,6 +189,12 @@ pub fn contradictions(settings: &Settings) -> Vec<String> {
             "a batch of store.batch_rows",
         ),
         (
+            "limits.request_ms",
+            limits.request_ms,
+            store.send_ms + 1,
+            "a send over REST, which may take store.send_ms",
+        ),
+        (
             "store.send_ms",
             store.send_ms,
             settings.resharding.freeze_ms + 1,
