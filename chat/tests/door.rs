@@ -283,7 +283,8 @@ async fn pages_of_allowed_origins_may_use_rest() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_body_that_does_not_come_is_not_waited_for_for_ever() {
-    let (_databases, instance) = instance(&[("LIMITS__REQUEST_MS", "1000")]).await;
+    let (_databases, instance) =
+        instance(&[("LIMITS__REQUEST_MS", "1000"), ("STORE__SEND_MS", "900")]).await;
     let token = instance.access().token(7).await.unwrap();
     let head = |token: &str| {
         format!(
