@@ -307,8 +307,10 @@ impl Actor {
             due.extend(marks.map(|mark| encode(&read(mark))));
             self.marks_due = now + MARKS_EVERY;
         }
+        // Whatever the pace says: no time that is over is left to be waited for.
+        self.backlog.wake(now);
         while due.len() < TOGETHER && self.pace.allows(now) {
-            let Some(frame) = self.backlog.next(now, self.frame_bytes) else {
+            let Some(frame) = self.backlog.next(self.frame_bytes) else {
                 break;
             };
             due.push(frame);

@@ -142,12 +142,16 @@ impl Backlog {
         self.later.first().map(|(at, _)| *at)
     }
 
-    /// The next request to be transmitted. One that is longer than `limit` bytes fails.
-    pub fn next(&mut self, now: Instant, limit: usize) -> Option<Utf8Bytes> {
+    /// Requests that were refused for now, and whose time has come, are ready again.
+    pub fn wake(&mut self, now: Instant) {
         while self.later.first().is_some_and(|(at, _)| *at <= now) {
             self.ready
                 .extend(self.later.pop_first().map(|(_, number)| number));
         }
+    }
+
+    /// The next request to be transmitted. One that is longer than `limit` bytes fails.
+    pub fn next(&mut self, limit: usize) -> Option<Utf8Bytes> {
         while self.is_ready() {
             let suspect = self.suspects.first().copied();
             let number = match suspect {
@@ -287,7 +291,8 @@ mod tests {
 
     /// What is transmitted now, as `to/key`.
     fn transmitted(backlog: &mut Backlog, now: Instant) -> Vec<String> {
-        let next = || backlog.next(now, LIMIT);
+        backlog.wake(now);
+        let next = || backlog.next(LIMIT);
         std::iter::from_fn(next)
             .map(|frame| {
                 let ClientFrame::Send { to, key, .. } = serde_json::from_str(&frame).unwrap()
@@ -313,6 +318,10 @@ mod tests {
         backlog.repeat(refused, again);
         assert_eq!(backlog.wakes(), Some(again));
         assert!(transmitted(&mut backlog, now).is_empty());
+        // From its time on it is ready, also if nothing may be transmitted yet: a client that
+        // waited for a time that is over would not sleep.
+        backlog.wake(again);
+        assert!(backlog.is_ready() && backlog.wakes().is_none());
         assert_eq!(transmitted(&mut backlog, again), ["42/a"]);
         assert!(backlog.sent(42, "b").is_none(), "not transmitted");
         assert!(backlog.sent(42, "a").is_some());

@@ -1,29 +1,28 @@
 //! The audit log: who was refused, and what operators did. Its target is `chat::audit`; the command
 //! writes it as JSON.
 
-use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
+use crate::rate_limit::RateLimiter;
 use std::fmt::Display;
 use std::net::IpAddr;
-use std::num::NonZeroU32;
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The target of its events.
 pub const TARGET: &str = "chat::audit";
 
-/// Refusals a second that are logged one by one. An attacker cannot fill the disk.
-// unwrap: 20 is not 0
-const REFUSALS_PER_SECOND: NonZeroU32 = NonZeroU32::new(20).unwrap();
+/// Refusals a second that are logged one by one, at each door. An attacker cannot fill the disk,
+/// nor hide what happens at another door.
+const REFUSALS_PER_SECOND: u32 = 20;
 
-static REFUSALS: LazyLock<DefaultDirectRateLimiter> =
-    LazyLock::new(|| RateLimiter::direct(Quota::per_second(REFUSALS_PER_SECOND)));
+static REFUSALS: LazyLock<RateLimiter<&'static str>> =
+    LazyLock::new(|| RateLimiter::new(REFUSALS_PER_SECOND, REFUSALS_PER_SECOND));
 
 /// Refusals that were not logged since the last one that was.
 static UNLOGGED: AtomicU64 = AtomicU64::new(0);
 
 /// An admission that was refused: at which door, from where, and why.
 pub fn refused(door: &'static str, address: Option<IpAddr>, code: impl Display, reason: &str) {
-    if REFUSALS.check().is_err() {
+    if REFUSALS.check(&door).is_err() {
         UNLOGGED.fetch_add(1, Ordering::Relaxed);
         return;
     }

@@ -6,6 +6,7 @@ use chat::cluster::{Cluster, IfEmpty, stores};
 use chat::config::{Secret, Settings};
 use chat::domain::dialog::{DialogId, UserId};
 use chat::domain::ownership::SlotRow;
+use chat::domain::shards_file::StoreUrl;
 use chat::domain::slot::{SLOTS, Slot};
 use chat::metrics::Metrics;
 use chat::resharding::Report;
@@ -104,7 +105,14 @@ pub async fn plan(settings: &Settings, file: &Path, json: bool) -> anyhow::Resul
     let found = work_out(&cluster, &parsed)
         .await
         .map_err(|what| anyhow::anyhow!("{}: {what}", file.display()))?;
-    cluster.open(&parsed).await?;
+    // Opening a SQLite shard makes its file; one that is missing is the empty database that a new
+    // shard needs.
+    let mut there = parsed.clone();
+    there.shards.retain(|_, shard| match &shard.url {
+        StoreUrl::Sqlite(path) => Path::new(path).exists(),
+        StoreUrl::Mysql(_) => true,
+    });
+    cluster.open(&there).await?;
     for name in parsed
         .shards
         .keys()

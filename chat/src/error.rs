@@ -1,6 +1,7 @@
 //! One place that turns reasons into answers: every error that a client may meet, with its code,
 //! for WebSocket and REST.
 
+use crate::domain::dialog::DialogId;
 use crate::messages::RequestError;
 use chat_wire::{ErrorBody, ErrorCode};
 use std::time::Duration;
@@ -54,7 +55,7 @@ impl ApiError {
                 .map(|after| u64::try_from(after.as_millis()).unwrap_or(u64::MAX).max(1)),
             message: self.message,
             key: request.key,
-            dialog: request.dialog,
+            dialog: request.dialog.map(|dialog| dialog.to_string()),
             id: request.id,
         }
     }
@@ -68,7 +69,7 @@ pub struct RequestName {
     /// The idempotency key of a send.
     pub key: Option<String>,
     /// The dialog, if it is about one.
-    pub dialog: Option<String>,
+    pub dialog: Option<DialogId>,
 }
 
 impl From<RequestError> for ApiError {

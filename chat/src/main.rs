@@ -366,25 +366,12 @@ mod tests {
     use super::Cli;
     use clap::CommandFactory;
 
-    /// The names of the arguments and commands without a help text.
-    fn without_help(command: &clap::Command) -> Vec<String> {
-        let of = |name: String| format!("{} {name}", command.get_name());
-        let arguments = command
-            .get_arguments()
-            .filter(|argument| argument.get_help().is_none());
-        let mut names: Vec<_> = arguments
-            .map(|argument| of(argument.get_id().to_string()))
-            .collect();
-        if command.get_about().is_none() {
-            names.push(of(String::new()));
-        }
-        names.extend(command.get_subcommands().flat_map(without_help));
-        names
-    }
-
     #[test]
     fn every_command_and_argument_has_a_help_text() {
         Cli::command().debug_assert();
-        assert_eq!(without_help(&Cli::command()), Vec::<String>::new());
+        assert_eq!(
+            testkit::help::missing(&Cli::command()),
+            Vec::<String>::new()
+        );
     }
 }

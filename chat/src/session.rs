@@ -349,7 +349,7 @@ impl Session {
             | ClientFrame::Ping { id } => (id, None),
         };
         let with = with.and_then(|with| UserId::new(with).ok());
-        name.dialog = with.map(|with| DialogId::between(self.identity.user, with).to_string());
+        name.dialog = with.map(|with| DialogId::between(self.identity.user, with));
         name.id.clone_from(id);
         name
     }

@@ -63,6 +63,11 @@ async fn a_plan_says_what_an_edit_moves_and_the_edit_moves_that() {
         service.text() + &format!("[[shard]]\nname = \"shard3\"\nurl = \"{}\"\n", third.url);
     let (ok, output, error) = plan(added.clone());
     assert!(ok, "{error}");
+    let new_file = third.url.trim_start_matches("sqlite:");
+    assert!(
+        !Path::new(new_file).exists(),
+        "a plan makes nothing: {new_file}"
+    );
     let slots = number_before(&output, "of 4096 slots move");
     assert!(
         (1000..1800).contains(&slots),

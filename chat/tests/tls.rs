@@ -307,6 +307,13 @@ async fn forged(servers: &Servers, one: &Instance, two: &Instance) {
     ] {
         chat.publish(subject.clone(), payload.into()).await.unwrap();
     }
+    // A revocation is believed to the shards only.
+    let revocations = format!("chat.{service}.revocations");
+    for payload in ["revoked 77 99999999999", "digest 0000000000000000"] {
+        chat.publish(revocations.clone(), payload.into())
+            .await
+            .unwrap();
+    }
     // This one an instance could have published: the session shows it. NATS must be closed off.
     let payload = format!("message 7_77 1\n{}", frame(7, "with rights"));
     chat.publish(subject, payload.into()).await.unwrap();
@@ -314,6 +321,10 @@ async fn forged(servers: &Servers, one: &Instance, two: &Instance) {
     let ServerFrame::Message(message) = session.next().await else {
         panic!("no message");
     };
+    let api = chat_client::Api::new(servers.access(two), 77)
+        .await
+        .unwrap();
+    api.inbox(1, None).await.unwrap();
     assert_eq!(
         message.text, "with rights",
         "nothing of the others came before"

@@ -241,12 +241,12 @@ export class Connection {
       const text = JSON.stringify(request.frame);
       if (new TextEncoder().encode(text).length > this.limits.frame_bytes) {
         this.fail(request, { message: 'too long for this server' });
-      } else {
-        request.inFlight = true;
-        this.socket.send(text);
-        // As many a second as the server takes, and up to a second's worth at once.
-        this.pace = Math.max(this.pace, now - 1000) + 1000 / this.limits.sends_per_second;
+        return; // the rest went out with it
       }
+      request.inFlight = true;
+      this.socket.send(text);
+      // As many a second as the server takes, and up to a second's worth at once.
+      this.pace = Math.max(this.pace, now - 1000) + 1000 / this.limits.sends_per_second;
     }
     const later = waiting.map(({ notBefore }) => notBefore).filter((at) => at > now);
     if (due.length) later.push(this.pace);

@@ -15,6 +15,7 @@ pub mod process;
 
 pub mod ca;
 pub mod fuzz;
+pub mod help;
 pub mod instance;
 pub mod lossy;
 pub mod memory;

@@ -1,8 +1,9 @@
 //! Tokens that are refused before they expire: for a user, those issued before a time.
 //!
 //! Every shard has all of them, so that they outlive any one. Every instance has them in memory,
-//! because each token is compared with them. An instance publishes what is new, and a digest of
-//! all once a second: one that lacks something reads the shards again.
+//! because each token is compared with them. An instance publishes a digest of all, once a second
+//! and when something is revoked: one with another digest reads the shards again. The bus is a
+//! hint: nobody who reaches it can revoke anything.
 
 use super::Cluster;
 use crate::bus::{Bus, Listening, Topic};
@@ -20,6 +21,9 @@ use tokio_util::task::AbortOnDropHandle;
 
 /// Between two digests.
 const DIGEST_EVERY: Duration = Duration::from_secs(1);
+
+/// Between two readings of all shards, at least.
+const READ_PAUSE: Duration = Duration::from_millis(250);
 
 /// Between two readings of all shards without an occasion: a shard that was away when something was
 /// revoked gets it then.
@@ -110,8 +114,7 @@ impl Revocations {
             return Err(Unstored);
         }
         self.inner.learn(user, issued_before);
-        let text = format!("revoked {user} {issued_before}");
-        self.inner.bus.publish(Topic::Revocations, text.into());
+        self.inner.publish_digest();
         let missing = shards.iter().zip(stored).filter(|(_, stored)| !stored);
         Ok(missing.map(|(shard, _)| shard.name().to_owned()).collect())
     }
@@ -189,17 +192,11 @@ impl Inner {
         };
         let mut words = text.split(' ');
         let kind = words.next();
-        let (first, second) = (words.next(), words.next());
-        match (kind, first, second) {
-            (Some("digest"), Some(digest), None) if digest != self.digest() => {
+        match (kind, words.next()) {
+            (Some("digest"), Some(digest)) if digest != self.digest() => {
                 self.differs.notify_one();
             }
-            (Some("revoked"), Some(user), Some(time)) => {
-                if let (Ok(user), Ok(time)) = (user.parse(), time.parse()) {
-                    self.learn(user, time);
-                }
-            }
-            (Some("disconnect"), Some(user), None) => {
+            (Some("disconnect"), Some(user)) => {
                 if let Ok(user) = user.parse() {
                     // There may be no receiver.
                     let _ = self.notices.send(Notice::Disconnect(user));
@@ -219,12 +216,16 @@ impl Inner {
         format!("{:016x}", hasher.finish())
     }
 
+    fn publish_digest(&self) {
+        let text = format!("digest {}", self.digest());
+        self.bus.publish(Topic::Revocations, text.into());
+    }
+
     /// Publishes the digest, and reads the shards when another instance has a different one.
     async fn follow(self: Arc<Self>) {
         let digests = async {
             loop {
-                let text = format!("digest {}", self.digest());
-                self.bus.publish(Topic::Revocations, text.into());
+                self.publish_digest();
                 sleep(DIGEST_EVERY).await;
             }
         };
@@ -233,7 +234,7 @@ impl Inner {
                 let _ = tokio::time::timeout(READ_EVERY, self.differs.notified()).await;
                 self.read().await;
                 // The other instance reads, too, if it is the one that lacks something.
-                sleep(DIGEST_EVERY).await;
+                sleep(READ_PAUSE).await;
             }
         };
         tokio::join!(digests, readings);
