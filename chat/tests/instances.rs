@@ -384,6 +384,7 @@ async fn a_shard_that_answers_is_not_down_because_a_connection_takes_long_to_ope
         ("STORE__LANES_MIN", "8"),
         ("STORE__SEND_MS", "60000"),
         ("LIMITS__REQUEST_MS", "120000"),
+        ("LIMITS__SENDS_BURST", "100000"),
     ];
     let instance = Instance::start(&file, &settings).await;
     let api = instance.api(7).await;
