@@ -382,12 +382,42 @@ impl Metrics {
         self.slots.get_or_create_owned(&ShardLabel::of(name))
     }
 
-    /// All metrics in the text format of Prometheus.
+    /// All metrics in the format OpenMetrics.
     #[must_use]
     pub fn encode(&self) -> String {
         let mut text = String::new();
         // Writing to a String does not fail.
         let _ = prometheus_client::encoding::text::encode(&mut text, &self.registry);
+        text
+    }
+
+    /// All metrics in the older text format of Prometheus (0.0.4). It differs in the names of
+    /// counters, and has neither units nor a mark at the end.
+    #[must_use]
+    pub fn encode_prometheus(&self) -> String {
+        let openmetrics = self.encode();
+        let mut text = String::with_capacity(openmetrics.len());
+        let mut lines = openmetrics.lines().peekable();
+        while let Some(line) = lines.next() {
+            if line.starts_with("# UNIT ") || line == "# EOF" {
+                continue;
+            }
+            let described = ["# HELP ", "# TYPE "]
+                .into_iter()
+                .find_map(|kind| Some((kind, line.strip_prefix(kind)?.split_once(' ')?)));
+            let type_of = |line: &str, name: &str| line == format!("# TYPE {name} counter");
+            match described {
+                // The description of a counter stands before its type.
+                Some((kind, (name, rest)))
+                    if type_of(line, name)
+                        || lines.peek().is_some_and(|next| type_of(next, name)) =>
+                {
+                    text.extend([kind, name, "_total ", rest]);
+                }
+                _ => text.push_str(line),
+            }
+            text.push('\n');
+        }
         text
     }
 }

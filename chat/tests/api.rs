@@ -659,6 +659,44 @@ async fn the_description_of_the_api_the_page_and_the_metrics_are_there() {
         let text = reqwest::get(&url).await.unwrap().text().await.unwrap();
         assert!(text.contains(expected), "{url}: {text}");
     }
+    let openmetrics = "application/openmetrics-text;version=1.0.0";
+    let older = "text/plain;version=0.0.4";
+    for (accept, expected, type_line) in [
+        (
+            "*/*".to_owned(),
+            openmetrics,
+            "# TYPE chat_received_frames counter",
+        ),
+        (
+            older.to_owned(),
+            older,
+            "# TYPE chat_received_frames_total counter",
+        ),
+        (
+            format!("{openmetrics};q=0.75,{older};q=0.5,*/*;q=0.1"),
+            openmetrics,
+            "# TYPE chat_received_frames counter",
+        ),
+        (
+            format!("{openmetrics};q=0.3,{older};q=0.5"),
+            older,
+            "# TYPE chat_received_frames_total counter",
+        ),
+    ] {
+        let request = reqwest::Client::new()
+            .get(format!("{}/metrics", instance.admin))
+            .header("Accept", &accept);
+        let response = request.send().await.unwrap();
+        let kind = response.headers()["content-type"].to_str().unwrap();
+        let kind = kind.replace("; ", ";");
+        assert!(kind.starts_with(expected), "{accept}: {kind}");
+        let text = response.text().await.unwrap();
+        assert!(
+            text.lines().any(|line| line == type_line),
+            "{accept}: {text}"
+        );
+        assert_eq!(text.contains("# EOF"), expected == openmetrics);
+    }
     assert_eq!(
         reqwest::get(format!("{}/metrics", instance.url))
             .await

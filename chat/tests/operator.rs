@@ -203,6 +203,15 @@ async fn a_slot_that_goes_back_waits_for_the_purge_of_its_old_rows_and_the_statu
     service.settled(&instance, 3).await;
     assert_eq!(owner_of(&instance, 2).await, owner);
     assert_eq!(api.log_upwards(2).await.unwrap().len(), 1);
+    until("the log says that the moves are finished", async || {
+        let log = instance.log();
+        let finished: Vec<&str> = log
+            .lines()
+            .filter(|line| line.contains("resharding finished") && line.contains("slots_moved=1"))
+            .collect();
+        (finished.len() >= 2 && finished.last()?.contains("version=3")).then_some(())
+    })
+    .await;
 }
 
 /// OPERATIONS, "Restore a shard from a backup": it is declared down, restored and brought back. The

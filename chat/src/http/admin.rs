@@ -14,17 +14,41 @@ use crate::resharding::Status;
 use crate::resharding::estimate::Plan;
 use crate::resharding::install::InstallError;
 use crate::store::Health;
+use actix_web::http::header::{Accept, VARY};
 use actix_web::{HttpRequest, HttpResponse, web};
 use chat_wire::ErrorCode;
 use futures_util::future::join_all;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-/// The metrics.
-pub async fn metrics(app: web::Data<App>) -> Result<HttpResponse, HttpError> {
-    let text = app.context.metrics.encode();
+/// The metrics: as OpenMetrics, or in the older format for a client that prefers `text/plain`.
+pub async fn metrics(
+    app: web::Data<App>,
+    accept: Option<web::Header<Accept>>,
+) -> Result<HttpResponse, HttpError> {
+    let older = accept.is_some_and(|accept| {
+        let known = ["application/openmetrics-text", "text/plain"];
+        let ranked = accept.ranked();
+        let preferred = ranked
+            .iter()
+            .find(|kind| known.contains(&kind.essence_str()));
+        preferred.is_some_and(|kind| kind.essence_str() == "text/plain")
+    });
+    let metrics = &app.context.metrics;
+    let (kind, text) = if older {
+        (
+            "text/plain; version=0.0.4; charset=utf-8",
+            metrics.encode_prometheus(),
+        )
+    } else {
+        (
+            "application/openmetrics-text; version=1.0.0; charset=utf-8",
+            metrics.encode(),
+        )
+    };
     Ok(HttpResponse::Ok()
-        .content_type("application/openmetrics-text; version=1.0.0; charset=utf-8")
+        .content_type(kind)
+        .insert_header((VARY, "Accept"))
         .body(text))
 }
 

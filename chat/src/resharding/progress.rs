@@ -37,7 +37,8 @@ pub struct Report {
     pub slots_per_second: f64,
     /// Messages a second, over that time.
     pub messages_per_second: f64,
-    /// Seconds that are left at that rate.
+    /// Seconds until the slots that are left have moved, at the rate of the last [`RATE_MOVES`]
+    /// moves. Unknown while nothing moves, and while slots wait for a purge.
     pub seconds_left: Option<f64>,
     /// How long slots took no writes, in milliseconds.
     pub freeze_ms: Freeze,
@@ -59,6 +60,10 @@ pub struct Freeze {
 /// How many freezes are remembered.
 const FREEZES: usize = 4096;
 
+/// Moves that the estimate of the time left is made of. Time without moves does not count: an
+/// estimate does not rise because the change had to wait.
+pub const RATE_MOVES: usize = 64;
+
 /// Collects a [`Report`].
 pub struct Progress {
     inner: Mutex<Inner>,
@@ -71,6 +76,11 @@ struct Inner {
     begun: Option<Instant>,
     ended: Option<Instant>,
     freezes: VecDeque<f64>,
+    /// When the present stretch of moving began, or the oldest of its last moves ended, and when
+    /// the moves since ended.
+    moves: VecDeque<Instant>,
+    /// Whether slots were moved, merged or claimed since it began.
+    has_worked: bool,
 }
 
 impl Progress {
@@ -97,8 +107,38 @@ impl Progress {
                     ..Inner::default()
                 };
             }
-            if idle && inner.begun.is_some() && inner.ended.is_none() {
-                inner.ended = Some(Instant::now());
+            match inner.begun {
+                Some(begun) if idle && inner.ended.is_none() => {
+                    inner.ended = Some(Instant::now());
+                    if inner.has_worked {
+                        let Report {
+                            slots_moved,
+                            slots_merged,
+                            messages_copied,
+                            ..
+                        } = inner.report;
+                        let seconds = begun.elapsed().as_secs_f64();
+                        tracing::info!(
+                            version,
+                            slots_moved,
+                            slots_merged,
+                            messages_copied,
+                            seconds,
+                            "resharding finished"
+                        );
+                    }
+                }
+                _ => {}
+            }
+            match stage {
+                "moving" => {
+                    if inner.moves.is_empty() {
+                        inner.moves.push_back(Instant::now())
+                    }
+                    inner.has_worked = true;
+                }
+                "merging" | "failover" => inner.has_worked = true,
+                _ => inner.moves.clear(),
             }
             inner.report.version = version;
             stage.clone_into(&mut inner.report.stage);
@@ -140,6 +180,10 @@ impl Progress {
             if let Some(left) = report.left_by_pair.get_mut(pair) {
                 *left = left.saturating_sub(1);
             }
+            inner.moves.push_back(Instant::now());
+            if inner.moves.len() > RATE_MOVES + 1 {
+                inner.moves.pop_front();
+            }
             inner.freezes.push_back(frozen);
             if inner.freezes.len() > FREEZES {
                 inner.freezes.pop_front();
@@ -176,9 +220,13 @@ impl Progress {
             report.seconds = seconds;
             report.slots_per_second = report.slots_moved as f64 / seconds.max(0.001);
             report.messages_per_second = report.messages_copied as f64 / seconds.max(0.001);
-            let known = report.slots_left > 0 && report.slots_moved > 0;
-            report.seconds_left = known.then(|| report.slots_left as f64 / report.slots_per_second);
         }
+        let moves = inner.moves.len().saturating_sub(1);
+        let known = report.slots_left > 0 && report.slots_to_purge_first == 0 && moves > 0;
+        report.seconds_left =
+            inner.moves.front().filter(|_| known).map(|first| {
+                first.elapsed().as_secs_f64() * report.slots_left as f64 / moves as f64
+            });
         let mut freezes: Vec<f64> = inner.freezes.iter().copied().collect();
         freezes.sort_by(f64::total_cmp);
         let at = |share: f64| {
@@ -194,5 +242,53 @@ impl Progress {
             max: freezes.last().copied().unwrap_or(0.0),
         };
         report
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+    use tokio::time::advance;
+
+    fn a_slot() -> Moved {
+        Moved {
+            messages: 10,
+            frozen: Duration::from_millis(1),
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_estimate_does_not_rise_because_the_change_waits() {
+        let progress = Progress::new(Metrics::new());
+        progress.stage(2, "waiting", Some("a purge".into()));
+        progress.left(BTreeMap::from([("a -> b".to_owned(), 100)]));
+        assert_eq!(progress.report().seconds_left, None);
+        advance(Duration::from_secs(600)).await;
+
+        progress.stage(2, "moving", None);
+        assert_eq!(progress.report().seconds_left, None, "nothing has moved");
+        for _ in 0..20 {
+            advance(Duration::from_millis(500)).await;
+            progress.moved("a -> b", a_slot());
+        }
+        let left = progress.report().seconds_left.unwrap();
+        assert!((left - 40.0).abs() < 0.1, "{left}");
+
+        progress.to_purge_first(3);
+        assert_eq!(
+            progress.report().seconds_left,
+            None,
+            "a purge is waited for"
+        );
+        progress.to_purge_first(0);
+        progress.stage(2, "waiting", None);
+        assert_eq!(progress.report().seconds_left, None);
+        advance(Duration::from_secs(600)).await;
+        progress.stage(2, "moving", None);
+        advance(Duration::from_secs(1)).await;
+        progress.moved("a -> b", a_slot());
+        let left = progress.report().seconds_left.unwrap();
+        assert!((left - 79.0).abs() < 0.1, "{left}");
     }
 }
