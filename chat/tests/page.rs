@@ -6,7 +6,9 @@ use fantoccini::{Client, ClientBuilder, Locator};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use serde_json::{Value, json};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 use testkit::instance::Instance;
 use testkit::proxy::{Mode, Proxy};
 use testkit::{seed, until};
@@ -687,5 +689,77 @@ async fn texts_keep_their_order_through_refusals_and_lost_connections() {
         assert_eq!(stored, texts, "run {run}");
     }
     println!("{runs} dialogs");
+    page.close().await.unwrap();
+}
+
+/// Transactions that keep all writes out of the shards of an embedded instance until they end.
+fn locked_shards(data: &Path) -> Vec<rusqlite::Connection> {
+    let lock = |name: u32| {
+        let shard = rusqlite::Connection::open(data.join(format!("shard{name}.db"))).unwrap();
+        shard.busy_timeout(Duration::from_secs(10)).unwrap();
+        shard.execute_batch("BEGIN IMMEDIATE").unwrap();
+        shard
+    };
+    (1..=4).map(lock).collect()
+}
+
+/// Shards that refuse and return, and an instance that is killed and started again, each while
+/// texts wait in the page.
+#[tokio::test(flavor = "multi_thread")]
+async fn texts_keep_their_order_through_refusing_shards_and_killed_instances() {
+    let folder = tempfile::tempdir().unwrap();
+    let port = std::net::TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port();
+    let address = format!("127.0.0.1:{port}");
+    let settings = [
+        ("LISTEN", address.as_str()),
+        ("STORE__SEND_MS", "600"),
+        ("LIMITS__SENDS_BURST", "1000"),
+        ("LIMITS__SENDS_PER_SECOND", "1000"),
+    ];
+    let mut instance = Instance::start_embedded(folder.path(), &settings).await;
+    let browser = Browser::start();
+    let page = browser.client().await;
+    sign_in(&page, &instance.url, 7).await;
+    let mut rng = StdRng::seed_from_u64(seed());
+    let texts: Vec<String> = (0..6).map(|n| format!("text {n}")).collect();
+    let runs = order_runs();
+    let (mut refusals, mut kills) = (0, 0);
+    for run in 0..runs {
+        open(&page, 100 + run).await;
+        let at = rng.random_range(0..texts.len());
+        for text in &texts[..at] {
+            submit(&page, text).await;
+        }
+        let locked = (run % 2 == 0).then(|| locked_shards(folder.path()));
+        if locked.is_none() {
+            instance.kill();
+        }
+        for text in &texts[at..] {
+            submit(&page, text).await;
+        }
+        if let Some(locked) = locked {
+            let api = instance.api(8).await;
+            let refused = async || api.send(9, &run.to_string(), "x").await.err();
+            until("a shard refuses", refused).await;
+            drop(locked);
+            refusals += 1;
+        } else {
+            instance = Instance::start_embedded(folder.path(), &settings).await;
+            kills += 1;
+        }
+        until_page(
+            &page,
+            "document.querySelectorAll('#log li.pending').length === 0",
+        )
+        .await;
+        let log = instance.api(7).await.log_upwards(100 + run).await.unwrap();
+        let stored: Vec<String> = log.into_iter().map(|message| message.text).collect();
+        assert_eq!(stored, texts, "run {run}");
+    }
+    println!("{runs} dialogs, {refusals} refusals of the shard, {kills} kills");
     page.close().await.unwrap();
 }

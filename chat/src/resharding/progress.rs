@@ -37,8 +37,7 @@ pub struct Report {
     pub slots_per_second: f64,
     /// Messages a second, over that time.
     pub messages_per_second: f64,
-    /// Seconds until the slots that are left have moved, at the rate of the last [`RATE_MOVES`]
-    /// moves. Unknown while nothing moves, and while slots wait for a purge.
+    /// Seconds until the slots that are left have moved, at the rate of the last moves. Unknown while nothing moves, and while slots wait for a purge.
     pub seconds_left: Option<f64>,
     /// How long slots took no writes, in milliseconds.
     pub freeze_ms: Freeze,
@@ -62,7 +61,7 @@ const FREEZES: usize = 4096;
 
 /// Moves that the estimate of the time left is made of. Time without moves does not count: an
 /// estimate does not rise because the change had to wait.
-pub const RATE_MOVES: usize = 64;
+const RATE_MOVES: usize = 64;
 
 /// Collects a [`Report`].
 pub struct Progress {
