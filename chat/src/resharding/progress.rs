@@ -37,7 +37,8 @@ pub struct Report {
     pub slots_per_second: f64,
     /// Messages a second, over that time.
     pub messages_per_second: f64,
-    /// Seconds until the slots that are left have moved, at the rate of the last moves. Unknown while nothing moves, and while slots wait for a purge.
+    /// Seconds until the slots that are left have moved, at the rate of the last moves. Unknown
+    /// while nothing moves, and while slots wait for a purge.
     pub seconds_left: Option<f64>,
     /// How long slots took no writes, in milliseconds.
     pub freeze_ms: Freeze,
