@@ -83,6 +83,26 @@ struct Inner {
     has_worked: bool,
 }
 
+impl Inner {
+    /// The change is finished, if one has begun.
+    fn finish(&mut self, version: u64) {
+        let Some(begun) = self.begun.filter(|_| self.ended.is_none()) else {
+            return;
+        };
+        self.ended = Some(Instant::now());
+        if self.has_worked {
+            tracing::info!(
+                version,
+                slots_moved = self.report.slots_moved,
+                slots_merged = self.report.slots_merged,
+                messages_copied = self.report.messages_copied,
+                seconds = begun.elapsed().as_secs_f64(),
+                "resharding finished"
+            );
+        }
+    }
+}
+
 impl Progress {
     /// Nothing has happened yet.
     #[must_use]
@@ -107,38 +127,14 @@ impl Progress {
                     ..Inner::default()
                 };
             }
-            match inner.begun {
-                Some(begun) if idle && inner.ended.is_none() => {
-                    inner.ended = Some(Instant::now());
-                    if inner.has_worked {
-                        let Report {
-                            slots_moved,
-                            slots_merged,
-                            messages_copied,
-                            ..
-                        } = inner.report;
-                        let seconds = begun.elapsed().as_secs_f64();
-                        tracing::info!(
-                            version,
-                            slots_moved,
-                            slots_merged,
-                            messages_copied,
-                            seconds,
-                            "resharding finished"
-                        );
-                    }
-                }
-                _ => {}
+            if idle {
+                inner.finish(version);
             }
-            match stage {
-                "moving" => {
-                    if inner.moves.is_empty() {
-                        inner.moves.push_back(Instant::now())
-                    }
-                    inner.has_worked = true;
-                }
-                "merging" | "failover" => inner.has_worked = true,
-                _ => inner.moves.clear(),
+            inner.has_worked |= matches!(stage, "moving" | "merging" | "failover");
+            if stage != "moving" {
+                inner.moves.clear();
+            } else if inner.moves.is_empty() {
+                inner.moves.push_back(Instant::now());
             }
             inner.report.version = version;
             stage.clone_into(&mut inner.report.stage);
