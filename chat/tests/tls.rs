@@ -216,7 +216,14 @@ async fn two_people_talk_over_tls_all_the_way() {
     let listener = servers.ca.issue("listener");
     let settings = servers.settings(&listener);
     let one = servers.instance(&settings).await;
-    let two = servers.instance(&settings).await;
+    // The other one has its credentials for NATS in the URL.
+    let url = format!(
+        "nats://chat:of%20the%20service@127.0.0.1:{}",
+        servers.ports[2]
+    );
+    let mut in_url = with(&settings, &[("NATS__URL", &url)]);
+    in_url.retain(|(name, _)| !["NATS__USER", "NATS__PASSWORD"].contains(name));
+    let two = servers.instance(&in_url).await;
     for instance in [&one, &two] {
         let ready = format!("{}/readyz", instance.admin);
         until("the bus is connected", async || {
@@ -243,6 +250,7 @@ async fn two_people_talk_over_tls_all_the_way() {
     };
     assert_eq!((message.seq, message.text.as_str()), (1, "over TLS"));
 
+    assert!(!two.log().contains("of%20the%20service") && !two.log().contains("of the service"));
     forged(&servers, &one, &two).await;
     renewed(&servers, &listener, &one).await;
 
