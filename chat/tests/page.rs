@@ -13,6 +13,12 @@ use testkit::instance::Instance;
 use testkit::proxy::{Mode, Proxy};
 use testkit::{seed, until};
 
+/// A port that nothing listens on.
+fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().port()
+}
+
 /// A headless Chromium with its driver; both end with it.
 struct Browser {
     driver: Child,
@@ -23,11 +29,7 @@ struct Browser {
 
 impl Browser {
     fn start() -> Self {
-        let port = std::net::TcpListener::bind("127.0.0.1:0")
-            .unwrap()
-            .local_addr()
-            .unwrap()
-            .port();
+        let port = free_port();
         let driver = Command::new("chromedriver")
             .arg(format!("--port={port}"))
             .stdin(Stdio::null())
@@ -420,11 +422,7 @@ async fn whatever_was_written_is_shown_as_text_and_nothing_else() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_tab_goes_on_by_itself_when_the_server_returns() {
     let folder = tempfile::tempdir().unwrap();
-    let port = std::net::TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port();
+    let port = free_port();
     let listen = format!("127.0.0.1:{port}");
     let settings = [("LISTEN", listen.as_str())];
     let mut instance = Instance::start_embedded(folder.path(), &settings).await;
@@ -708,11 +706,7 @@ fn locked_shards(data: &Path) -> Vec<rusqlite::Connection> {
 #[tokio::test(flavor = "multi_thread")]
 async fn texts_keep_their_order_through_refusing_shards_and_killed_instances() {
     let folder = tempfile::tempdir().unwrap();
-    let port = std::net::TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port();
+    let port = free_port();
     let address = format!("127.0.0.1:{port}");
     let settings = [
         ("LISTEN", address.as_str()),
