@@ -9,6 +9,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::metrics::{MetricType, TypedMetric};
 use prometheus_client::registry::{Metric, Registry};
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -396,23 +397,16 @@ impl Metrics {
     #[must_use]
     pub fn encode_prometheus(&self) -> String {
         let openmetrics = self.encode();
+        let counters: HashSet<&str> = openmetrics
+            .lines()
+            .filter_map(|line| line.strip_prefix("# TYPE ")?.strip_suffix(" counter"))
+            .collect();
         let mut text = String::with_capacity(openmetrics.len());
-        let mut lines = openmetrics.lines().peekable();
-        while let Some(line) = lines.next() {
-            if line.starts_with("# UNIT ") || line == "# EOF" {
-                continue;
-            }
-            let described = ["# HELP ", "# TYPE "]
-                .into_iter()
-                .find_map(|kind| Some((kind, line.strip_prefix(kind)?.split_once(' ')?)));
-            let type_of = |line: &str, name: &str| line == format!("# TYPE {name} counter");
-            match described {
-                // The description of a counter stands before its type.
-                Some((kind, (name, rest)))
-                    if type_of(line, name)
-                        || lines.peek().is_some_and(|next| type_of(next, name)) =>
-                {
-                    text.extend([kind, name, "_total ", rest]);
+        for line in openmetrics.lines() {
+            match line.splitn(4, ' ').collect::<Vec<_>>()[..] {
+                ["#", "UNIT", ..] | ["#", "EOF"] => continue,
+                ["#", kind, name, rest] if counters.contains(name) => {
+                    text.extend(["# ", kind, " ", name, "_total ", rest]);
                 }
                 _ => text.push_str(line),
             }

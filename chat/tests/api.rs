@@ -696,6 +696,10 @@ async fn the_description_of_the_api_the_page_and_the_metrics_are_there() {
             "{accept}: {text}"
         );
         assert_eq!(text.contains("# EOF"), expected == openmetrics);
+        let described = |name: &str| text.contains(&format!("# HELP {name} Frames received"));
+        let (base, total) = ("chat_received_frames", "chat_received_frames_total");
+        assert_eq!(described(base), expected == openmetrics);
+        assert_eq!(described(total), expected == older);
     }
     assert_eq!(
         reqwest::get(format!("{}/metrics", instance.url))

@@ -520,11 +520,7 @@ impl Drop for Nats {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bus_that_goes_and_comes_back_interrupts_only_delivery_between_instances() {
     let databases = Databases::new(Kind::Sqlite, 2).await;
-    let port = std::net::TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port();
+    let port = testkit::free_port();
     let nats = Nats {
         directory: databases.directory().join("nats"),
         port,
@@ -585,12 +581,7 @@ async fn a_bus_that_goes_and_comes_back_interrupts_only_delivery_between_instanc
 async fn a_client_goes_on_through_a_restart_of_its_instance_and_loses_nothing() {
     let databases = Databases::new(Kind::Sqlite, 2).await;
     let file = databases.shards_file();
-    let port = std::net::TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port()
-        .to_string();
+    let port = testkit::free_port().to_string();
     let listen = format!("127.0.0.1:{port}");
     let settings = [("LISTEN", listen.as_str())];
     let mut instance = Instance::start(&file, &settings).await;

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use testkit::ca::{Ca, Certificate};
 use testkit::instance::{Instance, refusal};
-use testkit::{SECRET, until};
+use testkit::{SECRET, free_port, until};
 
 /// Servers with TLS; they end with it.
 struct Servers {
@@ -31,11 +31,6 @@ fn dev_servers(arguments: &[&str], options: &str) {
         .env("SERVER_OPTIONS", options)
         .status();
     assert!(status.unwrap().success(), "{arguments:?}");
-}
-
-fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port()
 }
 
 fn text(path: &Path) -> &str {
