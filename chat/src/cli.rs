@@ -348,12 +348,17 @@ fn work(report: &Report, coordinator: &str) -> String {
     if all > 0 {
         let done = report.slots_moved as f64 / all as f64;
         let bar = "#".repeat((done * 40.0) as usize);
-        let left = report.seconds_left.map_or("?".into(), |left| {
-            indicatif::HumanDuration(Duration::from_secs_f64(left)).to_string()
-        });
+        let left = match report.seconds_left {
+            Some(left) => format!(
+                "{} left",
+                indicatif::HumanDuration(Duration::from_secs_f64(left))
+            ),
+            None if report.slots_left == 0 => "done".to_owned(),
+            None => "time left unknown".to_owned(),
+        };
         let _ = writeln!(
             out,
-            "[{bar:.<40}] {} of {all} slots, {:.0} slots/s, {} messages copied, {:.0}/s, {left} left",
+            "[{bar:.<40}] {} of {all} slots, {:.0} slots/s, {} messages copied, {:.0}/s, {left}",
             report.slots_moved,
             report.slots_per_second,
             report.messages_copied,

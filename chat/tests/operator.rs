@@ -195,12 +195,16 @@ async fn a_slot_that_goes_back_waits_for_the_purge_of_its_old_rows_and_the_statu
     service.save();
     until("the status has the reason", async || {
         let output = operate(&service, &instance.admin, "status");
-        output
-            .contains("waiting: 1 slots have left their target less than 4 s ago")
-            .then_some(())
+        let reason = "waiting: 1 slots have left their target less than 4 s ago";
+        (output.contains(reason) && output.contains("time left unknown")).then_some(())
     })
     .await;
     service.settled(&instance, 3).await;
+    let output = operate(&service, &instance.admin, "status");
+    assert!(
+        output.contains("1 of 1 slots") && output.contains("/s, done"),
+        "{output}"
+    );
     assert_eq!(owner_of(&instance, 2).await, owner);
     assert_eq!(api.log_upwards(2).await.unwrap().len(), 1);
     until("the log says that the moves are finished", async || {
