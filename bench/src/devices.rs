@@ -63,7 +63,7 @@ impl Record {
 
     fn take(&self, event: Event) {
         match event {
-            Event::Message(message) => {
+            Event::Message(message) | Event::Entry(message) => {
                 let mut logs = locked(&self.logs);
                 let log = logs.entry(message.dialog.clone()).or_default();
                 let before = log.last().map_or(0, |received| received.seq);

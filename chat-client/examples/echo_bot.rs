@@ -24,7 +24,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
                 let key = format!("echo.{}", message.seq);
                 let client = client.clone();
                 tokio::spawn(async move {
-                    if let Err(e) = client.send(message.from, key, message.text).await {
+                    // In its dialog: that may be a room.
+                    if let Err(e) = client.send(message.dialog, key, message.text).await {
                         eprintln!("not answered: {e}");
                     }
                 });
@@ -33,6 +34,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
             Event::Connected => eprintln!("user {bot} echoes"),
             Event::Disconnected { reason, .. } => eprintln!("disconnected: {reason}"),
             Event::Message(_)
+            | Event::Entry(_)
             | Event::Read(_)
             | Event::Typing { .. }
             | Event::Presence(_)

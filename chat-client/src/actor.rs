@@ -6,9 +6,9 @@ use crate::backlog::{Backlog, Of, Unanswered, encode};
 use crate::connection::{Connection, Incoming};
 use crate::event::Event;
 use crate::streams::Streams;
-use crate::{Access, ClientError};
+use crate::{Access, ClientError, To};
 use chat_wire::{
-    ClientFrame, Close, ErrorBody, ErrorCode, HistoryPage, Message, Sent, ServerFrame,
+    ClientFrame, Close, ErrorBody, ErrorCode, HistoryPage, Kind, Message, Sent, ServerFrame,
 };
 use rand::RngExt;
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,7 +21,7 @@ use tokio_tungstenite::tungstenite::Utf8Bytes;
 pub(crate) enum Command {
     Send {
         key: String,
-        to: u64,
+        to: To,
         text: String,
         answer: oneshot::Sender<Result<Sent, ClientError>>,
     },
@@ -31,10 +31,10 @@ pub(crate) enum Command {
     },
     /// Sent if there is a connection.
     Typing {
-        with: u64,
+        to: To,
     },
     Mark {
-        with: u64,
+        of: To,
         seq: u64,
     },
     Watch {
@@ -59,7 +59,7 @@ pub(crate) struct Actor {
     first: Vec<Utf8Bytes>,
     /// Read marks to be sent, the farthest of each dialog, and when: who reads a hundred messages
     /// at once says so once.
-    marks: BTreeMap<u64, u64>,
+    marks: BTreeMap<String, (To, u64)>,
     marks_due: Instant,
     streams: Streams,
     /// The server's time at which it last confirmed that we have every message.
@@ -298,11 +298,15 @@ impl Actor {
     fn due(&mut self, now: Instant) -> Vec<Utf8Bytes> {
         let mut due = std::mem::take(&mut self.first);
         if !self.marks.is_empty() && self.marks_due <= now {
-            let marks = std::mem::take(&mut self.marks).into_iter();
-            let read = |(with, seq)| ClientFrame::Read {
-                id: None,
-                with,
-                seq,
+            let marks = std::mem::take(&mut self.marks).into_values();
+            let read = |(of, seq): (To, u64)| {
+                let (with, dialog) = of.names();
+                ClientFrame::Read {
+                    id: None,
+                    with,
+                    dialog,
+                    seq,
+                }
             };
             due.extend(marks.map(|mark| encode(&read(mark))));
             self.marks_due = now + MARKS_EVERY;
@@ -328,18 +332,25 @@ impl Actor {
                 text,
                 answer,
             } => self.backlog.send(Unanswered {
+                dialog: to.dialog(self.user),
                 to,
                 key,
                 text,
                 answer,
             }),
             Command::Ask { frame, answer } => self.backlog.ask(Of::Caller(answer), frame),
-            Command::Typing { with } => {
-                let typing = ClientFrame::Typing { id: None, with };
+            Command::Typing { to } => {
+                let (with, dialog) = to.names();
+                let typing = ClientFrame::Typing {
+                    id: None,
+                    with,
+                    dialog,
+                };
                 self.first.push(encode(&typing));
             }
-            Command::Mark { with, seq } => {
-                let farthest = self.marks.entry(with).or_default();
+            Command::Mark { of, seq } => {
+                let mark = self.marks.entry(of.dialog(self.user));
+                let (_, farthest) = mark.or_insert((of, seq));
                 *farthest = seq.max(*farthest);
             }
             Command::Watch { users, watch } => {
@@ -376,10 +387,15 @@ impl Actor {
                 // One of ours that we do not know to be stored, because the answer was lost with a
                 // connection.
                 if let (true, Some(key)) = (message.from == self.user, &message.key) {
-                    self.settle(message.to, key, &message);
+                    self.settle(key, &message);
                 }
                 if self.streams.message(&message.dialog, message.seq) {
-                    self.emit(Event::Message(message)).await;
+                    self.show(message).await;
+                }
+            }
+            ServerFrame::Entry(entry) => {
+                if self.streams.message(&entry.dialog, entry.seq) {
+                    self.show(entry).await;
                 }
             }
             ServerFrame::Resumed {
@@ -409,6 +425,16 @@ impl Actor {
             ServerFrame::Typing { dialog, user } => self.emit(Event::Typing { dialog, user }).await,
             ServerFrame::Presence(presence) => self.emit(Event::Presence(presence)).await,
             ServerFrame::Error(body) => self.refused(body),
+            ServerFrame::Created { ref id, .. } => {
+                if let Some(Of::Caller(answer)) = self.backlog.answered(id.as_deref()) {
+                    drop(answer.send(Ok(frame)));
+                }
+            }
+            ServerFrame::Done { ref id } => {
+                if let Some(Of::Caller(answer)) = self.backlog.answered(Some(id)) {
+                    drop(answer.send(Ok(frame)));
+                }
+            }
             ServerFrame::History { ref id, .. } | ServerFrame::Inbox { ref id, .. } => {
                 match (self.backlog.answered(id.as_deref()), frame) {
                     // The caller may have been dropped.
@@ -421,14 +447,12 @@ impl Actor {
             }
             ServerFrame::Welcome { .. }
             | ServerFrame::Authenticated { .. }
-            | ServerFrame::Done { .. }
             | ServerFrame::Pong { .. } => {}
         }
     }
 
     async fn sent(&mut self, key: String, dialog: String, seq: u64, at: String) {
-        let to = self.counterpart(&dialog);
-        let Some(send) = self.backlog.sent(to, &key) else {
+        let Some(send) = self.backlog.sent(&dialog, &key) else {
             return;
         };
         if self.streams.sent(&dialog, seq) {
@@ -436,10 +460,11 @@ impl Actor {
                 dialog: dialog.clone(),
                 seq,
                 from: self.user,
-                to,
+                to: self.counterpart(&dialog),
                 text: send.text,
                 at: at.clone(),
                 key: Some(send.key),
+                ..Message::default()
             }))
             .await;
         }
@@ -447,8 +472,17 @@ impl Actor {
         let _ = send.answer.send(Ok(Sent { dialog, seq, at }));
     }
 
-    fn settle(&mut self, to: u64, key: &str, message: &Message) {
-        if let Some(send) = self.backlog.sent(to, key) {
+    /// Reports an entry, if it is of a kind that this version knows.
+    async fn show(&self, entry: Message) {
+        match entry.kind {
+            Kind::Text => self.emit(Event::Message(entry)).await,
+            Kind::Member => self.emit(Event::Entry(entry)).await,
+            Kind::Other(_) => {}
+        }
+    }
+
+    fn settle(&mut self, key: &str, message: &Message) {
+        if let Some(send) = self.backlog.sent(&message.dialog, key) {
             let _ = send.answer.send(Ok(Sent {
                 dialog: message.dialog.clone(),
                 seq: message.seq,
@@ -460,11 +494,12 @@ impl Actor {
     /// Asks for the next page of what was missed in a dialog; or, if there is nothing above what we
     /// have, for its end.
     fn read_on(&mut self, dialog: String, above: bool) {
-        let with = self.counterpart(&dialog);
         let after = self.streams.last(&dialog).filter(|_| above);
+        let name = dialog.clone();
         let page = |id| ClientFrame::History {
             id: Some(id),
-            with,
+            with: None,
+            dialog: Some(name),
             before: None,
             after,
             limit: after.is_none().then_some(1),
@@ -483,7 +518,7 @@ impl Actor {
         let nothing = page.messages.is_empty();
         for message in page.messages {
             if self.streams.found(&dialog, message.seq) {
-                self.emit(Event::Message(message)).await;
+                self.show(message).await;
             }
         }
         if page.more {
@@ -499,11 +534,8 @@ impl Actor {
 
     /// Repeats what may succeed later; returns every other error to the caller.
     fn refused(&mut self, body: ErrorBody) {
-        let to = body
-            .dialog
-            .as_deref()
-            .map(|dialog| self.counterpart(dialog));
-        let named = (self.backlog).named(to, body.key.as_deref(), body.id.as_deref());
+        let (dialog, key) = (body.dialog.as_deref(), body.key.as_deref());
+        let named = self.backlog.named(dialog, key, body.id.as_deref());
         let Some(number) = named else { return };
         let now = Instant::now();
         if body.code == ErrorCode::RateLimited {
@@ -521,13 +553,11 @@ impl Actor {
         }
     }
 
-    /// The other user of a dialog of ours.
-    fn counterpart(&self, dialog: &str) -> u64 {
-        let mut users = dialog
-            .split('_')
-            .filter_map(|user| user.parse::<u64>().ok());
-        let (low, high) = (users.next().unwrap_or(0), users.next().unwrap_or(0));
-        if low == self.user { high } else { low }
+    /// The other user of a dialog between two.
+    fn counterpart(&self, dialog: &str) -> Option<u64> {
+        let (low, high) = dialog.split_once('_')?;
+        let (low, high) = (low.parse().ok()?, high.parse().ok()?);
+        Some(if low == self.user { high } else { low })
     }
 
     async fn emit(&self, event: Event) {

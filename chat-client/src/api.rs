@@ -1,8 +1,11 @@
 //! The REST API.
 
-use crate::request::{answer, answer_in_time};
-use crate::{Access, ClientError};
-use chat_wire::{HistoryPage, InboxPage, Message, ReadMark, ReadRequest, SendRequest, Sent};
+use crate::request::{answer, answer_in_time, answer_or_nothing};
+use crate::{Access, ClientError, To};
+use chat_wire::{
+    ChangeRoomRequest, CreateRoomRequest, HistoryPage, InboxPage, Message, ReadMark, ReadRequest,
+    Room, RoomMember, RoomMembersPage, SendRequest, Sent,
+};
 use reqwest::RequestBuilder;
 
 /// One user's requests over REST.
@@ -41,8 +44,13 @@ impl Api {
     ///
     /// # Errors
     /// [`ClientError`]; a retryable refusal is not repeated here.
-    pub async fn send(&self, to: u64, key: &str, text: &str) -> Result<Sent, ClientError> {
-        let url = self.access.url(&format!("/v1/dialogs/{to}/messages"));
+    pub async fn send(
+        &self,
+        to: impl Into<To>,
+        key: &str,
+        text: &str,
+    ) -> Result<Sent, ClientError> {
+        let url = self.access.url(&(to.into().path() + "/messages"));
         let body = SendRequest {
             key: key.to_owned(),
             text: text.to_owned(),
@@ -50,29 +58,30 @@ impl Api {
         answer(self.with_token(self.access.http().post(url)).json(&body)).await
     }
 
-    /// A page of the dialog with `with`; `query` as in the API: `before`, `after`, `limit`.
+    /// A page of a dialog; `query` as in the API: `before`, `after`, `limit`.
     ///
     /// # Errors
     /// [`ClientError`].
     pub async fn history(
         &self,
-        with: u64,
+        of: impl Into<To>,
         query: &[(&str, u64)],
     ) -> Result<HistoryPage, ClientError> {
-        let url = self.access.url(&format!("/v1/dialogs/{with}/messages"));
+        let url = self.access.url(&(of.into().path() + "/messages"));
         answer_in_time(self.with_token(self.access.http().get(url)).query(query)).await
     }
 
-    /// The whole dialog with `with`, read upwards from the first message.
+    /// A whole dialog, read upwards from the first message.
     ///
     /// # Errors
     /// [`ClientError`].
-    pub async fn log_upwards(&self, with: u64) -> Result<Vec<Message>, ClientError> {
+    pub async fn log_upwards(&self, of: impl Into<To>) -> Result<Vec<Message>, ClientError> {
+        let of = of.into();
         let mut log = Vec::<Message>::new();
         loop {
             let after = log.last().map_or(0, |message| message.seq);
             let page = self
-                .history(with, &[("after", after), ("limit", 200)])
+                .history(&of, &[("after", after), ("limit", 200)])
                 .await?;
             log.extend(page.messages);
             if !page.more {
@@ -81,11 +90,12 @@ impl Api {
         }
     }
 
-    /// The whole dialog with `with`, read downwards from the newest message; ascending.
+    /// A whole dialog, read downwards from the newest message; ascending.
     ///
     /// # Errors
     /// [`ClientError`].
-    pub async fn log_downwards(&self, with: u64) -> Result<Vec<Message>, ClientError> {
+    pub async fn log_downwards(&self, of: impl Into<To>) -> Result<Vec<Message>, ClientError> {
+        let of = of.into();
         let mut pages = Vec::new();
         let mut before = None;
         loop {
@@ -94,7 +104,7 @@ impl Api {
                 .into_iter()
                 .chain([("limit", 200)])
                 .collect();
-            let page = self.history(with, &query).await?;
+            let page = self.history(&of, &query).await?;
             before = Some(page.first);
             let more = page.more;
             pages.push(page.messages);
@@ -119,16 +129,85 @@ impl Api {
         .await
     }
 
-    /// Marks the dialog with `with` as read up to `seq`.
+    /// Marks a dialog as read up to `seq`.
     ///
     /// # Errors
     /// [`ClientError`].
-    pub async fn mark_read(&self, with: u64, seq: u64) -> Result<ReadMark, ClientError> {
-        let url = self.access.url(&format!("/v1/dialogs/{with}/read"));
+    pub async fn mark_read(&self, of: impl Into<To>, seq: u64) -> Result<ReadMark, ClientError> {
+        let url = self.access.url(&(of.into().path() + "/read"));
         answer_in_time(
             self.with_token(self.access.http().put(url))
                 .json(&ReadRequest { seq }),
         )
         .await
+    }
+
+    /// Makes a room; its id is the `dialog` of the answer.
+    ///
+    /// # Errors
+    /// [`ClientError`]; a retryable refusal is not repeated here.
+    pub async fn create_room(&self, room: &CreateRoomRequest) -> Result<Sent, ClientError> {
+        let url = self.access.url("/v1/rooms");
+        answer(self.with_token(self.access.http().post(url)).json(room)).await
+    }
+
+    /// Changes a room; `None` if it is like that already.
+    ///
+    /// # Errors
+    /// [`ClientError`]; a retryable refusal is not repeated here.
+    pub async fn change_room(
+        &self,
+        room: &str,
+        change: &ChangeRoomRequest,
+    ) -> Result<Option<Sent>, ClientError> {
+        let url = self.access.url(&format!("/v1/rooms/{room}/members"));
+        answer_or_nothing(self.with_token(self.access.http().post(url)).json(change)).await
+    }
+
+    /// A room of this user.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn room(&self, room: &str) -> Result<Room, ClientError> {
+        let url = self.access.url(&format!("/v1/rooms/{room}"));
+        answer_in_time(self.with_token(self.access.http().get(url))).await
+    }
+
+    /// All members of a room.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn room_members(&self, room: &str) -> Result<Vec<RoomMember>, ClientError> {
+        self.all_members(&format!("/v1/rooms/{room}/members"), None)
+            .await
+    }
+
+    /// The members of a room who have read up to a message.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn room_readers(&self, room: &str, seq: u64) -> Result<Vec<RoomMember>, ClientError> {
+        self.all_members(&format!("/v1/rooms/{room}/readers"), Some(seq))
+            .await
+    }
+
+    async fn all_members(
+        &self,
+        path: &str,
+        seq: Option<u64>,
+    ) -> Result<Vec<RoomMember>, ClientError> {
+        let (mut members, mut after) = (Vec::new(), None);
+        loop {
+            let query = [("seq", seq), ("after", after), ("limit", Some(1000))];
+            let query = query.map(|(name, value)| value.map(|value| (name, value)));
+            let query: Vec<(&str, u64)> = query.into_iter().flatten().collect();
+            let request = self.with_token(self.access.http().get(self.access.url(path)));
+            let page: RoomMembersPage = answer_in_time(request.query(&query)).await?;
+            members.extend(page.members);
+            after = page.next;
+            if after.is_none() {
+                return Ok(members);
+            }
+        }
     }
 }

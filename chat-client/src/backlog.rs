@@ -4,7 +4,7 @@
 //! one is refused, or repeated after a lost connection, later ones of the dialog wait behind it.
 //! Dialogs do not wait for each other.
 
-use crate::ClientError;
+use crate::{ClientError, To};
 use chat_wire::{ClientFrame, Close, Sent, ServerFrame};
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use tokio::sync::oneshot;
@@ -16,8 +16,8 @@ use tokio_tungstenite::tungstenite::Utf8Bytes;
 pub(crate) struct Backlog {
     /// By number; numbers grow.
     requests: BTreeMap<u64, Request>,
-    /// The sends of each dialog in order, by recipient. The first is the one that is transmitted.
-    dialogs: HashMap<u64, VecDeque<u64>>,
+    /// The sends of each dialog in order. The first is the one that is transmitted.
+    dialogs: HashMap<String, VecDeque<u64>>,
     next: u64,
     /// Requests that may be transmitted.
     ready: BTreeSet<u64>,
@@ -50,7 +50,9 @@ pub(crate) enum Of {
 
 /// A send without an answer.
 pub(crate) struct Unanswered {
-    pub to: u64,
+    pub to: To,
+    /// The id of the dialog.
+    pub dialog: String,
     pub key: String,
     pub text: String,
     pub answer: oneshot::Sender<Result<Sent, ClientError>>,
@@ -62,15 +64,17 @@ const FAULTS: [Close; 3] = [Close::ProtocolError, Close::InvalidText, Close::Too
 impl Backlog {
     /// Adds a send, behind those of its dialog.
     pub fn send(&mut self, send: Unanswered) {
+        let (to, dialog) = send.to.clone().names();
         let frame = encode(&ClientFrame::Send {
             id: None,
             key: send.key.clone(),
-            to: send.to,
+            to,
+            dialog,
             text: send.text.clone(),
         });
-        let to = send.to;
+        let dialog = send.dialog.clone();
         let number = self.add(frame, Of::Send(send));
-        let dialog = self.dialogs.entry(to).or_default();
+        let dialog = self.dialogs.entry(dialog).or_default();
         dialog.push_back(number);
         if dialog.len() == 1 {
             self.ready.insert(number);
@@ -107,7 +111,7 @@ impl Backlog {
         self.later.clear();
         self.in_flight.clear();
         let waits = |(number, request): (&u64, &Request)| match &request.of {
-            Of::Send(send) => self.is_first(send.to, *number).then_some(*number),
+            Of::Send(send) => self.is_first(&send.dialog, *number).then_some(*number),
             Of::Caller(_) | Of::Resume(_) | Of::Reading(..) => Some(*number),
         };
         self.ready = self.requests.iter().filter_map(waits).collect();
@@ -172,8 +176,8 @@ impl Backlog {
     }
 
     /// The send with this key, which is answered.
-    pub fn sent(&mut self, to: u64, key: &str) -> Option<Unanswered> {
-        let number = *self.dialogs.get(&to)?.front()?;
+    pub fn sent(&mut self, dialog: &str, key: &str) -> Option<Unanswered> {
+        let number = *self.dialogs.get(dialog)?.front()?;
         let of = self.of(number)?;
         matches!(of, Of::Send(send) if send.key == key)
             .then(|| self.remove(number))
@@ -197,14 +201,16 @@ impl Backlog {
     }
 
     /// The number of the request that an error names.
-    pub fn named(&self, to: Option<u64>, key: Option<&str>, id: Option<&str>) -> Option<u64> {
-        let Some(key) = key else {
-            return self.of_id(id);
-        };
+    pub fn named(&self, dialog: Option<&str>, key: Option<&str>, id: Option<&str>) -> Option<u64> {
+        // A request with an id has it in its error, whether it has a key or not.
+        if let Some(number) = self.of_id(id) {
+            return Some(number);
+        }
+        let key = key?;
         let is_it =
             |number: &u64| matches!(self.of(*number), Some(Of::Send(send)) if send.key == key);
-        match to {
-            Some(to) => self.dialogs.get(&to)?.front().copied().filter(is_it),
+        match dialog {
+            Some(dialog) => self.dialogs.get(dialog)?.front().copied().filter(is_it),
             // A server that does not name the dialog: the oldest that is under way.
             None => self.in_flight.iter().copied().find(is_it),
         }
@@ -232,8 +238,8 @@ impl Backlog {
         self.requests.get(&number).map(|request| &request.of)
     }
 
-    fn is_first(&self, to: u64, number: u64) -> bool {
-        self.dialogs.get(&to).and_then(VecDeque::front) == Some(&number)
+    fn is_first(&self, dialog: &str, number: u64) -> bool {
+        self.dialogs.get(dialog).and_then(VecDeque::front) == Some(&number)
     }
 
     /// Takes a request out. The next send of its dialog is ready then.
@@ -244,7 +250,7 @@ impl Backlog {
         self.suspects.remove(&number);
         self.later.retain(|(_, later)| *later != number);
         if let Of::Send(send) = &request.of
-            && let Some(dialog) = self.dialogs.get_mut(&send.to)
+            && let Some(dialog) = self.dialogs.get_mut(&send.dialog)
         {
             dialog.retain(|other| *other != number);
             match dialog.front() {
@@ -252,7 +258,7 @@ impl Backlog {
                     self.ready.insert(*next);
                 }
                 Some(_) => {}
-                None => drop(self.dialogs.remove(&send.to)),
+                None => drop(self.dialogs.remove(&send.dialog)),
             }
         }
         Some(request.of)
@@ -282,7 +288,8 @@ mod tests {
         let (answer, answered) = oneshot::channel();
         answers.push(answered);
         backlog.send(Unanswered {
-            to,
+            to: To::User(to),
+            dialog: to.to_string(),
             key: key.into(),
             text: text.into(),
             answer,
@@ -299,7 +306,7 @@ mod tests {
                 else {
                     panic!("no send: {frame}");
                 };
-                format!("{to}/{key}")
+                format!("{}/{key}", to.unwrap())
             })
             .collect()
     }
@@ -313,7 +320,7 @@ mod tests {
         }
         send(&mut backlog, &mut answers, 43, "a", "x");
         assert_eq!(transmitted(&mut backlog, now), ["42/a", "43/a"]);
-        let refused = backlog.named(Some(42), Some("a"), None).unwrap();
+        let refused = backlog.named(Some("42"), Some("a"), None).unwrap();
         let again = now + Duration::from_secs(1);
         backlog.repeat(refused, again);
         assert_eq!(backlog.wakes(), Some(again));
@@ -323,13 +330,13 @@ mod tests {
         backlog.wake(again);
         assert!(backlog.is_ready() && backlog.wakes().is_none());
         assert_eq!(transmitted(&mut backlog, again), ["42/a"]);
-        assert!(backlog.sent(42, "b").is_none(), "not transmitted");
-        assert!(backlog.sent(42, "a").is_some());
+        assert!(backlog.sent("42", "b").is_none(), "not transmitted");
+        assert!(backlog.sent("42", "a").is_some());
         assert_eq!(transmitted(&mut backlog, again), ["42/b"]);
         backlog.disconnected(None, "");
         backlog.restart();
         assert_eq!(transmitted(&mut backlog, again), ["42/b", "43/a"]);
-        let refused = backlog.named(Some(42), Some("b"), None).unwrap();
+        let refused = backlog.named(Some("42"), Some("b"), None).unwrap();
         backlog.fail(refused, ClientError::Closed);
         assert!(matches!(
             answers[1].try_recv(),
@@ -356,7 +363,7 @@ mod tests {
         send(&mut backlog, &mut answers, 42, "a", "x");
         assert!(backlog.answered(Some("1")).is_none());
         assert_eq!(backlog.named(None, None, Some("1")), None);
-        assert!(backlog.sent(42, "a").is_some());
+        assert!(backlog.sent("42", "a").is_some());
     }
 
     #[test]
@@ -367,7 +374,8 @@ mod tests {
         backlog.ask(Of::Reading("7_42".into(), true), |_| ClientFrame::Send {
             id: None,
             key: "reading".into(),
-            to: 1,
+            to: Some(1),
+            dialog: None,
             text: "x".into(),
         });
         for to in [42, 43, 44] {
@@ -377,7 +385,7 @@ mod tests {
         backlog.disconnected(Some(1009), "frame_too_large");
         backlog.restart();
         assert_eq!(transmitted(&mut backlog, now), ["42/a"], "alone");
-        assert!(backlog.sent(42, "a").is_some());
+        assert!(backlog.sent("42", "a").is_some());
         assert_eq!(transmitted(&mut backlog, now), ["43/a"]);
         backlog.disconnected(Some(1009), "frame_too_large");
         assert!(answers[1].try_recv().unwrap().is_err());
@@ -393,7 +401,7 @@ mod tests {
             let mut rng = StdRng::seed_from_u64(seed);
             let (mut backlog, mut answers) = (Backlog::default(), Answers::new());
             let mut now = Instant::now();
-            let mut stored: HashMap<u64, Vec<u64>> = HashMap::new();
+            let mut stored: HashMap<String, Vec<u64>> = HashMap::new();
             let (mut made, mut received) = (0, Vec::<String>::new());
             while made < 30 || !backlog.requests.is_empty() {
                 match rng.random_range(0..10) {
@@ -415,11 +423,11 @@ mod tests {
                     continue;
                 };
                 let name = received.remove(n);
-                let (to, key) = name.split_once('/').unwrap();
-                let (to, number): (u64, u64) = (to.parse().unwrap(), key.parse().unwrap());
-                let log = stored.entry(to).or_default();
+                let (dialog, key) = name.split_once('/').unwrap();
+                let number: u64 = key.parse().unwrap();
+                let log = stored.entry(dialog.to_owned()).or_default();
                 if rng.random_ratio(1, 3) {
-                    if let Some(number) = backlog.named(Some(to), Some(key), None) {
+                    if let Some(number) = backlog.named(Some(dialog), Some(key), None) {
                         backlog.repeat(number, now + Duration::from_millis(20));
                     }
                 } else {
@@ -427,7 +435,7 @@ mod tests {
                         log.push(number);
                     }
                     if rng.random() {
-                        backlog.sent(to, key);
+                        backlog.sent(dialog, key);
                     }
                 }
             }

@@ -99,10 +99,9 @@ pub fn faults(log: &[Message], acknowledged: &[&Acknowledged]) -> Vec<Fault> {
     }
     for one in acknowledged {
         let key = || one.key.clone();
-        let Some(there) = by_seq
-            .get(&one.seq)
-            .filter(|there| there.from == one.from && there.to == one.to && there.text == one.text)
-        else {
+        let Some(there) = by_seq.get(&one.seq).filter(|there| {
+            there.from == one.from && there.to == Some(one.to) && there.text == one.text
+        }) else {
             faults.push(Fault::Lost {
                 key: key(),
                 seq: one.seq,

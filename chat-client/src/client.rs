@@ -2,8 +2,10 @@
 
 use crate::actor::{Actor, Command};
 use crate::event::Event;
-use crate::{Access, ClientError};
-use chat_wire::{ClientFrame, HistoryPage, InboxPage, Sent, ServerFrame};
+use crate::{Access, ClientError, To};
+use chat_wire::{
+    ChangeRoomRequest, ClientFrame, CreateRoomRequest, HistoryPage, InboxPage, Sent, ServerFrame,
+};
 use tokio::sync::{mpsc, oneshot};
 
 /// The events of a client. While they are not taken, nothing else is read from the connection
@@ -35,7 +37,12 @@ impl Client {
     ///
     /// # Errors
     /// [`ClientError::Refused`] for good, [`ClientError::TooLarge`], or [`ClientError::Closed`].
-    pub async fn send(&self, to: u64, key: String, text: String) -> Result<Sent, ClientError> {
+    pub async fn send(
+        &self,
+        to: impl Into<To>,
+        key: String,
+        text: String,
+    ) -> Result<Sent, ClientError> {
         self.enqueue(to, key, text).await?.await
     }
 
@@ -47,14 +54,14 @@ impl Client {
     /// [`ClientError::Closed`]; the future has the errors of [`Client::send`].
     pub async fn enqueue(
         &self,
-        to: u64,
+        to: impl Into<To>,
         key: String,
         text: String,
     ) -> Result<impl Future<Output = Result<Sent, ClientError>> + Send + 'static, ClientError> {
         let (answer, answered) = oneshot::channel();
         self.command(Command::Send {
             key,
-            to,
+            to: to.into(),
             text,
             answer,
         })
@@ -62,21 +69,23 @@ impl Client {
         Ok(async move { answered.await.map_err(|_| ClientError::Closed)? })
     }
 
-    /// A page of the dialog with `with`.
+    /// A page of a dialog.
     ///
     /// # Errors
     /// As [`Client::send`].
     pub async fn history(
         &self,
-        with: u64,
+        of: impl Into<To>,
         before: Option<u64>,
         after: Option<u64>,
         limit: Option<u32>,
     ) -> Result<HistoryPage, ClientError> {
+        let (with, dialog) = of.into().names();
         let answer = self
             .ask(move |id| ClientFrame::History {
                 id: Some(id),
                 with,
+                dialog,
                 before,
                 after,
                 limit,
@@ -86,6 +95,38 @@ impl Client {
             return Err(another());
         };
         Ok(page)
+    }
+
+    /// Makes a room, with this user as its owner; returns its id. The same key names the same room,
+    /// however often it is asked for.
+    ///
+    /// # Errors
+    /// As [`Client::send`].
+    pub async fn create_room(&self, room: CreateRoomRequest) -> Result<String, ClientError> {
+        let answer = self
+            .ask(move |id| ClientFrame::Create { id: Some(id), room })
+            .await?;
+        let ServerFrame::Created { dialog, .. } = answer else {
+            return Err(another());
+        };
+        Ok(dialog)
+    }
+
+    /// Changes a room: its members, their roles, its title. The change comes as an event.
+    ///
+    /// # Errors
+    /// As [`Client::send`].
+    pub async fn change_room(
+        &self,
+        room: String,
+        change: ChangeRoomRequest,
+    ) -> Result<(), ClientError> {
+        let members = move |id| ClientFrame::Members {
+            id: Some(id),
+            dialog: room,
+            change,
+        };
+        self.ask(members).await.map(drop)
     }
 
     /// A page of the inbox.
@@ -110,22 +151,22 @@ impl Client {
         Ok(page)
     }
 
-    /// Marks the dialog with `with` as read up to `seq`, if there is a connection.
+    /// Marks a dialog as read up to `seq`, if there is a connection.
     ///
     /// # Errors
     /// [`ClientError::Closed`].
-    pub async fn mark_read(&self, with: u64, seq: u64) -> Result<(), ClientError> {
+    pub async fn mark_read(&self, of: impl Into<To>, seq: u64) -> Result<(), ClientError> {
         // The server answers a mark with the mark, which comes as an event. This call does not wait
         // for it.
-        self.command(Command::Mark { with, seq }).await
+        self.command(Command::Mark { of: of.into(), seq }).await
     }
 
-    /// Reports to `with` that the user is typing, if there is a connection.
+    /// Reports in a dialog that the user is typing, if there is a connection.
     ///
     /// # Errors
     /// [`ClientError::Closed`].
-    pub async fn typing(&self, with: u64) -> Result<(), ClientError> {
-        self.command(Command::Typing { with }).await
+    pub async fn typing(&self, to: impl Into<To>) -> Result<(), ClientError> {
+        self.command(Command::Typing { to: to.into() }).await
     }
 
     /// From now on [`Event::Presence`] reports whether these users are online.

@@ -20,6 +20,9 @@ pub enum Event {
     /// [`Client::follow`](crate::Client::follow). From there on every message comes once, in order
     /// and without a gap, through every reconnection.
     Message(Message),
+    /// An entry of another kind than a message, in the same order: a change of a room. A kind that
+    /// this version does not know is not reported.
+    Entry(Message),
     /// A user has read.
     Read(ReadMark),
     /// A user is typing in this dialog; for six seconds, unless it is repeated.

@@ -2,6 +2,7 @@
 //! everything, repeats what was not answered, and delivers every message once and in order; [`Api`]
 //! asks over REST. The binary `chat-client` is built from these.
 
+mod to;
 mod request;
 mod access;
 mod api;
@@ -17,6 +18,7 @@ pub use access::{Access, TokenSource};
 pub use api::Api;
 pub use client::{Client, Events};
 pub use event::Event;
+pub use to::To;
 
 use chat_wire::ErrorBody;
 

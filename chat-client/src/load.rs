@@ -145,6 +145,7 @@ pub async fn run(servers: &[Access], options: Options) -> anyhow::Result<()> {
             Event::Closed(e) => return Err(e.into()),
             Event::Disconnected { reason, .. } => bail!("cannot connect: {reason}"),
             Event::Message(_)
+            | Event::Entry(_)
             | Event::Read(_)
             | Event::Typing { .. }
             | Event::Presence(_)
@@ -422,7 +423,7 @@ async fn collect(
 async fn receive(run: Arc<Run>, user: u64, mut events: Events) {
     while let Some(event) = events.recv().await {
         match event {
-            Event::Message(message) if message.to == user => {
+            Event::Message(message) if message.to == Some(user) => {
                 let key = message.key.as_deref().and_then(|key| key.split_once('.'));
                 let Some((id, number)) = key else { continue };
                 if u64::from_str_radix(id, 16) != Ok(run.id) {
@@ -446,6 +447,7 @@ async fn receive(run: Arc<Run>, user: u64, mut events: Events) {
             }
             Event::Disconnected { .. } => drop(run.disconnections.fetch_add(1, Ordering::Relaxed)),
             Event::Message(_)
+            | Event::Entry(_)
             | Event::Read(_)
             | Event::Typing { .. }
             | Event::Presence(_)

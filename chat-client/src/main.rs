@@ -5,12 +5,13 @@ mod load;
 mod output;
 mod replay;
 mod report;
+mod room;
 mod talk;
 mod verify;
 
 use anyhow::{Context, bail};
-use chat_client::{Access, Api, Client, Event, TokenSource};
-use chat_wire::Message;
+use chat_client::{Access, Api, Client, Event, To, TokenSource};
+use chat_wire::{InboxEntry, Message};
 use clap::builder::RangedU64ValueParser;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -158,23 +159,32 @@ fn read_token(path: &Path) -> std::io::Result<String> {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Talk with a user: type, and see both sides.
+    /// Talk with a user, or in a room: type, and see all sides.
     Talk {
         /// The user id.
         #[arg(long, value_parser = user_id())]
         user: u64,
         /// The user id of the other.
-        #[arg(long, value_parser = user_id())]
-        with: u64,
+        #[arg(long, value_parser = user_id(), required_unless_present = "room")]
+        with: Option<u64>,
+        /// Instead: the id of a room.
+        #[arg(long, conflicts_with = "with")]
+        room: Option<String>,
     },
+    /// Make rooms, change them, and see who is in them.
+    #[command(subcommand)]
+    Room(room::Command),
     /// Send one message and print its seq.
     Send {
         /// The user id.
         #[arg(long, value_parser = user_id())]
         user: u64,
         /// The user id of the recipient.
-        #[arg(long, value_parser = user_id())]
-        to: u64,
+        #[arg(long, value_parser = user_id(), required_unless_present = "room")]
+        to: Option<u64>,
+        /// Instead: the id of a room.
+        #[arg(long, conflicts_with = "to")]
+        room: Option<String>,
         /// The name of this send; a random one if left out. A repeat with the same key is stored
         /// once.
         #[arg(long)]
@@ -191,8 +201,11 @@ enum Command {
         #[arg(long, value_parser = user_id())]
         user: u64,
         /// The user id of the other.
-        #[arg(long, value_parser = user_id())]
-        with: u64,
+        #[arg(long, value_parser = user_id(), required_unless_present = "room")]
+        with: Option<u64>,
+        /// Instead: the id of a room.
+        #[arg(long, conflicts_with = "with")]
+        room: Option<String>,
         /// Messages below this seq, the newest of them.
         #[arg(long)]
         before: Option<u64>,
@@ -260,14 +273,19 @@ async fn run() -> anyhow::Result<()> {
     } = Cli::from_arg_matches(&matches)?;
     server.prefer_arguments(&matches)?;
     match command {
-        Command::Talk { user, with } => talk::run(server.first()?, user, with).await,
+        Command::Talk { user, with, room } => {
+            talk::run(server.first()?, user, to(with, room)?).await
+        }
+        Command::Room(command) => room::run(server.answering().await?, command).await,
         Command::Send {
             user,
-            to,
+            to: with,
+            room,
             key,
             timeout,
             text,
         } => {
+            let to = to(with, room)?;
             let (client, mut events) = Client::start(server.first()?, user);
             let fate = tokio::spawn(async move { closed(&mut events).await });
             let key = key.unwrap_or_else(new_key);
@@ -285,14 +303,16 @@ async fn run() -> anyhow::Result<()> {
         Command::History {
             user,
             with,
+            room,
             before,
             after,
             limit,
             all,
         } => {
+            let of = to(with, room)?;
             let api = Api::new(server.answering().await?, user).await?;
             let messages = if all {
-                api.log_upwards(with).await?
+                api.log_upwards(&of).await?
             } else {
                 let bounds = [
                     before.map(|seq| ("before", seq)),
@@ -300,7 +320,7 @@ async fn run() -> anyhow::Result<()> {
                     Some(("limit", limit)),
                 ];
                 let page = api
-                    .history(with, &bounds.into_iter().flatten().collect::<Vec<_>>())
+                    .history(&of, &bounds.into_iter().flatten().collect::<Vec<_>>())
                     .await?;
                 if page.gap {
                     eprintln!(
@@ -313,25 +333,13 @@ async fn run() -> anyhow::Result<()> {
         }
         Command::Inbox { user } => {
             let api = Api::new(server.answering().await?, user).await?;
-            let mut cursor = None;
-            loop {
-                let page = api.inbox(100, cursor.as_deref()).await?;
-                page.dialogs.iter().try_for_each(output::json)?;
-                if !page.incomplete.is_empty() {
-                    let names = page.incomplete.join(", ");
-                    output::note(&format!("incomplete: {names} did not answer"));
-                }
-                cursor = page.cursor;
-                if cursor.is_none() {
-                    return Ok(());
-                }
-            }
+            inbox(&api, |_| true).await
         }
         Command::Tail { user } => {
             let (_client, mut events) = Client::start(server.first()?, user);
             while let Some(event) = events.recv().await {
                 match event {
-                    Event::Message(message) => output::json::<Message>(&message)?,
+                    Event::Message(entry) | Event::Entry(entry) => output::json::<Message>(&entry)?,
                     Event::Connected => eprintln!("connected"),
                     Event::Disconnected { reason, .. } => {
                         output::note(&format!("disconnected: {reason}"));
@@ -361,6 +369,31 @@ async fn run() -> anyhow::Result<()> {
     }
 }
 
+/// The dialog that the arguments name.
+fn to(user: Option<u64>, room: Option<String>) -> anyhow::Result<To> {
+    let user = user.map(To::User);
+    user.or(room.map(To::Dialog))
+        .context("name a user or a room")
+}
+
+/// Prints the dialogs of an inbox that are `shown`.
+async fn inbox(api: &Api, shown: impl Fn(&InboxEntry) -> bool) -> anyhow::Result<()> {
+    let mut cursor = None;
+    loop {
+        let page = api.inbox(100, cursor.as_deref()).await?;
+        let dialogs = page.dialogs.iter().filter(|entry| shown(entry));
+        dialogs.into_iter().try_for_each(output::json)?;
+        if !page.incomplete.is_empty() {
+            let names = page.incomplete.join(", ");
+            output::note(&format!("incomplete: {names} did not answer"));
+        }
+        cursor = page.cursor;
+        if cursor.is_none() {
+            return Ok(());
+        }
+    }
+}
+
 /// Waits for the end of a session, and prints why it is not connected. The reason of a session that
 /// was refused; `None` if it ended because this command did.
 async fn closed(events: &mut chat_client::Events) -> Option<chat_client::ClientError> {
@@ -375,6 +408,7 @@ async fn closed(events: &mut chat_client::Events) -> Option<chat_client::ClientE
             Event::Connected
             | Event::Disconnected { .. }
             | Event::Message(_)
+            | Event::Entry(_)
             | Event::Read(_)
             | Event::Typing { .. }
             | Event::Presence(_)

@@ -100,6 +100,7 @@ async fn send(
             Event::Disconnected { reason, .. } => bail!("user {user} cannot connect: {reason}"),
             Event::Connected
             | Event::Message(_)
+            | Event::Entry(_)
             | Event::Read(_)
             | Event::Typing { .. }
             | Event::Presence(_)
@@ -164,7 +165,7 @@ fn compare(log: &[Message], lines: &[Line]) -> anyhow::Result<()> {
         );
     }
     for (number, (message, line)) in (1..).zip(log.iter().zip(lines)) {
-        if (message.from, message.to, &message.text) != (line.from, line.to, &line.text) {
+        if (message.from, message.to, &message.text) != (line.from, Some(line.to), &line.text) {
             bail!("message {} is not line {number}", message.seq);
         }
     }

@@ -8,10 +8,21 @@ use std::time::Duration;
 
 /// Sends a request and reads its answer or its refusal.
 pub(crate) async fn answer<T: DeserializeOwned>(request: RequestBuilder) -> Result<T, ClientError> {
+    let nothing = || ClientError::Connection("the server answered nothing".into());
+    answer_or_nothing(request).await?.ok_or_else(nothing)
+}
+
+/// As [`answer`]; `None` if there is nothing to say.
+pub(crate) async fn answer_or_nothing<T: DeserializeOwned>(
+    request: RequestBuilder,
+) -> Result<Option<T>, ClientError> {
     let connection = |e: reqwest::Error| ClientError::Connection(e.to_string());
     let response = request.send().await.map_err(connection)?;
+    if response.status() == reqwest::StatusCode::NO_CONTENT {
+        return Ok(None);
+    }
     if response.status().is_success() {
-        return response.json().await.map_err(connection);
+        return response.json().await.map(Some).map_err(connection);
     }
     let status = response.status();
     match response.json::<ErrorBody>().await {

@@ -2,6 +2,7 @@
 //! for WebSocket and REST.
 
 use crate::domain::dialog::DialogId;
+use crate::domain::room::Refusal;
 use crate::messages::RequestError;
 use chat_wire::{ErrorBody, ErrorCode};
 use std::time::Duration;
@@ -26,6 +27,9 @@ const OVERLOADED_RETRY: Duration = Duration::from_millis(250);
 
 /// The same key may be sent again at once.
 const UNAVAILABLE_RETRY: Duration = Duration::from_millis(100);
+
+/// An operator decides when the shard returns.
+const ROOM_UNAVAILABLE_RETRY: Duration = Duration::from_secs(5);
 
 impl ApiError {
     /// A refusal that does not say when to try again.
@@ -92,7 +96,18 @@ impl From<RequestError> for ApiError {
             RequestError::Overloaded => (ErrorCode::Overloaded, Some(OVERLOADED_RETRY)),
             RequestError::ShardDown => (ErrorCode::ShardDown, Some(SHARD_DOWN_RETRY)),
             RequestError::Unavailable => (ErrorCode::Unavailable, Some(UNAVAILABLE_RETRY)),
-            RequestError::NoDialog => (ErrorCode::NotFound, None),
+            RequestError::NoDialog | RequestError::Refused(Refusal::NoRoom) => {
+                (ErrorCode::NotFound, None)
+            }
+            RequestError::NotYours | RequestError::Refused(Refusal::Role(_)) => {
+                (ErrorCode::Forbidden, None)
+            }
+            RequestError::Refused(Refusal::NotMember) => (ErrorCode::NotMember, None),
+            RequestError::Refused(Refusal::Absent(_)) => (ErrorCode::BadRequest, None),
+            RequestError::Refused(Refusal::Full(_)) => (ErrorCode::RoomFull, None),
+            RequestError::Refused(Refusal::Unavailable) => {
+                (ErrorCode::RoomUnavailable, Some(ROOM_UNAVAILABLE_RETRY))
+            }
         };
         Self {
             code,

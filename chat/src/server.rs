@@ -104,8 +104,8 @@ impl Server {
         };
         let messages = Messages::start(cluster, &settings, on_commit, &runtime, metrics.clone());
         let owners = messages.clone();
-        registry.on_remote_message(Arc::new(move |dialog, seq| {
-            owners.remote_message(dialog, seq)
+        registry.on_remote_message(Arc::new(move |dialog, seq, changes_room| {
+            owners.remote_message(dialog, seq, changes_room)
         }));
         let last_seqs = LastSeqReader::new(messages.cluster().clone(), &runtime);
         let peers = Peers::start(messages.cluster(), bus.clone(), &runtime);

@@ -14,11 +14,11 @@ use crate::delivery::{Delivery, encode};
 use crate::domain::dialog::{DialogId, Seq, Timestamp, UserId};
 use crate::error::{ApiError, RequestName};
 use crate::messages::last_seqs::LastSeqReader;
-use crate::messages::{Messages, Outgoing, RequestError, Requester};
+use crate::messages::{Done, Messages, Outgoing, RequestError, Requester, Target};
 use crate::metrics::Metrics;
 use crate::store::Range;
 use bytestring::ByteString;
-use chat_wire::{ClientFrame, Close, ErrorCode, ServerFrame};
+use chat_wire::{ChangeRoomRequest, ClientFrame, Close, CreateRoomRequest, ErrorCode, ServerFrame};
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use serde::Deserialize;
@@ -272,14 +272,27 @@ impl Session {
         }
         let refused = name.clone();
         let done = match frame {
-            ClientFrame::Send { key, to, text, .. } => self.send(Outgoing { to, key, text }, name),
+            ClientFrame::Send {
+                key,
+                to,
+                dialog,
+                text,
+                ..
+            } => Target::of(to, dialog).and_then(|to| self.send(Outgoing { to, key, text }, name)),
+            ClientFrame::Create { room, .. } => self.create_room(room, name),
+            ClientFrame::Members { dialog, change, .. } => self.change_room(&dialog, change, name),
             ClientFrame::History {
                 with,
+                dialog,
                 before,
                 after,
                 limit,
                 ..
-            } => range(before, after).map(|range| self.history(name, with, range, limit)),
+            } => self.dialog(with, dialog).and_then(|dialog| {
+                let range = range(before, after)?;
+                self.history(name, dialog, range, limit);
+                Ok(())
+            }),
             ClientFrame::Inbox { limit, cursor, .. } => {
                 self.inbox(name, limit, cursor);
                 Ok(())
@@ -293,12 +306,11 @@ impl Session {
                     Ok(None)
                 });
             }),
-            ClientFrame::Read { with, seq, .. } => {
-                self.mark_read(name, with, seq);
-                Ok(())
-            }
-            ClientFrame::Typing { with, .. } => UserId::new(with).map_err(Into::into).map(|with| {
-                self.typing(DialogId::between(self.identity.user, with));
+            ClientFrame::Read {
+                with, dialog, seq, ..
+            } => Target::of(with, dialog).map(|of| self.mark_read(name, of, seq)),
+            ClientFrame::Typing { with, dialog, .. } => self.dialog(with, dialog).map(|dialog| {
+                self.typing(dialog);
                 self.done(name.id);
             }),
             ClientFrame::Watch { users, .. } => self.watch(&users).map(|()| self.done(name.id)),
@@ -323,6 +335,11 @@ impl Session {
         }
     }
 
+    /// The dialog that a frame names.
+    fn dialog(&self, with: Option<u64>, dialog: Option<String>) -> Result<DialogId, RequestError> {
+        Target::of(with, dialog)?.dialog(self.identity.user)
+    }
+
     /// Answers a request that has no other answer, if it has an id.
     fn done(&self, id: Option<String>) {
         if let Some(id) = id {
@@ -333,14 +350,34 @@ impl Session {
     /// The name of a request, for its answer.
     fn name(&self, frame: &ClientFrame) -> RequestName {
         let mut name = RequestName::default();
-        let (id, with) = match frame {
-            ClientFrame::Send { id, key, to, .. } => {
+        let (id, target) = match frame {
+            ClientFrame::Send {
+                id,
+                key,
+                to,
+                dialog,
+                ..
+            } => {
                 name.key = Some(key.clone());
-                (id, Some(*to))
+                (id, Target::of(*to, dialog.clone()).ok())
             }
-            ClientFrame::History { id, with, .. }
-            | ClientFrame::Read { id, with, .. }
-            | ClientFrame::Typing { id, with } => (id, Some(*with)),
+            ClientFrame::Create { id, room } => {
+                name.key = Some(room.key.clone());
+                (id, None)
+            }
+            ClientFrame::Members { id, dialog, change } => {
+                name.key = Some(change.key.clone());
+                (id, Some(Target::Dialog(dialog.clone())))
+            }
+            ClientFrame::History {
+                id, with, dialog, ..
+            }
+            | ClientFrame::Read {
+                id, with, dialog, ..
+            }
+            | ClientFrame::Typing { id, with, dialog } => {
+                (id, Target::of(*with, dialog.clone()).ok())
+            }
             ClientFrame::Inbox { id, .. }
             | ClientFrame::Resume { id, .. }
             | ClientFrame::Watch { id, .. }
@@ -348,26 +385,25 @@ impl Session {
             | ClientFrame::Auth { id, .. }
             | ClientFrame::Ping { id } => (id, None),
         };
-        let with = with.and_then(|with| UserId::new(with).ok());
-        name.dialog = with.map(|with| DialogId::between(self.identity.user, with));
+        name.dialog = target.and_then(|target| target.dialog(self.identity.user).ok());
         name.id.clone_from(id);
         name
     }
 
     /// Answers with a page. If it reaches the end of the dialog, the session follows the dialog
     /// from there.
-    fn history(&self, name: RequestName, with: u64, range: Range, limit: Option<u32>) {
+    fn history(&self, name: RequestName, dialog: DialogId, range: Range, limit: Option<u32>) {
         let (me, messages) = (self.identity.user, self.context.messages.clone());
         let (subscriber, id) = (self.subscriber.clone(), name.id.clone());
         self.read(name, async move {
-            let page = messages.history(me, with, range, limit).await?;
+            let page = messages.history(me, dialog, range, limit).await?;
             let to_the_end = match range {
                 Range::Newest => true,
                 Range::After(_) => !page.more,
                 Range::Before(_) => false,
             };
-            if let (true, Ok(with)) = (to_the_end && page.last > 0, UserId::new(with)) {
-                subscriber.track(DialogId::between(me, with), Seq::new(page.last));
+            if to_the_end && page.last > 0 {
+                subscriber.track(dialog, Seq::new(page.last));
             }
             Ok(Some(ServerFrame::History { id, page }))
         });
@@ -381,8 +417,8 @@ impl Session {
         self.read(name, async move {
             let page = messages.inbox(me, limit, cursor.as_deref()).await?;
             for entry in &page.dialogs {
-                if let Ok(with) = UserId::new(entry.with) {
-                    subscriber.track(DialogId::between(me, with), Seq::new(entry.last.seq));
+                if let Ok(dialog) = entry.dialog.parse() {
+                    subscriber.track(dialog, Seq::new(entry.last.seq));
                 }
             }
             Ok(Some(ServerFrame::Inbox { id, page }))
@@ -390,11 +426,11 @@ impl Session {
     }
 
     /// Marks a dialog as read. If the mark has moved, this session receives it as all others do.
-    fn mark_read(&self, name: RequestName, with: u64, seq: u64) {
+    fn mark_read(&self, name: RequestName, of: Target, seq: u64) {
         let (me, messages) = (self.identity.user, self.context.messages.clone());
         let id = name.id.clone();
         self.answer(name, (), async move {
-            messages.mark_read(me, with, seq).await?;
+            messages.mark_read(me, &of, seq).await?;
             Ok(id.map(|id| ServerFrame::Done { id }))
         });
     }
@@ -441,6 +477,62 @@ impl Session {
             .send(self.identity.user, message, origin, settled)
     }
 
+    /// Makes a room. Its first entry is delivered to all its members, this session too.
+    fn create_room(&self, room: CreateRoomRequest, name: RequestName) -> Result<(), RequestError> {
+        let (unsettled, answers) = (Unsettled::one_more(&self.unsettled), self.answers());
+        let key = room.key.clone();
+        let created = move |done: Result<Done, RequestError>| {
+            let created = done.map(|done| match done {
+                Done::Stored(sent) => Some(ServerFrame::Created {
+                    id: name.id.clone(),
+                    key,
+                    dialog: sent.dialog.to_string(),
+                    seq: sent.place.seq.get(),
+                    at: sent.place.at.to_string(),
+                }),
+                Done::Unchanged => None,
+            });
+            answers(created, name);
+            drop(unsettled);
+        };
+        let messages = &self.context.messages;
+        messages.create_room(self.identity.user, room, created)
+    }
+
+    /// Changes a room. Its entry is delivered to all its members, this session too.
+    fn change_room(
+        &self,
+        room: &str,
+        change: ChangeRoomRequest,
+        name: RequestName,
+    ) -> Result<(), RequestError> {
+        let (unsettled, answers) = (Unsettled::one_more(&self.unsettled), self.answers());
+        let changed = move |done: Result<Done, RequestError>| {
+            let id = name.id.clone();
+            answers(done.map(|_| id.map(|id| ServerFrame::Done { id })), name);
+            drop(unsettled);
+        };
+        let messages = &self.context.messages;
+        messages.change_room(self.identity.user, room, change, changed)
+    }
+
+    /// Puts an answer or an error into the outbound queue.
+    fn answers(
+        &self,
+    ) -> impl Fn(Result<Option<ServerFrame>, RequestError>, RequestName) + Send + 'static + use<>
+    {
+        let (outbound, metrics) = (self.outbound.clone(), self.context.metrics.clone());
+        move |answer, name| {
+            let frame = match answer {
+                Ok(frame) => frame,
+                Err(e) => Some(error(&metrics, e.into(), name)),
+            };
+            if let Some(frame) = frame {
+                outbound.push(encode(&frame));
+            }
+        }
+    }
+
     /// The positions of a `resume`, ordered by dialog.
     #[allow(clippy::type_complexity)]
     fn positions(
@@ -456,7 +548,8 @@ impl Session {
         let me = self.identity.user;
         let ours = |(dialog, seq): (String, u64)| {
             let dialog: Option<DialogId> = dialog.parse().ok();
-            let dialog = dialog.filter(|dialog| dialog.members().any(|member| member == me));
+            // Who is in a room is looked up with its last entry.
+            let dialog = dialog.filter(|dialog| dialog.is_room() || dialog.names(me));
             dialog.map(|dialog| (dialog, Seq::new(seq)))
         };
         let mut positions = positions
@@ -495,7 +588,17 @@ impl Session {
         let affordable = || self.context.messages.afford(me, cost::STATEMENT).is_ok();
         if self.typed.len() < TYPED && affordable() {
             self.typed.insert(dialog, now);
-            self.context.delivery.typing(dialog, self.identity.user);
+            let delivery = self.context.delivery.clone();
+            if dialog.is_room() {
+                let messages = self.context.messages.clone();
+                self.pending.push(Box::pin(async move {
+                    if let Ok(users) = messages.room_audience(me, dialog).await {
+                        delivery.typing(dialog, me, users.iter().copied());
+                    }
+                }));
+            } else {
+                delivery.typing(dialog, me, dialog.users());
+            }
         }
     }
 
@@ -589,6 +692,7 @@ fn welcome(user: UserId, session: u64, limits: &Limits) -> ByteString {
             resume_dialogs: limits.resume_dialogs,
             resume_messages: limits.resume_messages,
             watched_users: limits.watched_users,
+            room_members: limits.room_members,
             resume_hours: limits.resume_hours,
             work_per_second: limits.work_per_second,
             work_burst: limits.work_burst,

@@ -76,8 +76,9 @@ fn events_of_the_bus_are_what_an_instance_publishes_or_nothing() {
                     (message.dialog, message.seq),
                     (dialog.to_string(), seq.get())
                 );
-                let members: Vec<u64> = dialog.members().map(UserId::get).collect();
-                assert!(members.contains(&message.from) && members.contains(&message.to));
+                let members: Vec<u64> = dialog.users().map(UserId::get).collect();
+                let named = |user: u64| members.contains(&user);
+                assert!(named(message.from) && message.to.is_some_and(named));
             }
             (
                 BusEvent::Read {

@@ -354,7 +354,7 @@ async fn a_dead_shard_hurts_only_its_own_dialogs_and_comes_back_by_itself() {
                 .iter()
                 .map(|dialog| dialog.with)
                 .collect::<Vec<_>>(),
-            [alive]
+            [Some(alive)]
         );
         assert!(
             matches!(api.history(dead, &[]).await, Err(ClientError::Refused(body)) if body.code == ErrorCode::ShardDown)

@@ -23,7 +23,7 @@ use chat::domain::shards_file::{DeclaredState, ShardsFile, StoreUrl};
 use chat::domain::slot::Slot;
 use chat::domain::topology::Topology;
 use chat::messages::writer::{Committed, OnCommit};
-use chat::messages::{Messages, Outgoing};
+use chat::messages::{Messages, Outgoing, Target};
 use chat::metrics::Metrics;
 use chat::resharding::Resharding;
 use chat::resharding::watcher::{FileState, Source};
@@ -45,9 +45,13 @@ use tokio::runtime::Handle;
 use tokio::task::LocalSet;
 use tokio::time::{Instant, sleep, timeout};
 
-fn outgoing(to: u64, key: &str, text: &str) -> Outgoing {
+fn target(dialog: DialogId) -> Target {
+    Target::Dialog(dialog.to_string())
+}
+
+fn outgoing(to: DialogId, key: &str, text: &str) -> Outgoing {
     Outgoing {
-        to,
+        to: target(to),
         key: key.to_owned(),
         text: text.to_owned(),
     }
@@ -473,7 +477,7 @@ impl World {
             let sends: Vec<_> = texts
                 .iter()
                 .map(|(key, text)| {
-                    let sent = node.messages.sending(me, outgoing(with.get(), key, text));
+                    let sent = node.messages.sending(me, outgoing(dialog, key, text));
                     async move {
                         match sent {
                             Ok(sent) => sent.await,
@@ -503,7 +507,7 @@ impl World {
                     Ok(Ok(stored)) => sent.seq = stored.place.seq,
                     Ok(Err(_)) | Err(_) => {
                         sent.at_once = false;
-                        self.repeat_until_sent(&mut sent, with).await;
+                        self.repeat_until_sent(&mut sent).await;
                     }
                 }
                 self.acknowledged.borrow_mut().push(sent);
@@ -520,7 +524,6 @@ impl World {
     /// Marks a dialog as read several times at once, up to any of its messages and beyond, as the
     /// devices of a user do.
     async fn marks(&self, me: UserId, dialog: DialogId) {
-        let with = dialog.counterpart(me).get();
         let seqs: Vec<u64> = {
             let all = self.acknowledged.borrow();
             let of_dialog = all.iter().filter(|one| one.dialog == dialog);
@@ -533,7 +536,8 @@ impl World {
                 None => u64::MAX,
             };
             Some(async move {
-                let marked = node.messages.mark_read(me, with, seq);
+                let of = target(dialog);
+                let marked = node.messages.mark_read(me, &of, seq);
                 timeout(Duration::from_secs(10), marked).await
             })
         });
@@ -558,10 +562,9 @@ impl World {
         };
         let mut again = ours[self.pick(0..ours.len() as u64) as usize].clone();
         again.first_tried = self.event();
-        let with = again.dialog.counterpart(me).get();
         let Ok(answer) = node
             .messages
-            .sending(me, outgoing(with, &again.key, &again.text))
+            .sending(me, outgoing(again.dialog, &again.key, &again.text))
         else {
             return;
         };
@@ -582,14 +585,14 @@ impl World {
         }
     }
 
-    async fn repeat_until_sent(&self, sent: &mut Acknowledged, with: UserId) {
+    async fn repeat_until_sent(&self, sent: &mut Acknowledged) {
         loop {
             self.pause(20..1000).await;
             let Some(node) = self.node() else { continue };
             let (key, text) = (sent.key.clone(), sent.text.clone());
             let Ok(answer) = node
                 .messages
-                .sending(sent.author, outgoing(with.get(), &key, &text))
+                .sending(sent.author, outgoing(sent.dialog, &key, &text))
             else {
                 continue;
             };
@@ -622,7 +625,7 @@ impl World {
     }
 
     async fn read_one(&self, node: &Node, about: &Acknowledged, known: &[Acknowledged]) {
-        let (me, with) = (about.author, about.dialog.counterpart(about.author).get());
+        let (me, dialog) = (about.author, about.dialog);
         let upwards = self.pick(0..2) == 0;
         let (mut seqs, mut gap) = (Vec::new(), false);
         let mut range = if upwards {
@@ -631,7 +634,7 @@ impl World {
             Range::Newest
         };
         loop {
-            let Ok(page) = node.messages.history(me, with, range, Some(7)).await else {
+            let Ok(page) = node.messages.history(me, dialog, range, Some(7)).await else {
                 return;
             };
             gap |= page.gap;
@@ -670,10 +673,7 @@ impl World {
             return;
         }
         let there: BTreeSet<u64> = seqs.into_iter().collect();
-        for sent in known
-            .iter()
-            .filter(|sent| sent.dialog == DialogId::between(me, UserId::new(with).unwrap()))
-        {
+        for sent in known.iter().filter(|sent| sent.dialog == dialog) {
             if !there.contains(&sent.seq.get()) {
                 self.is_wrong(format!(
                     "{about}: {sent:?} was acknowledged before, and is missing"
@@ -691,9 +691,7 @@ impl World {
         if dialogs.len() < inbox.dialogs.len() {
             self.is_wrong(format!("the inbox of {me} names a dialog twice"));
         }
-        let mine = known
-            .iter()
-            .filter(|sent| sent.dialog.members().any(|user| user == me));
+        let mine = known.iter().filter(|sent| sent.dialog.names(me));
         for sent in mine {
             if inbox.incomplete.is_empty() && !dialogs.contains(sent.dialog.to_string().as_str()) {
                 self.is_wrong(format!("{} is missing in the inbox of {me}", sent.dialog));
@@ -992,10 +990,9 @@ impl World {
         // Every key again, through any instance.
         for one in &sent {
             let Some(node) = self.node() else { continue };
-            let with = one.dialog.counterpart(one.author).get();
             let again = node
                 .messages
-                .sending(one.author, outgoing(with, &one.key, &one.text));
+                .sending(one.author, outgoing(one.dialog, &one.key, &one.text));
             match again.unwrap().await {
                 Ok(again)
                     if keyed.get(&(one.dialog, one.author, one.key.clone()))

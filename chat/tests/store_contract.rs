@@ -5,7 +5,8 @@
 
 use chat::config::Settings;
 use chat::domain::dialog::{DialogId, Key, Seq, Text, Timestamp, UserId};
-use chat::domain::ownership::{SlotState, Step, Term};
+use chat::domain::ownership::{History, SlotState, Step, Term};
+use chat::domain::room::{RoomChange, RoomRequest, Settings as RoomSettings};
 use chat::domain::shards_file::ShardsFile;
 use chat::domain::slot::SlotSet;
 use chat::domain::slot::{SLOTS, Slot};
@@ -16,12 +17,14 @@ use chat::resharding::mover::Move;
 use chat::resharding::pace::Pace;
 use chat::resharding::step::{MoveError, row_at};
 use chat::store::{
-    self, Acceptance, Appended, Chunk, Database, DialogRow, Draft, InboxCursor, LastSeqs,
-    LastSeqsOf, MarkOutcome, Meta, Mismatch, MysqlStore, NewMark, NewMessage, PurgeOutcome, Range,
-    Shard, ShardIdentity, SlotSize, SqliteStore, StoreError, Timing, WriteOutcome,
+    self, Acceptance, Appended, Audience, Body, Chunk, Database, DialogRow, Draft, Expected,
+    InboxCursor, LastSeqs, LastSeqsOf, MarkOutcome, Meta, Mismatch, MysqlStore, NewMark,
+    NewMessage, PurgeOutcome, Range, RoomMembers, Shard, ShardIdentity, SlotSize, SqliteStore,
+    StoreError, Timing, WriteOutcome,
 };
+use chat_wire::{Role, RoomHistory};
 use mysql_async::prelude::Queryable;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 use testkit::memory::{Calm, MemoryStore};
@@ -41,7 +44,7 @@ fn message(dialog_id: &str, author: u64, key: &str, text: &str) -> NewMessage {
         dialog(dialog_id),
         user(author),
         Key::new(key.into()).unwrap(),
-        Text::new(text.into(), 5000).unwrap(),
+        Body::Text(Text::new(text.into(), 5000).unwrap()),
     )
 }
 
@@ -102,8 +105,8 @@ async fn write(store: &Arc<dyn Database>, batch: &[NewMessage]) -> Vec<WriteOutc
 
 fn seqs(written: &[WriteOutcome]) -> Vec<(u64, bool)> {
     let seq = |written: &WriteOutcome| match written {
-        WriteOutcome::Stored(place) => (place.seq.get(), false),
-        WriteOutcome::Repeat(place) => (place.seq.get(), true),
+        WriteOutcome::Stored(place, _) => (place.seq.get(), false),
+        WriteOutcome::Repeat(place, _) => (place.seq.get(), true),
         other => panic!("{other:?}"),
     };
     written.iter().map(seq).collect()
@@ -257,8 +260,8 @@ async fn a_key_is_stored_once(kind: Kind) {
     assert_eq!(seqs(&written[4..]), [(2, true)]);
     assert_eq!(
         written[1],
-        match stored[0] {
-            WriteOutcome::Stored(place) => WriteOutcome::Repeat(place),
+        match stored[0].clone() {
+            WriteOutcome::Stored(place, audience) => WriteOutcome::Repeat(place, audience),
             _ => unreachable!(),
         }
     );
@@ -277,9 +280,11 @@ async fn a_key_is_stored_once(kind: Kind) {
 /// A draft of a batch by a term and last seqs.
 fn draft(batch: &[NewMessage], term: Term, expected: &[(&str, u64)]) -> Draft {
     let terms = batch.iter().map(|message| (message.slot, term)).collect();
-    let expected = expected
-        .iter()
-        .map(|(name, seq)| (dialog(name), Seq::new(*seq)));
+    let expected = expected.iter().map(|(name, seq)| {
+        let last_seq = Seq::new(*seq);
+        let room = None;
+        (dialog(name), Expected { last_seq, room })
+    });
     Draft::new(batch, terms, expected.collect())
 }
 
@@ -433,7 +438,7 @@ async fn a_transaction_of_the_largest_size_is_stored(kind: Kind) {
         let dialog = dialog("7_42");
         let keys = (from..from + count).map(|i| Key::new(format!("{key}{i}")).unwrap());
         let text = Text::new(text.clone(), 16_383).unwrap();
-        keys.map(|key| NewMessage::new(dialog, user(7), key, text.clone()))
+        keys.map(|key| NewMessage::new(dialog, user(7), key, Body::Text(text.clone())))
             .collect()
     };
     let first = long(0, "a");
@@ -1559,7 +1564,10 @@ async fn a_page_reads_no_more_rows_than_are_on_it(kind: Kind) {
                 "write" => drop(store.write(&identity(), &sent, true).await.unwrap()),
                 "mark" => drop(store.mark_read(&identity(), &marks).await.unwrap()),
                 _ => {
-                    let of = LastSeqsOf::Dialogs(named.clone().map(|name| dialog(name)).collect());
+                    let of = LastSeqsOf::Dialogs {
+                        dialogs: named.clone().map(|name| dialog(name)).collect(),
+                        users: vec![user(7)],
+                    };
                     drop(store.last_seqs(&identity(), &of).await.unwrap());
                 }
             }
@@ -1729,9 +1737,9 @@ async fn last_seqs_are_those_of_the_dialogs_with_their_read_marks(kind: Kind) {
             .iter()
             .map(|head| {
                 let mut reads: Vec<_> = head
-                    .reads
+                    .members
                     .iter()
-                    .map(|(user, seq)| (user.get(), seq.get()))
+                    .map(|member| (member.user.get(), member.read.get()))
                     .collect();
                 reads.sort_unstable();
                 (head.dialog.to_string(), head.last_seq.get(), reads)
@@ -1740,7 +1748,10 @@ async fn last_seqs_are_those_of_the_dialogs_with_their_read_marks(kind: Kind) {
         shown.sort_unstable();
         shown
     };
-    let asked = LastSeqsOf::Dialogs(vec![dialog("7_42"), dialog("7_9"), dialog("1_2")]);
+    let asked = LastSeqsOf::Dialogs {
+        dialogs: vec![dialog("7_42"), dialog("7_9"), dialog("1_2")],
+        users: vec![user(7)],
+    };
     let rows = store.last_seqs(&identity(), &asked).await.unwrap();
     let both = [
         ("7_42".to_owned(), 3, vec![(7, 0), (42, 2)]),
@@ -1804,9 +1815,26 @@ async fn tables_of_the_versions_before_and_after_are_used(kind: Kind) {
     if kind == Kind::Memory {
         return;
     }
+    let added = [
+        ("messages", &["of_seq"][..]),
+        ("dialogs", &["members_rev", "settings"]),
+        (
+            "members",
+            &["role", "rev", "since_seq", "joined_seq", "until_seq"],
+        ),
+    ];
+    for (table, columns) in added {
+        for column in columns {
+            let drop = format!("ALTER TABLE {table} DROP COLUMN {column}");
+            databases.execute(0, &drop).await;
+        }
+    }
+    if kind != Kind::Sqlite {
+        databases.execute(0, "DROP PROCEDURE append_entry").await;
+    }
     for sql in [
         "DROP TABLE revocations",
-        "DELETE FROM refinery_schema_history WHERE version = 2",
+        "DELETE FROM refinery_schema_history WHERE version > 1",
     ] {
         databases.execute(0, sql).await;
     }
@@ -1819,6 +1847,14 @@ async fn tables_of_the_versions_before_and_after_are_used(kind: Kind) {
         .page(&identity(), dialog("7_42"), Range::Newest, 5)
         .await;
     assert_eq!(page.unwrap().messages.len(), 1);
+    let term = Term {
+        number: 1,
+        generation: 0,
+    };
+    let batch = [message("7_42", 7, "b", "y")];
+    let draft = draft(&batch, term, &[("7_42", 1)]);
+    let appended = store.append(&identity(), &batch, draft).await.unwrap();
+    assert!(matches!(appended, Appended::Stored { .. }), "{appended:?}");
 }
 
 /// Revocations of one shard: each only rises, and those of another database are not touched.
@@ -1854,6 +1890,358 @@ async fn what_is_revoked_stays_revoked(kind: Kind) {
     assert_eq!(store.revocations(&identity()).await.unwrap().len(), 2);
 }
 
+/// What is asked of the room that 7 makes with the key `room`.
+fn room_entry(author: u64, key: &str, request: RoomRequest) -> NewMessage {
+    let body = Body::Room { request, limit: 4 };
+    NewMessage::new(room(), user(author), Key::new(key.into()).unwrap(), body)
+}
+
+fn room() -> DialogId {
+    DialogId::room(user(7), &Key::new("room".into()).unwrap())
+}
+
+fn create(members: &[u64]) -> NewMessage {
+    let request = RoomRequest::Create {
+        members: members.iter().copied().collect(),
+        settings: RoomSettings {
+            title: Some("t\u{1F600}'".into()),
+            history: RoomHistory::Since,
+        },
+    };
+    room_entry(7, "room", request)
+}
+
+fn change(author: u64, key: &str, add: &[u64], remove: &[u64]) -> NewMessage {
+    let request = RoomRequest::Change {
+        add: add.iter().copied().collect(),
+        remove: remove.iter().copied().collect(),
+        roles: BTreeMap::new(),
+        title: None,
+    };
+    room_entry(author, key, request)
+}
+
+fn in_room(author: u64, key: &str) -> NewMessage {
+    message(&room().to_string(), author, key, "x")
+}
+
+/// What became of entries of a room, and who is sent each.
+fn fates(written: &[WriteOutcome]) -> Vec<String> {
+    let users = |audience: &Audience| -> Vec<u64> {
+        let users = audience.users(room()).map(UserId::get);
+        let users: BTreeSet<u64> = users.collect();
+        users.into_iter().collect()
+    };
+    let fate = |written: &WriteOutcome| match written {
+        WriteOutcome::Stored(place, audience) => format!("{} {:?}", place.seq, users(audience)),
+        WriteOutcome::Repeat(place, audience) => {
+            format!("again {} {:?}", place.seq, users(audience))
+        }
+        other => format!("{other:?}"),
+    };
+    written.iter().map(fate).collect()
+}
+
+async fn a_room_is_what_its_log_says(kind: Kind) {
+    let (_databases, store) = initialized(kind).await;
+    let ours = identity();
+    let written = write(
+        &store,
+        &[in_room(7, "early"), change(7, "early2", &[9], &[])],
+    )
+    .await;
+    assert_eq!(fates(&written), ["Refused(NoRoom)", "Refused(NoRoom)"]);
+    // Made, used and changed within one batch.
+    let batch = [
+        create(&[8, 9]),
+        in_room(8, "a"),
+        message("7_42", 7, "beside", "y"),
+        change(7, "b", &[], &[9]),
+        in_room(9, "late"),
+        in_room(7, "c"),
+        create(&[8, 9]),
+        create(&[8]),
+    ];
+    let expected = [
+        "1 [7, 8, 9]",
+        "2 [7, 8, 9]",
+        "1 []",
+        "3 [7, 8, 9]",
+        "Refused(NotMember)",
+        "4 [7, 8]",
+        "again 1 [7, 8]",
+        "KeyReused",
+    ];
+    let mut fates_of = fates(&write(&store, &batch).await);
+    fates_of[2] = fates_of[2].replace("[7, 42]", "[]");
+    assert_eq!(fates_of, expected);
+    // A key that is stored is answered, also to one who has left; and once more in another order.
+    let again = [
+        in_room(8, "a"),
+        in_room(9, "late"),
+        change(7, "b", &[], &[9]),
+    ];
+    let expected = ["again 2 [7, 8]", "Refused(NotMember)", "again 3 [7, 8]"];
+    assert_eq!(fates(&write(&store, &again).await), expected);
+    let nothing = [change(7, "d", &[8], &[9]), change(8, "e", &[10], &[])];
+    let expected = ["Unchanged", "Refused(Role(\"an admin\"))"];
+    assert_eq!(fates(&write(&store, &nothing).await), expected);
+
+    let page = store.page(&ours, room(), Range::Newest, 10).await.unwrap();
+    let entries = page.messages.iter();
+    let kinds: Vec<_> = entries.map(|entry| entry.kind.as_str()).collect();
+    assert_eq!(kinds, ["member", "text", "member", "text"]);
+    let made = RoomChange::parse(&page.messages[0].text);
+    assert_eq!(
+        (made.joined, made.history),
+        (vec![7, 8, 9], Some(RoomHistory::Since))
+    );
+    assert_eq!(RoomChange::parse(&page.messages[2].text).left, [9]);
+    assert!(page.messages.is_sorted_by_key(|entry| entry.at));
+
+    let seen = async |who| store.room(&ours, room(), user(who)).await.unwrap();
+    let view = seen(7).await;
+    assert_eq!((view.members, view.last_seq), (2, Seq::new(4)));
+    assert_eq!(view.settings.title.as_deref(), Some("t\u{1F600}'"));
+    assert_eq!(view.me.unwrap().role, Role::Owner);
+    let left = seen(9).await.me.unwrap();
+    assert_eq!((left.since, left.until), (Seq::new(1), Some(Seq::new(3))));
+    assert_eq!(seen(10).await.me, None);
+    assert!(seen(7).await.slot.unwrap().complete);
+
+    // Marks and inboxes are those of members.
+    let name = room().to_string();
+    assert_eq!(mark(&store, &name, 9, 4).await, MarkOutcome::NoDialog);
+    let inbox = async |who| store.inbox(&ours, user(who), None, 10).await.unwrap().rows;
+    assert_eq!(inbox(9).await.len(), 0);
+    let of_8 = inbox(8).await;
+    assert_eq!((of_8.len(), of_8[0].unread), (1, 1), "the message of 7");
+    assert_eq!(of_8[0].title.as_deref(), Some("t\u{1F600}'"));
+    assert_eq!(mark(&store, &name, 8, 9).await, at_seq(4, true));
+    assert_eq!(inbox(8).await[0].unread, 0);
+    let members = async |after: Option<u64>, read: Option<u64>| {
+        let (after, read) = (after.map(user), read.map(Seq::new));
+        let members = store.room_members(&ours, room(), after, read, 10).await;
+        let members = members.unwrap().into_iter();
+        members.map(|member| member.user.get()).collect::<Vec<_>>()
+    };
+    assert_eq!(members(None, None).await, [7, 8]);
+    assert_eq!(members(Some(7), None).await, [8]);
+    assert_eq!(members(None, Some(4)).await, [8]);
+    let asked = LastSeqsOf::Dialogs {
+        dialogs: vec![room()],
+        users: vec![user(9), user(10)],
+    };
+    let last = store.last_seqs(&ours, &asked).await.unwrap().dialogs;
+    assert_eq!(last[0].members.len(), 1);
+    assert_eq!(
+        (last[0].last_seq, last[0].last_for(user(9))),
+        (Seq::new(4), Seq::new(3))
+    );
+
+    // Who comes back begins anew, as the room is set.
+    let added = change(7, "f", &[9, 10], &[]);
+    assert_eq!(fates(&write(&store, &[added]).await), ["5 [7, 8, 9, 10]"]);
+    let full = change(7, "g", &[11], &[]);
+    assert_eq!(fates(&write(&store, &[full]).await), ["Refused(Full(4))"]);
+    let back = seen(9).await.me.unwrap();
+    assert_eq!(
+        (back.since, back.until, back.read),
+        (Seq::new(5), None, Seq::new(5))
+    );
+    // The owner leaves: one of those who joined first follows.
+    let leaves = change(7, "h", &[], &[7]);
+    assert_eq!(fates(&write(&store, &[leaves]).await), ["6 [7, 8, 9, 10]"]);
+    assert_eq!(seen(8).await.me.unwrap().role, Role::Owner);
+}
+
+/// A draft for a room is stored only with the members that it was worked out with, whatever else
+/// is as expected.
+async fn a_draft_for_a_room_expects_its_members(kind: Kind) {
+    let (_databases, store) = initialized(kind).await;
+    let receipt = store.write(&identity(), &[create(&[8, 9])], false).await;
+    let (of, members) = receipt.unwrap().rooms.pop().unwrap();
+    assert_eq!(
+        (of, members.rev, members.users.len()),
+        (room(), Seq::new(1), 3)
+    );
+    let term = Term {
+        number: 1,
+        generation: 0,
+    };
+    let draft_of = |batch: &[NewMessage], last_seq: u64, rev: u64| {
+        let mut draft = draft(batch, term, &[("7_42", 0)]);
+        let members = RoomMembers {
+            rev: Seq::new(rev),
+            ..members.clone()
+        };
+        let expected = Expected {
+            last_seq: Seq::new(last_seq),
+            room: Some(members),
+        };
+        let mut all = std::mem::take(&mut draft.expected);
+        all.remove(&dialog("7_42"));
+        all.insert(room(), expected);
+        let terms = batch.iter().map(|entry| (entry.slot, term)).collect();
+        Draft::new(batch, terms, all)
+    };
+    let append = async |batch: &[NewMessage], last_seq, rev| {
+        let draft = draft_of(batch, last_seq, rev);
+        match store.append(&identity(), batch, draft).await.unwrap() {
+            Appended::Stored { written, .. } => Ok(fates(&written)),
+            Appended::Mismatch(mismatch) => Err(mismatch),
+        }
+    };
+    // Alone it is a call of a procedure; with others it is a text.
+    let alone = |key| [in_room(8, key)];
+    let two = |key| [in_room(8, key), in_room(9, key)];
+    assert_eq!(
+        append(&alone("a"), 1, 1).await,
+        Ok(vec!["2 [7, 8, 9]".into()])
+    );
+    let of_two = vec!["3 [7, 8, 9]".to_owned(), "4 [7, 8, 9]".to_owned()];
+    assert_eq!(append(&two("b"), 2, 1).await, Ok(of_two));
+    write(&store, &[change(7, "out", &[], &[9])]).await;
+    for rev in [1, 4, 6] {
+        assert_eq!(
+            append(&alone("c"), 5, rev).await,
+            Err(Mismatch::LastSeq),
+            "{rev}"
+        );
+        assert_eq!(
+            append(&two("c"), 5, rev).await,
+            Err(Mismatch::LastSeq),
+            "{rev}"
+        );
+        let with_another = [in_room(8, "c"), message("7_42", 7, "c", "y")];
+        let mixed = append(&with_another, 5, rev).await;
+        assert_eq!(mixed, Err(Mismatch::LastSeq), "{rev}");
+    }
+    assert_eq!(append(&alone("d"), 5, 5).await.map(|it| it.len()), Ok(1));
+    let page = store.page(&identity(), room(), Range::Newest, 10).await;
+    assert_eq!(page.unwrap().last_seq, Seq::new(6));
+}
+
+/// The time of an entry is not before that of the one before it, whatever the clock says.
+async fn the_time_does_not_step_back_within_a_dialog(kind: Kind) {
+    let (databases, store) = initialized(kind).await;
+    let ours = identity();
+    let written = write(&store, &[message("7_42", 7, "a", "x")]).await;
+    let WriteOutcome::Stored(first, _) = written[0] else {
+        panic!("{written:?}")
+    };
+    let ahead = first.at.micros() + 30_000_000;
+    if kind == Kind::Memory {
+        databases.memory[0].set_last_at(dialog("7_42"), Timestamp::from_micros(ahead));
+    } else {
+        let set = format!("UPDATE dialogs SET last_at = {ahead}");
+        databases.execute(0, &set).await;
+    }
+    let term = Term {
+        number: 1,
+        generation: 0,
+    };
+    for (key, expected) in [("b", &[("7_42", 1)][..]), ("b", &[])] {
+        let batch = [message("7_42", 7, key, "x")];
+        let appended = store.append(&ours, &batch, draft(&batch, term, expected));
+        let appended = appended.await.unwrap();
+        assert_eq!(
+            appended,
+            Appended::Mismatch(Mismatch::LastSeq),
+            "{expected:?}"
+        );
+    }
+    for key in ["b", "c"] {
+        let written = write(&store, &[message("7_42", 7, key, "x")]).await;
+        let WriteOutcome::Stored(place, _) = written[0] else {
+            panic!("{written:?}")
+        };
+        assert_eq!(place.at.micros(), ahead);
+    }
+    let page = store.page(&ours, dialog("7_42"), Range::Newest, 10).await;
+    let times = page
+        .unwrap()
+        .messages
+        .into_iter()
+        .map(|entry| entry.at.micros());
+    assert_eq!(times.collect::<Vec<_>>(), [first.at.micros(), ahead, ahead]);
+}
+
+/// A room comes to another shard as it is, in any order and any number of times; and a room of a
+/// slot that misses a part of its log takes nothing.
+async fn a_room_moves_with_its_members(kind: Kind) {
+    let databases = Databases::new(kind, 2).await;
+    let (a, b) = (open(&databases, 0), open(&databases, 1));
+    let meta_of = |name: &str| Meta {
+        shard_name: name.into(),
+        topology_phase: Phase::Normal,
+        ..meta()
+    };
+    let two = ShardIdentity {
+        shard_name: "shard2".into(),
+        ..identity()
+    };
+    for (store, name, owned) in [
+        (&a, "shard1", all_slots()),
+        (&b, "shard2", SlotSet::empty()),
+    ] {
+        store.migrate().await.unwrap();
+        store.initialize(&meta_of(name), &owned).await.unwrap();
+    }
+    let topology_ref = meta_of("shard1").topology_ref();
+    let slot = Slot::of(room());
+    let rows = async || a.dialog_rows(&identity(), slot).await.unwrap();
+    write(&a, &[create(&[8, 9]), in_room(9, "a")]).await;
+    let early = rows().await;
+    write(&a, &[change(7, "b", &[10], &[9]), in_room(10, "c")]).await;
+    mark(&a, &room().to_string(), 8, 3).await;
+    let late = rows().await;
+    let from_the_start = [(room(), Seq::ZERO)];
+    let messages = a.messages_of(&identity(), slot, &from_the_start, 10).await;
+    let messages = messages.unwrap();
+    let prepare = Step::Prepare {
+        from: "shard1".into(),
+        term: 2,
+    };
+    let prepared = b.step(&two, &topology_ref, slot, &prepare).await.unwrap();
+    prepared.unwrap();
+    for dialogs in [&early, &late, &early] {
+        let chunk = Chunk {
+            messages: messages.clone(),
+            dialogs: dialogs.clone(),
+        };
+        let copied = b.copy_in(&two, &topology_ref, slot, "shard1", 2, &chunk);
+        copied.await.unwrap().unwrap();
+    }
+    assert_eq!(b.dialog_rows(&two, slot).await.unwrap(), late);
+    let there = b.messages_of(&two, slot, &from_the_start, 10).await;
+    assert_eq!(there.unwrap(), messages);
+    let activate = |history| Step::Activate {
+        from: "shard1".into(),
+        term: 2,
+        generation: 0,
+        history,
+    };
+    let incomplete = History {
+        missing: BTreeSet::from(["shard3".to_owned()]),
+        ..History::default()
+    };
+    let active = b
+        .step(&two, &topology_ref, slot, &activate(incomplete))
+        .await;
+    active.unwrap().unwrap();
+    let batch = [in_room(8, "d"), change(7, "e", &[], &[8]), in_room(9, "a")];
+    let written = b.write(&two, &batch, false).await.unwrap();
+    let expected = [
+        "Refused(Unavailable)",
+        "Refused(Unavailable)",
+        "again 2 [7, 8]",
+    ];
+    assert_eq!(fates(&written.written), expected);
+    let view = b.room(&two, room(), user(8)).await.unwrap().slot.unwrap();
+    assert!(view.unmerged);
+}
+
 /// Every case on every store; the name says both.
 macro_rules! on_every_store {
     ($($case:ident)*) => {
@@ -1884,4 +2272,8 @@ on_every_store! {
     a_slot_moves_step_by_step_and_takes_no_other_step
     what_a_lost_shard_held_comes_in_once_and_in_its_place
     one_at_a_time_has_the_turn
+    a_room_is_what_its_log_says
+    a_draft_for_a_room_expects_its_members
+    the_time_does_not_step_back_within_a_dialog
+    a_room_moves_with_its_members
 }

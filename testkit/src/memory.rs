@@ -5,16 +5,18 @@
 use async_trait::async_trait;
 use chat::domain::dialog::{DialogId, Key, Seq, Timestamp, UserId};
 use chat::domain::ownership::{ReleaseStamp, SlotRow, SlotState, Step, StepRejected};
-use chat::domain::slot::Slot;
-use chat::domain::slot::SlotSet;
+use chat::domain::room::{Member, Room, Settings};
+use chat::domain::slot::{Slot, SlotSet};
 use chat::domain::topology::{Phase, TopologyRef};
 use chat::store::{
     Acceptance, Appended, BatchPlan, BatchResult, Chunk, Control, CoordinatorLock, CopiedMessage,
-    Counts, DialogLastSeq, DialogRow, Draft, Existing, InboxCursor, InboxRow, LastSeqs, LastSeqsOf,
-    MarkOutcome, Membership, Meta, Mismatch, NewMark, NewMessage, Page, PurgeOutcome, Range,
-    Receipt, ServedSlots, ShardIdentity, ShardInbox, SlotSize, Store, StoreError, StoredKey,
-    StoredMessage, UNREAD_CAP, as_duplicate, fits, missing,
+    Counts, DialogLastSeq, DialogRow, Draft, Existing, Head, InboxCursor, InboxRow, KnownRoom,
+    LastSeqs, LastSeqsOf, MarkOutcome, MemberState, Membership, Meta, Mismatch, NewMark,
+    NewMessage, Page, PurgeOutcome, Range, Receipt, RoomMember, RoomView, ServedSlots,
+    ShardIdentity, ShardInbox, SlotSize, Store, StoreError, StoredKey, StoredMessage, UNREAD_CAP,
+    UNREAD_LOOK, as_duplicate, fits, missing,
 };
+use chat_wire::Role;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -62,6 +64,8 @@ pub enum Guard {
     FenceOnReturn,
     /// What is merged is looked up by key.
     KeysOfMerges,
+    /// A draft for a room is stored only with the members that it was worked out with.
+    MembersOfAppends,
     /// A draft is stored only under the term of its slot that it was worked out with.
     TermOfAppends,
     /// A text ends at its first error, before COMMIT.
@@ -86,12 +90,21 @@ struct Data {
     off: Option<Guard>,
     meta: Option<Meta>,
     slots: Vec<(SlotRow, Timestamp)>,
-    dialogs: BTreeMap<(Slot, String), (Seq, Timestamp)>,
-    members: BTreeMap<(Slot, String, UserId), (Seq, Timestamp)>,
+    dialogs: BTreeMap<(Slot, String), DialogData>,
+    members: BTreeMap<(Slot, String, UserId), Membership>,
     messages: BTreeMap<(Slot, String, Seq), CopiedMessage>,
     keys: BTreeMap<(Slot, String, UserId, Key), Seq>,
     turn: Option<(u64, Instant)>,
     revocations: BTreeMap<UserId, u64>,
+}
+
+/// A row of dialogs.
+#[derive(Clone, Debug)]
+struct DialogData {
+    last_seq: Seq,
+    last_at: Timestamp,
+    members_rev: Seq,
+    settings: Option<String>,
 }
 
 /// How long the server keeps the coordinator lock of an instance that sends nothing.
@@ -146,7 +159,14 @@ impl Server {
     pub fn read_mark(&self, dialog: DialogId, user: UserId) -> Option<Seq> {
         let data = self.data.lock().unwrap();
         let place = (Slot::of(dialog), dialog.to_string(), user);
-        data.members.get(&place).map(|(read, _)| *read)
+        data.members.get(&place).map(|member| member.read_seq)
+    }
+
+    /// Sets the time of the last entry of a dialog, as a clock that is ahead would.
+    pub fn set_last_at(&self, dialog: DialogId, at: Timestamp) {
+        let mut data = self.data.lock().unwrap();
+        let place = (Slot::of(dialog), dialog.to_string());
+        data.dialogs.get_mut(&place).unwrap().last_at = at;
     }
 
     /// Every message there is.
@@ -276,25 +296,23 @@ impl Data {
 
     fn dialog_rows_of(&self, slot: Slot) -> impl Iterator<Item = DialogRow> {
         let of_slot = self.dialogs.range((slot, String::new())..);
-        of_slot.take_while(move |((of, _), _)| *of == slot).map(
-            move |((_, name), (last_seq, last_at))| DialogRow {
+        of_slot
+            .take_while(move |((of, _), _)| *of == slot)
+            .map(move |((_, name), row)| DialogRow {
                 dialog: name.parse().unwrap(),
-                last_seq: *last_seq,
-                last_at: *last_at,
+                last_seq: row.last_seq,
+                last_at: row.last_at,
+                members_rev: row.members_rev,
+                settings: row.settings.clone(),
                 members: self.members_of(slot, name),
-            },
-        )
+            })
     }
 
     fn members_of(&self, slot: Slot, name: &str) -> Vec<Membership> {
         let first = UserId::new(1).unwrap();
         let from = self.members.range((slot, name.to_owned(), first)..);
         from.take_while(|((of, dialog, _), _)| *of == slot && dialog == name)
-            .map(|((.., user), (read_seq, joined_at))| Membership {
-                user: *user,
-                read_seq: *read_seq,
-                joined_at: *joined_at,
-            })
+            .map(|(_, member)| member.clone())
             .collect()
     }
 
@@ -337,52 +355,102 @@ impl Data {
             let new = &batch[row.index];
             let message = CopiedMessage {
                 dialog: new.dialog,
-                seq: row.seq,
+                seq: row.place.seq,
                 author: new.author,
                 key: Some(new.key.clone()),
                 hash: new.hash,
-                kind: "text".into(),
-                text: new.text.as_str().to_owned(),
-                at: now,
+                kind: new.body.kind(),
+                of: None,
+                text: row.text(batch).to_owned(),
+                at: row.place.at,
                 duplicate_of: None,
             };
             self.insert(new.slot, message);
         }
         self.raise_to(plan, now);
+        for ((dialog, user), row) in &plan.members {
+            let membership = Membership {
+                user: *user,
+                read_seq: row.member.joined,
+                joined_at: now,
+                member: row.member,
+                until: row.until,
+            };
+            let place = (Slot::of(*dialog), dialog.to_string(), *user);
+            let there = self.members.entry(place).or_insert(membership.clone());
+            there.read_seq = there.read_seq.max(row.member.joined);
+            (there.member, there.until) = (row.member, row.until);
+        }
+        for (dialog, room) in plan.changed_rooms() {
+            let place = (Slot::of(dialog), dialog.to_string());
+            let there = self.dialogs.get_mut(&place).unwrap();
+            there.members_rev = room.rev;
+            there.settings = Some(room.settings.to_text());
+        }
+    }
+
+    /// What is known of a dialog.
+    fn head(&self, slot: Slot, dialog: DialogId) -> Head {
+        let name = dialog.to_string();
+        let Some(row) = self.dialogs.get(&(slot, name.clone())) else {
+            return Head::nothing();
+        };
+        let members = self.members_of(slot, &name).into_iter();
+        let members = members.filter(|member| member.until.is_none());
+        let room = (dialog.is_room() && row.last_seq > Seq::ZERO).then(|| Room {
+            rev: row.members_rev,
+            settings: Settings::parse(row.settings.as_deref()),
+            members: members.map(|member| (member.user, member.member)).collect(),
+        });
+        Head {
+            last_seq: row.last_seq,
+            last_at: row.last_at,
+            room: room.map(KnownRoom::Read),
+        }
     }
 
     /// Moves a read mark in a slot that is owned.
     fn mark_read(&mut self, mark: &NewMark) -> MarkOutcome {
         let name = mark.dialog.to_string();
         let last = self.dialogs.get(&(mark.slot, name.clone()));
-        let last = last.map_or(Seq::ZERO, |head| head.0);
+        let last = last.map_or(Seq::ZERO, |row| row.last_seq);
         let (backward, beyond) = (
             self.is_off(Guard::MarksGoForward),
             self.is_off(Guard::MarksEndAtTheLast),
         );
-        let Some(member) = self.members.get_mut(&(mark.slot, name, mark.user)) else {
+        let member = self.members.get_mut(&(mark.slot, name, mark.user));
+        let Some(member) = member.filter(|member| member.until.is_none()) else {
             return MarkOutcome::NoDialog;
         };
-        let read = if backward { Seq::ZERO } else { member.0 };
+        let read = if backward { Seq::ZERO } else { member.read_seq };
         let marked = mark.on(read, if beyond { mark.seq } else { last });
         if let MarkOutcome::At { seq, moved: true } = marked {
-            member.0 = seq;
+            member.read_seq = seq;
         }
         marked
     }
 
     fn raise_to(&mut self, plan: &BatchPlan, now: Timestamp) {
-        for ((slot, dialog), seq) in &plan.last_seqs {
+        for ((slot, dialog), place) in &plan.last_seqs {
             let member = |user| Membership {
                 user,
                 read_seq: Seq::ZERO,
                 joined_at: now,
+                member: Member {
+                    role: Role::Member,
+                    rev: Seq::ZERO,
+                    since: Seq::ZERO,
+                    joined: Seq::ZERO,
+                },
+                until: None,
             };
             let head = DialogRow {
                 dialog: *dialog,
-                last_seq: *seq,
-                last_at: now,
-                members: dialog.members().map(member).collect(),
+                last_seq: place.seq,
+                last_at: place.at,
+                members_rev: Seq::ZERO,
+                settings: None,
+                members: dialog.users().map(member).collect(),
             };
             self.raise(*slot, &head);
         }
@@ -393,14 +461,28 @@ impl Data {
         let there = self
             .dialogs
             .entry((slot, name.clone()))
-            .or_insert((head.last_seq, head.last_at));
-        *there = (there.0.max(head.last_seq), there.1.max(head.last_at));
+            .or_insert(DialogData {
+                last_seq: head.last_seq,
+                last_at: head.last_at,
+                members_rev: head.members_rev,
+                settings: head.settings.clone(),
+            });
+        there.last_seq = there.last_seq.max(head.last_seq);
+        there.last_at = there.last_at.max(head.last_at);
+        if head.members_rev > there.members_rev {
+            there.members_rev = head.members_rev;
+            there.settings.clone_from(&head.settings);
+        }
         for member in &head.members {
             let there = self
                 .members
                 .entry((slot, name.clone(), member.user))
-                .or_insert((member.read_seq, member.joined_at));
-            *there = (there.0.max(member.read_seq), there.1.min(member.joined_at));
+                .or_insert(member.clone());
+            there.read_seq = there.read_seq.max(member.read_seq);
+            there.joined_at = there.joined_at.min(member.joined_at);
+            if member.member.rev > there.member.rev {
+                (there.member, there.until) = (member.member, member.until);
+            }
         }
     }
 
@@ -426,11 +508,23 @@ impl Data {
     }
 }
 
+fn room_member(row: &Membership) -> RoomMember {
+    RoomMember {
+        user: row.user,
+        role: row.member.role,
+        since: row.member.since,
+        until: row.until,
+        read: row.read_seq,
+    }
+}
+
 fn stored(message: &CopiedMessage) -> StoredMessage {
     StoredMessage {
         seq: message.seq,
         author: message.author,
         key: message.key.as_ref().map(|key| key.as_str().to_owned()),
+        kind: message.kind.clone(),
+        of: message.of,
         text: message.text.clone(),
         at: message.at,
     }
@@ -519,17 +613,25 @@ impl Store for MemoryStore {
             let mut last = BTreeMap::new();
             for ((slot, dialog), planned) in &draft.plan.last_seqs {
                 let there = data.dialogs.get(&(*slot, dialog.to_string()));
-                let (seq, at) = there
-                    .copied()
-                    .unwrap_or((Seq::ZERO, Timestamp::from_micros(0)));
+                let nothing = (Seq::ZERO, Timestamp::from_micros(0), Seq::ZERO);
+                let (seq, at, rev) =
+                    there.map_or(nothing, |row| (row.last_seq, row.last_at, row.members_rev));
+                if at > now {
+                    return mismatch(Mismatch::LastSeq);
+                }
                 match draft.expected.get(dialog) {
-                    Some(expected) if *expected != seq || at.hour() != now.hour() => {
+                    Some(expected)
+                        if expected.last_seq != seq
+                            || at.hour() != now.hour()
+                            || (expected.members_rev() != rev
+                                && !data.is_off(Guard::MembersOfAppends)) =>
+                    {
                         return mismatch(Mismatch::LastSeq);
                     }
                     Some(_) => {}
                     None => {
                         let beginning = Seq::beginning(draft.terms[slot].generation);
-                        let count = draft.count(*slot, *planned);
+                        let count = draft.count(*slot, planned.seq);
                         last.insert(*dialog, Seq::new(seq.max(beginning).get() + count));
                     }
                 }
@@ -540,7 +642,7 @@ impl Store for MemoryStore {
             // What a database's unique keys refuse.
             let taken = plan.rows.iter().any(|row| {
                 let new = &batch[row.index];
-                let place = (new.slot, new.dialog.to_string(), row.seq);
+                let place = (new.slot, new.dialog.to_string(), row.place.seq);
                 let known = data.key_of(new.slot, new).is_some();
                 data.messages.contains_key(&place) || (known && !data.is_off(Guard::KeysOfWrites))
             });
@@ -580,21 +682,18 @@ impl Store for MemoryStore {
                     (message.slot, view)
                 })
                 .collect();
-            let last_seqs = batch.iter().filter_map(|message| {
-                let head = data
-                    .dialogs
-                    .get(&(message.slot, message.dialog.to_string()))?;
-                Some((message.dialog, head.0))
-            });
+            let heads = batch
+                .iter()
+                .map(|entry| (entry.dialog, data.head(entry.slot, entry.dialog)));
             let keys = batch.iter().filter_map(|message| {
                 let name = (message.dialog, message.author, message.key.clone());
                 let known = data.key_of(message.slot, message)?;
                 (!data.is_off(Guard::KeysOfWrites)).then_some((name, known))
             });
-            let (last_seqs, keys) = (last_seqs.collect(), keys.collect());
-            let plan = BatchPlan::new(batch, &slots, &last_seqs, &keys, now);
+            let (heads, keys) = (heads.collect(), keys.collect());
+            let plan = BatchPlan::new(batch, &slots, &heads, &keys, now);
             data.store(batch, &plan, now);
-            Ok(BatchResult::new(plan.outcomes, &slots, now))
+            Ok(plan.result(&slots, now))
         })
         .await
     }
@@ -640,7 +739,7 @@ impl Store for MemoryStore {
                 last_seq: data
                     .dialogs
                     .get(&(slot, name))
-                    .map_or(Seq::ZERO, |head| head.0),
+                    .map_or(Seq::ZERO, |row| row.last_seq),
                 messages,
             })
         })
@@ -658,25 +757,28 @@ impl Store for MemoryStore {
             data.check(identity)?;
             let below = below.map(|below| (below.last_at, below.dialog.to_string()));
             let mut rows = Vec::new();
-            for ((slot, name, member), (read_seq, _)) in &data.members {
-                let Some((last_seq, last_at)) = data.dialogs.get(&(*slot, name.clone())) else {
+            for ((slot, name, member), membership) in &data.members {
+                let Some(row) = data.dialogs.get(&(*slot, name.clone())) else {
                     continue;
                 };
-                let serves = data.row(*slot).state.answers_reads();
+                let (last_seq, last_at) = (&row.last_seq, &row.last_at);
+                let serves = data.row(*slot).state.answers_reads() && membership.until.is_none();
                 let matches = below
                     .as_ref()
                     .is_none_or(|below| (last_at, name) < (&below.0, &below.1));
                 let last = data.messages.get(&(*slot, name.clone(), *last_seq));
                 if let Some(last) = last.filter(|_| *member == user && serves && matches) {
                     let unread = data
-                        .above(*slot, name, *read_seq)
-                        .filter(|message| message.author != user);
+                        .above(*slot, name, membership.read_seq)
+                        .take(UNREAD_LOOK as usize)
+                        .filter(|entry| entry.author != user && entry.kind.is_text());
                     rows.push(InboxRow {
                         dialog: name.parse().unwrap(),
                         last_at: *last_at,
                         last: stored(last),
-                        read_seq: *read_seq,
+                        read_seq: membership.read_seq,
                         unread: unread.take(UNREAD_CAP as usize).count() as u32,
+                        title: Settings::parse(row.settings.as_deref()).title,
                     });
                 }
             }
@@ -699,31 +801,38 @@ impl Store for MemoryStore {
             data.check(identity)?;
             let mut slots = data.holding();
             let mut last_seqs = Vec::new();
-            for ((slot, name), (last_seq, last_at)) in &data.dialogs {
+            for ((slot, name), row) in &data.dialogs {
                 let dialog: DialogId = name.parse().unwrap();
-                let reads: Vec<(UserId, Seq)> = data
-                    .members
+                let asked = |member: &Membership| of.users().contains(&member.user);
+                let members = data.members_of(*slot, name);
+                let members: Vec<MemberState> = members
                     .iter()
-                    .filter(|((_, of, _), _)| of == name)
-                    .map(|((_, _, user), (read, _))| (*user, *read))
+                    .filter(|member| !dialog.is_room() || asked(member))
+                    .map(|member| MemberState {
+                        user: member.user,
+                        read: member.read_seq,
+                        until: member.until,
+                    })
                     .collect();
                 let matches = match of {
-                    LastSeqsOf::Dialogs(dialogs) => dialogs.contains(&dialog),
+                    LastSeqsOf::Dialogs { dialogs, .. } => dialogs.contains(&dialog),
                     LastSeqsOf::Users { users, within } => {
-                        reads.iter().any(|(user, _)| users.contains(user))
-                            && last_at.micros() >= now.micros() - within.as_micros() as i64
+                        members.iter().any(|member| users.contains(&member.user))
+                            && row.last_at.micros() >= now.micros() - within.as_micros() as i64
                     }
                 };
-                if matches && *last_seq > Seq::ZERO && data.row(*slot).state.answers_reads() {
+                let answers = data.row(*slot).state.answers_reads();
+                // As in the databases, which join the members.
+                if matches && row.last_seq > Seq::ZERO && answers && !members.is_empty() {
                     last_seqs.push(DialogLastSeq {
                         dialog,
-                        last_seq: *last_seq,
-                        last_at: *last_at,
-                        reads,
+                        last_seq: row.last_seq,
+                        last_at: row.last_at,
+                        members,
                     });
                 }
             }
-            if let LastSeqsOf::Dialogs(dialogs) = of {
+            if let LastSeqsOf::Dialogs { dialogs, .. } = of {
                 let mut asked = SlotSet::empty();
                 dialogs.iter().for_each(|dialog| {
                     asked.insert(Slot::of(*dialog));
@@ -736,6 +845,50 @@ impl Store for MemoryStore {
                 now,
                 slots,
             })
+        })
+        .await
+    }
+
+    async fn room(
+        &self,
+        identity: &ShardIdentity,
+        room: DialogId,
+        user: UserId,
+    ) -> Result<RoomView, StoreError> {
+        self.transact(|data, _| {
+            data.check(identity)?;
+            let (slot, name) = (Slot::of(room), room.to_string());
+            let row = data.dialogs.get(&(slot, name.clone()));
+            let members = data.members_of(slot, &name);
+            let settings = row.and_then(|row| row.settings.as_deref());
+            Ok(RoomView {
+                slot: Some(data.row(slot).view()),
+                last_seq: row.map_or(Seq::ZERO, |row| row.last_seq),
+                settings: Settings::parse(settings),
+                members: members.iter().filter(|it| it.until.is_none()).count() as u64,
+                me: members.iter().find(|it| it.user == user).map(room_member),
+            })
+        })
+        .await
+    }
+
+    async fn room_members(
+        &self,
+        identity: &ShardIdentity,
+        room: DialogId,
+        after: Option<UserId>,
+        read_to: Option<Seq>,
+        limit: u32,
+    ) -> Result<Vec<RoomMember>, StoreError> {
+        self.transact(|data, _| {
+            data.check(identity)?;
+            let members = data.members_of(Slot::of(room), &room.to_string());
+            let there = members.iter().filter(|it| {
+                it.until.is_none()
+                    && after.is_none_or(|after| it.user > after)
+                    && it.read_seq >= read_to.unwrap_or_default()
+            });
+            Ok(there.take(limit as usize).map(room_member).collect())
         })
         .await
     }
@@ -768,7 +921,7 @@ impl Store for MemoryStore {
                 dialogs: data
                     .dialogs
                     .iter()
-                    .filter(|((slot, _), head)| owned(*slot) && head.0 > Seq::ZERO)
+                    .filter(|((slot, _), row)| owned(*slot) && row.last_seq > Seq::ZERO)
                     .count() as u64,
                 messages: data
                     .messages

@@ -96,7 +96,7 @@ impl Proxy {
                 tail.extend_from_slice(&buffer[..n]);
                 let says = |what: &[u8]| tail.windows(what.len()).any(|window| window == what);
                 let commits_text = says(b"; COMMIT") && says(b"INSERT INTO m");
-                let stores = commits_text || says(b"CALL append_one");
+                let stores = commits_text || says(b"CALL append_");
                 tail.drain(..tail.len().saturating_sub(14));
                 let withhold = matches!(
                     *self.mode.borrow(),

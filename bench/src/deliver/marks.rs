@@ -53,10 +53,11 @@ pub(super) async fn marks(
                     dialog,
                     seq: sent.seq,
                     from: me,
-                    to: other,
+                    to: Some(other),
                     text,
                     at: sent.at,
                     key: Some(key),
+                    ..Message::default()
                 });
                 sends += 1;
             }

@@ -128,6 +128,7 @@ async fn prove(service: &mut Service, options: &Arc<Options>) -> anyhow::Result<
                         Event::Connected => drop(log.connected.fetch_add(1, Ordering::Relaxed)),
                         Event::Disconnected { .. } => locked(&log.closed).push(Instant::now()),
                         Event::Message(_)
+                        | Event::Entry(_)
                         | Event::Read(_)
                         | Event::Typing { .. }
                         | Event::Presence(_)

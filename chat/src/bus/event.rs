@@ -4,18 +4,20 @@
 use crate::domain::dialog::{DialogId, Key, Seq, Timestamp, UserId};
 use bytes::Bytes;
 use bytestring::ByteString;
-use chat_wire::{ReadMark, ServerFrame};
+use chat_wire::{Kind, ReadMark, ServerFrame};
 
 /// An event for the sessions of a user.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BusEvent {
-    /// A message is stored.
+    /// An entry is stored.
     Message {
         /// The dialog.
         dialog: DialogId,
-        /// The seq of the message.
+        /// The seq of the entry.
         seq: Seq,
-        /// The frame `message`.
+        /// What it is.
+        kind: Kind,
+        /// The frame `message` or `entry`.
         frame: ByteString,
     },
     /// The last seq of the dialog. Sent after a burst: if its last message is lost, no later
@@ -49,9 +51,9 @@ impl BusEvent {
     #[must_use]
     pub fn encode(&self) -> Bytes {
         let (line, frame) = match self {
-            BusEvent::Message { dialog, seq, frame } => {
-                (format!("message {dialog} {seq}"), Some(frame))
-            }
+            BusEvent::Message {
+                dialog, seq, frame, ..
+            } => (format!("message {dialog} {seq}"), Some(frame)),
             BusEvent::LastSeq { dialog, seq } => (format!("last_seq {dialog} {seq}"), None),
             BusEvent::Read {
                 dialog,
@@ -68,9 +70,9 @@ impl BusEvent {
     }
 
     /// Reads a payload from the bus; `None` if it is not what an instance publishes, or if it is
-    /// published for `user` and does not concern that user. The frame is made anew from its parts:
-    /// the bytes of another instance, or of somebody else who reaches the bus, never reach a client
-    /// as they are.
+    /// published for `user` and does not concern that user, as far as the id of the dialog says
+    /// that. The frame is made anew from its parts: the bytes of another instance, or of somebody
+    /// else who reaches the bus, never reach a client as they are.
     #[must_use]
     pub fn decode(bytes: &Bytes, user: Option<UserId>) -> Option<Self> {
         let end = bytes.iter().position(|byte| *byte == b'\n')?;
@@ -85,12 +87,17 @@ impl BusEvent {
             return words.next().is_none().then_some(event);
         }
         let dialog: DialogId = words.next()?.parse().ok()?;
-        let concerns = |user| dialog.members().any(|member| member == user);
+        let concerns = |user| dialog.is_room() || dialog.names(user);
         let event = match kind {
             "message" => {
                 let seq = seq(words.next())?;
-                let frame = message(frame, dialog, seq)?;
-                BusEvent::Message { dialog, seq, frame }
+                let (kind, frame) = message(frame, dialog, seq)?;
+                BusEvent::Message {
+                    dialog,
+                    seq,
+                    kind,
+                    frame,
+                }
             }
             "last_seq" => BusEvent::LastSeq {
                 dialog,
@@ -120,22 +127,23 @@ fn encoded(frame: &ServerFrame) -> Option<ByteString> {
     serde_json::to_string(frame).ok().map(Into::into)
 }
 
-/// The frame of a message at this place, by a member of the dialog to the other.
-fn message(frame: &str, dialog: DialogId, seq: Seq) -> Option<ByteString> {
-    let ServerFrame::Message(message) = parsed(frame)? else {
+/// The frame of an entry at this place, by a user of the dialog to the other.
+fn message(frame: &str, dialog: DialogId, seq: Seq) -> Option<(Kind, ByteString)> {
+    let (ServerFrame::Message(message) | ServerFrame::Entry(message)) = parsed(frame)? else {
         return None;
     };
     let from = UserId::new(message.from).ok()?;
-    let fits = dialog.members().any(|member| member == from)
+    let fits = (dialog.is_room() || dialog.names(from))
         && message.dialog == dialog.to_string()
         && message.seq == seq.get()
-        && message.to == dialog.counterpart(from).get()
+        && message.to == dialog.counterpart(from).map(UserId::get)
         && message.at.parse::<Timestamp>().is_ok()
         && message
             .key
             .as_ref()
             .is_none_or(|key| Key::new(key.clone()).is_ok());
-    fits.then(|| encoded(&ServerFrame::Message(message)))?
+    let kind = message.kind.clone();
+    fits.then(|| Some((kind, encoded(&ServerFrame::entry(message))?)))?
 }
 
 /// The frame of a read mark of a member of the dialog.
@@ -148,7 +156,7 @@ fn read(frame: &str, dialog: DialogId, user: UserId, seq: Seq) -> Option<ByteStr
         user: user.get(),
         seq: seq.get(),
     };
-    let fits = mark == expected && dialog.members().any(|member| member == user);
+    let fits = mark == expected && (dialog.is_room() || dialog.names(user));
     fits.then(|| encoded(&ServerFrame::Read(mark)))?
 }
 
@@ -160,7 +168,7 @@ fn typing(frame: &str, user: UserId) -> Option<ByteString> {
     let members: DialogId = dialog.parse().ok()?;
     let who_id = UserId::new(who).ok()?;
     let fits =
-        members.members().any(|member| member == user) && members.counterpart(user) == who_id;
+        members.is_room() || (members.names(user) && members.counterpart(user) == Some(who_id));
     fits.then(|| encoded(&ServerFrame::Typing { dialog, user: who }))?
 }
 
@@ -191,6 +199,7 @@ mod tests {
             BusEvent::Message {
                 dialog,
                 seq,
+                kind: Kind::Text,
                 frame: MESSAGE.into(),
             },
             BusEvent::LastSeq { dialog, seq },

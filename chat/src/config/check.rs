@@ -25,7 +25,7 @@ const MINUTE: i64 = 60 * SECOND;
 const HOUR: i64 = 60 * MINUTE;
 
 /// Every number among the settings. A test demands that none is missing.
-pub const RANGES: [(&str, RangeInclusive<i64>); 50] = [
+pub const RANGES: [(&str, RangeInclusive<i64>); 51] = [
     ("threads", 1..=256),
     ("start_wait_ms", 0..=HOUR),
     ("auth.leeway_seconds", 0..=300),
@@ -51,6 +51,7 @@ pub const RANGES: [(&str, RangeInclusive<i64>); 50] = [
     ("limits.history_page", 1..=1000),
     ("limits.history_page_bytes", 4 * KIB..=16 * MIB),
     ("limits.inbox_page", 1..=1000),
+    ("limits.room_members", 2..=100),
     ("limits.resume_dialogs", 1..=10_000),
     ("limits.resume_messages", 1..=100_000),
     ("limits.resume_hours", 1..=366 * 24),

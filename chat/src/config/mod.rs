@@ -129,6 +129,8 @@ pub struct Limits {
     pub history_page: u32,
     pub history_page_bytes: usize,
     pub inbox_page: u32,
+    /// Members of a room.
+    pub room_members: u32,
     pub resume_dialogs: u32,
     pub resume_messages: u32,
     pub watched_users: u32,

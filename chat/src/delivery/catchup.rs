@@ -12,7 +12,7 @@ use crate::messages::last_seqs::LastSeqReader;
 use crate::messages::{Messages, RequestError};
 use crate::metrics::Metrics;
 use crate::rng;
-use crate::store::{DialogLastSeq, Range};
+use crate::store::{DialogLastSeq, MemberState, Range};
 use chat_wire::{Message, ServerFrame};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -90,7 +90,6 @@ impl CatchUp {
         gap: Gap,
         mut after: Seq,
     ) -> Result<(), RequestError> {
-        let with = dialog.counterpart(self.me).get();
         let mut replayed = 0;
         if self.too_far(after, gap.newest) {
             self.send_resync(dialog, gap, gap.newest);
@@ -99,7 +98,7 @@ impl CatchUp {
         loop {
             let page = self
                 .messages
-                .history(self.me, with, Range::After(after), None)
+                .history(self.me, dialog, Range::After(after), None)
                 .await?;
             replayed += page.messages.len() as u64;
             for message in page.messages {
@@ -125,9 +124,8 @@ impl CatchUp {
         gap: Gap,
         since: Timestamp,
     ) -> Result<(), RequestError> {
-        let with = dialog.counterpart(self.me).get();
         let up_to = Range::Before(Seq::new(gap.newest.get().saturating_add(1)));
-        let page = self.messages.history(self.me, with, up_to, None).await?;
+        let page = self.messages.history(self.me, dialog, up_to, None).await?;
         // Both have the same format, so their texts sort by time.
         let since = since.to_string();
         let older = page
@@ -152,7 +150,7 @@ impl CatchUp {
     async fn found(&self, dialog: DialogId, gap: Gap, message: Message) -> bool {
         self.metrics.messages_caught_up.inc();
         let seq = Seq::new(message.seq);
-        let frame = encode(&ServerFrame::Message(message));
+        let frame = encode(&ServerFrame::entry(message));
         self.subscriber.found(dialog, gap, seq, frame).await
     }
 
@@ -225,7 +223,7 @@ impl CatchUp {
             .map(|(dialog, seq)| self.subscriber.position(*dialog, *seq))
             .collect();
         let dialogs: Vec<DialogId> = positions.iter().map(|(dialog, _)| *dialog).collect();
-        let current = self.last_seqs.of_dialogs(&dialogs).await;
+        let current = self.last_seqs.of_dialogs(&dialogs, self.me).await;
         let mut found = Resumption {
             incomplete: current.incomplete,
             ..Resumption::default()
@@ -239,21 +237,27 @@ impl CatchUp {
                 });
                 continue;
             };
-            for (user, seq) in state.reads.iter().filter(|(_, seq)| *seq > Seq::ZERO) {
-                found.reads.push((*dialog, *user, *seq));
+            // Of a room, one's own mark.
+            let told = |member: &&MemberState| {
+                member.read > Seq::ZERO && (!dialog.is_room() || member.user == self.me)
+            };
+            for member in state.members.iter().filter(told) {
+                found.reads.push((*dialog, member.user, member.read));
             }
-            if state.last_seq < *seq
-                || (state.last_seq > *seq && self.too_far(*seq, state.last_seq))
-            {
+            let last_seq = state.last_for(self.me);
+            // The history of a room that the user was never in says so.
+            let strange = dialog.is_room() && !state.has(self.me);
+            let too_far = last_seq > *seq && self.too_far(*seq, last_seq);
+            if last_seq < *seq || too_far || strange {
                 self.metrics.resyncs.inc();
-                self.subscriber.skip_to(*dialog, epoch, state.last_seq);
+                self.subscriber.skip_to(*dialog, epoch, last_seq);
                 found.resync.push(*dialog);
             } else {
                 self.subscriber.take(&BusEvent::LastSeq {
                     dialog: *dialog,
-                    seq: state.last_seq,
+                    seq: last_seq,
                 });
-                found.positions.push((*dialog, state.last_seq));
+                found.positions.push((*dialog, last_seq));
             }
         }
         found
@@ -275,14 +279,15 @@ impl CatchUp {
         // The positions are ordered by dialog.
         let known =
             |dialog: DialogId| positions.binary_search_by_key(&dialog, |(dialog, _)| *dialog);
-        let unknown = |state: &&DialogLastSeq| known(state.dialog).is_err();
+        let unknown = |state: &&DialogLastSeq| known(state.dialog).is_err() && state.has(self.me);
         for (n, state) in recent.of.values().filter(unknown).enumerate() {
             if positions.len() + n < self.replay_dialogs {
+                let seq = state.last_for(self.me);
                 self.subscriber.take(&BusEvent::LastSeq {
                     dialog: state.dialog,
-                    seq: state.last_seq,
+                    seq,
                 });
-                found.positions.push((state.dialog, state.last_seq));
+                found.positions.push((state.dialog, seq));
             } else {
                 found.resync.push(state.dialog);
             }

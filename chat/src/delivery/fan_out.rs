@@ -10,8 +10,9 @@ use crate::bus::{Bus, BusState, Loss, Topic};
 use crate::delivery::hints::Hints;
 use crate::delivery::registry::{Origin, Registry};
 use crate::domain::dialog::{DialogId, Seq, UserId};
+use crate::domain::room::RoomChange;
 use crate::messages::writer::{Committed, Stored};
-use crate::store::NewMark;
+use crate::store::{Audience, Body, DialogLastSeq, NewMark};
 use bytestring::ByteString;
 use chat_wire::{Message, ReadMark, ServerFrame};
 use std::sync::Arc;
@@ -56,21 +57,21 @@ impl Delivery {
         self.bus.losses()
     }
 
-    /// Sends an event to both users of the dialog.
+    /// Sends an event to those whom it concerns.
     pub fn committed(&self, committed: &Committed<'_>) {
         match committed {
-            Committed::Message(message) => self.message(message),
+            Committed::Message(entry) => self.entry(entry),
             Committed::Mark(mark) => self.read_mark(*mark),
         }
     }
 
-    /// Sends a committed message to both users of the dialog. It is encoded once for all receivers;
-    /// the session that sent it gets `sent` instead.
-    fn message(&self, committed: &Stored<'_>) {
-        let (message, place) = (committed.message, committed.place);
-        let dialog = message.dialog;
+    /// Sends a committed entry to its audience. It is encoded once for all receivers; the session
+    /// that sent it gets `sent` instead.
+    fn entry(&self, committed: &Stored<'_>) {
+        let (entry, place) = (committed.message, committed.place);
+        let dialog = entry.dialog;
         let (name, at) = (dialog.to_string(), place.at.to_string());
-        let key = message.key.as_str();
+        let key = entry.key.as_str();
         let origin = committed.origin.map(|requester| Origin {
             session: requester.session,
             answer: encode(&ServerFrame::Sent {
@@ -82,25 +83,37 @@ impl Delivery {
             }),
             repeat: committed.repeat,
         });
-        let frame = encode(&ServerFrame::Message(Message {
+        let mut message = Message {
             dialog: name,
             seq: place.seq.get(),
-            from: message.author.get(),
-            to: dialog.counterpart(message.author).get(),
-            text: message.text.as_str().to_owned(),
+            from: entry.author.get(),
+            to: dialog.counterpart(entry.author).map(UserId::get),
+            kind: entry.body.kind(),
+            text: entry.body.text().to_owned(),
             at,
             key: Some(key.to_owned()),
-        }));
-        let event = BusEvent::Message {
-            dialog,
-            seq: place.seq,
-            frame,
+            ..Message::default()
         };
-        self.deliver_local(dialog, &event, origin.as_ref());
-        self.hints.message(dialog, place.seq);
+        let audience = committed.audience;
+        let seq = place.seq;
+        let event = match (&entry.body, audience) {
+            (Body::Room { .. }, Audience::Changed(_, change)) => {
+                RoomChange::clone(change).describe(&mut message);
+                entry_event(dialog, seq, message)
+            }
+            // A repeat, whose content only the shard knows: it is read from there.
+            (Body::Room { .. }, Audience::Named | Audience::Members(_)) => {
+                BusEvent::LastSeq { dialog, seq }
+            }
+            (Body::Text(_), _) => entry_event(dialog, seq, message),
+        };
+        self.deliver_local(audience.users(dialog), &event, origin.as_ref());
+        self.hints.message(dialog, place.seq, audience);
     }
 
-    /// Sends a read mark to both users of the dialog, and to the sessions that requested it.
+    /// Sends a read mark to both users of the dialog, and to the sessions that requested it. In a
+    /// room it is sent to the user who has read: a hundred members who read each message would cost
+    /// a hundred times a hundred frames.
     fn read_mark(&self, mark: NewMark) {
         let NewMark {
             dialog, user, seq, ..
@@ -116,36 +129,63 @@ impl Delivery {
             seq,
             frame,
         };
-        self.deliver_local(dialog, &event, None);
+        if dialog.is_room() {
+            self.deliver_local(std::iter::once(user), &event, None);
+        } else {
+            self.deliver_local(dialog.users(), &event, None);
+        }
         self.hints.read(dialog, user, event);
     }
 
-    /// Sends to the other user of the dialog that `user` is typing.
-    pub fn typing(&self, dialog: DialogId, user: UserId) {
+    /// Sends to `others` that `user` is typing.
+    pub fn typing(
+        &self,
+        dialog: DialogId,
+        user: UserId,
+        others: impl Iterator<Item = UserId> + Clone,
+    ) {
         let event = BusEvent::Ephemeral {
             frame: encode(&ServerFrame::Typing {
                 dialog: dialog.to_string(),
                 user: user.get(),
             }),
         };
-        let others = || dialog.members().filter(|member| *member != user);
-        others().for_each(|other| self.registry.deliver(other, &event, None));
-        publish(&*self.bus, others(), &event);
+        let others = others.filter(|other| *other != user);
+        self.deliver_local(others, &event, None);
     }
 
-    /// Sends the last position of a dialog to the sessions on this instance.
-    pub fn last_seq(&self, dialog: DialogId, seq: Seq) {
-        for user in dialog.members() {
-            self.registry
-                .deliver(user, &BusEvent::LastSeq { dialog, seq }, None);
+    /// Sends the last position of a dialog to the sessions of its members on this instance.
+    pub fn last_seq(&self, dialog: &DialogLastSeq) {
+        for member in &dialog.members {
+            let event = BusEvent::LastSeq {
+                dialog: dialog.dialog,
+                seq: dialog.last_for(member.user),
+            };
+            self.registry.deliver(member.user, &event, None);
         }
     }
 
-    fn deliver_local(&self, dialog: DialogId, event: &BusEvent, origin: Option<&Origin>) {
-        for user in dialog.members() {
+    fn deliver_local(
+        &self,
+        users: impl Iterator<Item = UserId> + Clone,
+        event: &BusEvent,
+        origin: Option<&Origin>,
+    ) {
+        for user in users.clone() {
             self.registry.deliver(user, event, origin);
         }
-        publish(&*self.bus, dialog.members(), event);
+        publish(&*self.bus, users, event);
+    }
+}
+
+fn entry_event(dialog: DialogId, seq: Seq, message: Message) -> BusEvent {
+    let kind = message.kind.clone();
+    let frame = encode(&ServerFrame::entry(message));
+    BusEvent::Message {
+        dialog,
+        seq,
+        kind,
+        frame,
     }
 }
 

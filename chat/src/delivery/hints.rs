@@ -9,8 +9,9 @@ use crate::bus::{Bus, BusState, Listening, Sink, Topic};
 use crate::delivery::registry::Registry;
 use crate::domain::dialog::{DialogId, Seq, UserId};
 use crate::domain::slot::Slot;
+use crate::store::Audience;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 use tokio::runtime::Handle;
@@ -55,6 +56,10 @@ struct Inner {
 /// The recent events of one dialog since it was last silent.
 struct Burst {
     newest: Seq,
+    /// The members of a room who are sent its newest entry.
+    members: Arc<[UserId]>,
+    /// Those who have left meanwhile, with their last entry.
+    left: BTreeMap<UserId, Seq>,
     reads: Vec<(UserId, BusEvent)>,
     last: Instant,
     hinted: usize,
@@ -77,10 +82,9 @@ impl Hints {
         }
     }
 
-    /// Records a message.
-    pub fn message(&self, dialog: DialogId, seq: Seq) {
-        self.inner
-            .note(dialog, |burst| burst.newest = burst.newest.max(seq));
+    /// Records an entry.
+    pub fn message(&self, dialog: DialogId, seq: Seq, audience: &Audience) {
+        self.inner.note(dialog, |burst| burst.entry(seq, audience));
     }
 
     /// Records a read mark of `user`.
@@ -89,6 +93,22 @@ impl Hints {
             burst.reads.retain(|(reader, _)| *reader != user);
             burst.reads.push((user, mark));
         });
+    }
+}
+
+impl Burst {
+    fn entry(&mut self, seq: Seq, audience: &Audience) {
+        if let Audience::Members(users) | Audience::Changed(users, _) = audience
+            && seq > self.newest
+        {
+            let before = std::mem::replace(&mut self.members, users.clone());
+            if !Arc::ptr_eq(&before, users) {
+                let newest = self.newest;
+                let gone = before.iter().filter(|user| !users.contains(user));
+                self.left.extend(gone.map(|user| (*user, newest)));
+            }
+        }
+        self.newest = self.newest.max(seq);
     }
 }
 
@@ -103,6 +123,8 @@ impl Inner {
         }
         let burst = stripe.entry(dialog).or_insert_with(|| Burst {
             newest: Seq::ZERO,
+            members: Arc::default(),
+            left: BTreeMap::new(),
             reads: Vec::new(),
             last: Instant::now(),
             hinted: 0,
@@ -114,25 +136,46 @@ impl Inner {
 
     /// Returns the number of dialogs and the hints that are due; removes dialogs whose last hint
     /// has been published.
-    fn due(&self, stripe: &Mutex<HashMap<DialogId, Burst>>) -> (usize, Vec<BusEvent>) {
+    fn due(&self, stripe: &Mutex<HashMap<DialogId, Burst>>) -> (usize, Vec<Hint>) {
         let mut due = Vec::new();
         let mut stripe = lock(stripe);
         let dialogs = stripe.len();
         stripe.retain(|dialog, burst| {
             if burst.last.elapsed() >= HINT_AFTER[burst.hinted] {
                 burst.hinted += 1;
-                if burst.newest > Seq::ZERO {
-                    due.push(BusEvent::LastSeq {
+                let last_seq = |users, seq| Hint {
+                    users,
+                    event: BusEvent::LastSeq {
                         dialog: *dialog,
-                        seq: burst.newest,
-                    });
+                        seq,
+                    },
+                };
+                if burst.newest > Seq::ZERO {
+                    due.push(last_seq(burst.members.clone(), burst.newest));
                 }
-                due.extend(burst.reads.iter().map(|(_, mark)| mark.clone()));
+                let left = burst.left.iter();
+                due.extend(left.map(|(user, seq)| last_seq(Arc::new([*user]), *seq)));
+                due.extend(burst.reads.iter().map(|(reader, mark)| Hint {
+                    users: if dialog.is_room() {
+                        Arc::new([*reader])
+                    } else {
+                        Arc::default()
+                    },
+                    event: mark.clone(),
+                }));
             }
             burst.hinted < HINT_AFTER.len()
         });
         (dialogs, due)
     }
+}
+
+/// An event that is published again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Hint {
+    /// The users whom it is for, beside those whom the id of the dialog names.
+    users: Arc<[UserId]>,
+    event: BusEvent,
 }
 
 fn lock(stripe: &Mutex<HashMap<DialogId, Burst>>) -> MutexGuard<'_, HashMap<DialogId, Burst>> {
@@ -154,8 +197,8 @@ async fn hint(hints: Weak<Inner>, bus: Arc<dyn Bus>) {
                 break;
             }
             let (dialogs, due) = hints.due(stripe);
-            for event in &due {
-                pack(&mut publication, event);
+            for hint in &due {
+                pack(&mut publication, hint);
                 if publication.len() >= PUBLICATION {
                     bus.publish(Topic::Hints, publication.split().freeze());
                 }
@@ -172,27 +215,39 @@ async fn hint(hints: Weak<Inner>, bus: Arc<dyn Bus>) {
     }
 }
 
-/// Appends an event to a publication: its length in 32 bits, then its bytes.
-fn pack(publication: &mut BytesMut, event: &BusEvent) {
-    let event = event.encode();
+/// Appends a hint to a publication: the number of its users in 32 bits, then each in 64; the length
+/// of its event in 32 bits, then its bytes.
+fn pack(publication: &mut BytesMut, hint: &Hint) {
+    publication.put_u32(hint.users.len() as u32);
+    for user in hint.users.iter() {
+        publication.put_u64(user.get());
+    }
+    let event = hint.event.encode();
     publication.put_u32(event.len() as u32);
     publication.put(event);
 }
 
-/// Takes the first event from a publication; `None` at the end, or if it cannot be decoded.
-fn unpack(publication: &mut Bytes) -> Option<Bytes> {
+/// Takes the first hint from a publication; `None` at the end, or if it cannot be decoded.
+fn unpack(publication: &mut Bytes) -> Option<Hint> {
+    let users = publication.try_get_u32().ok()? as usize;
+    if users > publication.len() / size_of::<u64>() {
+        return None;
+    }
+    let users = (0..users).map(|_| publication.try_get_u64().ok());
+    let users: Option<Vec<UserId>> = users.map(|user| UserId::new(user?).ok()).collect();
     let length = publication.try_get_u32().ok()? as usize;
-    (length <= publication.len()).then(|| publication.split_to(length))
+    let event = (length <= publication.len()).then(|| publication.split_to(length))?;
+    Some(Hint {
+        users: users?.into(),
+        event: BusEvent::decode(&event, None)?,
+    })
 }
 
 /// Applies the hints of another instance to the sessions on this one.
 fn take(mut publication: Bytes, registry: &Registry) {
-    while let Some(event) = unpack(&mut publication) {
-        let event = BusEvent::decode(&event, None);
-        if let Some(event @ (BusEvent::LastSeq { dialog, .. } | BusEvent::Read { dialog, .. })) =
-            event
-        {
-            for user in dialog.members() {
+    while let Some(Hint { users, event }) = unpack(&mut publication) {
+        if let BusEvent::LastSeq { dialog, .. } | BusEvent::Read { dialog, .. } = event {
+            for user in dialog.users().chain(users.iter().copied()) {
                 registry.deliver(user, &event, None);
             }
         }
@@ -203,28 +258,60 @@ fn take(mut publication: Bytes, registry: &Registry) {
 mod tests {
     use super::*;
 
+    fn user(id: u64) -> UserId {
+        UserId::new(id).unwrap()
+    }
+
     #[test]
     fn a_publication_is_what_was_packed_and_ends_where_it_is_cut() {
-        let event: Vec<BusEvent> = (1..4)
-            .map(|seq| BusEvent::LastSeq {
-                dialog: "7_42".parse().unwrap(),
-                seq: Seq::new(seq),
+        let hints: Vec<Hint> = (1..4)
+            .map(|seq| Hint {
+                users: (1..seq).map(user).collect(),
+                event: BusEvent::LastSeq {
+                    dialog: "7_42".parse().unwrap(),
+                    seq: Seq::new(seq),
+                },
             })
             .collect();
         let mut publication = BytesMut::new();
-        event.iter().for_each(|event| pack(&mut publication, event));
+        hints.iter().for_each(|hint| pack(&mut publication, hint));
         let publication = publication.freeze();
         let received = |mut bytes: Bytes| {
             let mut received = Vec::new();
-            while let Some(event) = unpack(&mut bytes) {
-                received.extend(BusEvent::decode(&event, None));
+            while let Some(hint) = unpack(&mut bytes) {
+                received.push(hint);
             }
             received
         };
-        assert_eq!(received(publication.clone()), event);
+        assert_eq!(received(publication.clone()), hints);
         for end in 0..publication.len() {
             let cut = received(publication.slice(..end));
-            assert!(cut.len() < event.len() && event.starts_with(&cut), "{end}");
+            assert!(cut.len() < hints.len() && hints.starts_with(&cut), "{end}");
         }
+    }
+
+    #[test]
+    fn those_who_leave_are_hinted_at_their_last_entry() {
+        let mut burst = Burst {
+            newest: Seq::ZERO,
+            members: Arc::default(),
+            left: BTreeMap::new(),
+            reads: Vec::new(),
+            last: Instant::now(),
+            hinted: 0,
+        };
+        let of = |users: &[u64]| Audience::Members(users.iter().copied().map(user).collect());
+        burst.entry(Seq::new(1), &of(&[7, 8, 9]));
+        burst.entry(Seq::new(2), &of(&[7, 8, 9]));
+        burst.entry(Seq::new(3), &of(&[7, 9]));
+        burst.entry(Seq::new(2), &of(&[7, 8, 9]));
+        burst.entry(Seq::new(4), &of(&[9]));
+        let left: Vec<_> = burst
+            .left
+            .iter()
+            .map(|(user, seq)| (user.get(), seq.get()))
+            .collect();
+        assert_eq!(left, [(7, 3), (8, 2)]);
+        assert_eq!((burst.newest.get(), burst.members.len()), (4, 1));
     }
 }

@@ -169,7 +169,7 @@ async fn compare(
         for users in users.chunks(USERS_AT_ONCE) {
             let found = last_seqs.of_users(users, age).await;
             for dialog in found.of.values() {
-                delivery.last_seq(dialog.dialog, dialog.last_seq);
+                delivery.last_seq(dialog);
             }
             metrics.reconciled_dialogs.inc_by(found.of.len() as u64);
             tokio::time::sleep(BETWEEN).await;

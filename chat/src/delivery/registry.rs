@@ -9,7 +9,7 @@ use crate::delivery::subscriber::Subscriber;
 use crate::domain::dialog::{DialogId, Seq, UserId};
 use bytes::Bytes;
 use bytestring::ByteString;
-use chat_wire::Close;
+use chat_wire::{Close, Kind};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -32,8 +32,11 @@ struct Inner {
     /// Called when the first session of a user begins here and when the last one ends.
     on_presence_change: OnceLock<Arc<dyn Fn(UserId, bool) + Send + Sync>>,
     /// Called for messages that other instances have stored.
-    on_remote_message: OnceLock<Arc<dyn Fn(DialogId, Seq) + Send + Sync>>,
+    on_remote_message: OnceLock<OnRemoteMessage>,
 }
+
+/// Called with an entry that another instance has stored, and whether it changes a room.
+pub type OnRemoteMessage = Arc<dyn Fn(DialogId, Seq, bool) + Send + Sync>;
 
 /// A user with at least one session here.
 struct Present {
@@ -81,7 +84,7 @@ impl Registry {
 
     /// Registers a callback for messages to users of this instance that other instances have
     /// stored. Only the first registration counts.
-    pub fn on_remote_message(&self, callback: Arc<dyn Fn(DialogId, Seq) + Send + Sync>) {
+    pub fn on_remote_message(&self, callback: OnRemoteMessage) {
         let _ = self.inner.on_remote_message.set(callback);
     }
 
@@ -116,10 +119,14 @@ impl Registry {
             let registry = self.clone();
             let sink: Sink = Arc::new(move |payload| {
                 if let Some(event) = BusEvent::decode(&payload, Some(user)) {
-                    if let (BusEvent::Message { dialog, seq, .. }, Some(callback)) =
-                        (&event, registry.inner.on_remote_message.get())
+                    if let (
+                        BusEvent::Message {
+                            dialog, seq, kind, ..
+                        },
+                        Some(callback),
+                    ) = (&event, registry.inner.on_remote_message.get())
                     {
-                        callback(*dialog, *seq);
+                        callback(*dialog, *seq, *kind == Kind::Member);
                     }
                     registry.deliver(user, &event, None);
                 }
@@ -162,7 +169,12 @@ impl Registry {
         if let Some(present) = self.stripe(user).get(&user) {
             for (session, subscriber) in &present.sessions {
                 match (event, origin.filter(|origin| origin.session == *session)) {
-                    (BusEvent::Message { dialog, seq, frame }, Some(origin)) => {
+                    (
+                        BusEvent::Message {
+                            dialog, seq, frame, ..
+                        },
+                        Some(origin),
+                    ) => {
                         let answer = origin.answer.clone();
                         if origin.repeat {
                             subscriber.repeated(*dialog, *seq, frame.clone(), answer);
@@ -357,6 +369,7 @@ mod tests {
         let event = BusEvent::Message {
             dialog,
             seq,
+            kind: Kind::Text,
             frame: "message".into(),
         };
         let origin = Origin {

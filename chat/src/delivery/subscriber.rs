@@ -91,7 +91,9 @@ impl Subscriber {
     /// Applies an event.
     pub fn take(&self, event: &BusEvent) {
         let due = match event {
-            BusEvent::Message { dialog, seq, frame } => self.with(|sequencer, send| {
+            BusEvent::Message {
+                dialog, seq, frame, ..
+            } => self.with(|sequencer, send| {
                 sequencer.on_message(*dialog, *seq, frame.clone(), false, send)
             }),
             BusEvent::LastSeq { dialog, seq } => {

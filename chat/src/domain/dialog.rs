@@ -1,6 +1,7 @@
 //! The types of a dialog: users, ids, seqs, texts. Input is parsed into them once; no later code
 //! checks again.
 
+use data_encoding::BASE32_NOPAD;
 use siphasher::sip128::{Hasher128, SipHasher24};
 use std::fmt;
 use std::hash::Hasher;
@@ -53,47 +54,97 @@ impl fmt::Display for UserId {
     }
 }
 
-/// A dialog. Its canonical text is what the placement hashes and the shards store: `min_max`
-/// between two users.
+/// A log of entries with an order of its own: a dialog between two users, a room, or a feed.
 ///
-/// Rooms and feeds will be further kinds; what depends on the kind (who is in it, how it is
-/// written) is asked here.
+/// Its canonical text is what the placement hashes and the shards store: `7_42`, `r…`, `f7`. What
+/// depends on the kind is asked here or in [`super::room`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct DialogId {
+pub enum DialogId {
+    /// Between two users: `min_max`.
+    Pair(Pair),
+    /// Many users, who join and leave: `r` and 26 letters and digits.
+    Room(RoomId),
+    /// One user writes, everybody may read: `f` and the author.
+    Feed(UserId),
+}
+
+/// The two users of a dialog; the same user twice for notes to self.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Pair {
     low: UserId,
     high: UserId,
 }
 
+/// The name of a room: a hash of its creator and of the key of its creation. So the same request
+/// names the same room wherever it arrives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RoomId([u8; 16]);
+
 /// A text that is not the canonical form of a dialog id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a dialog id is written MIN_MAX, as in 7_42")]
+#[error("a dialog id is written MIN_MAX, as in 7_42, or is that of a room or a feed, as in f7")]
 pub struct InvalidDialogId;
 
 impl DialogId {
     /// The dialog between two users; with oneself, the notes to self.
     #[must_use]
     pub fn between(a: UserId, b: UserId) -> Self {
-        Self {
+        Self::Pair(Pair {
             low: a.min(b),
             high: a.max(b),
+        })
+    }
+
+    /// The room that `creator` makes with `key`.
+    #[must_use]
+    pub fn room(creator: UserId, key: &Key) -> Self {
+        let mut hasher = SipHasher24::new();
+        hasher.write(&creator.get().to_be_bytes());
+        hasher.write(key.as_str().as_bytes());
+        Self::Room(RoomId(hasher.finish128().as_bytes()))
+    }
+
+    /// The users whom the id names as readers and writers, each once: those of a dialog between
+    /// two. Nobody for a room, whose log decides that, and for a feed, which has no list.
+    pub fn users(self) -> impl Iterator<Item = UserId> + Clone {
+        let (low, high) = match self {
+            DialogId::Pair(Pair { low, high }) => (Some(low), (high != low).then_some(high)),
+            DialogId::Room(_) | DialogId::Feed(_) => (None, None),
+        };
+        low.into_iter().chain(high)
+    }
+
+    /// Whether the id names `user` as a reader and writer.
+    #[must_use]
+    pub fn names(self, user: UserId) -> bool {
+        self.users().any(|named| named == user)
+    }
+
+    /// The other user of a dialog between two, seen from `me`: `to` and `with` on the wire.
+    #[must_use]
+    pub fn counterpart(self, me: UserId) -> Option<UserId> {
+        match self {
+            DialogId::Pair(Pair { low, high }) => Some(if me == low { high } else { low }),
+            DialogId::Room(_) | DialogId::Feed(_) => None,
         }
     }
 
-    /// Everyone who reads and writes here, each once.
-    pub fn members(self) -> impl Iterator<Item = UserId> {
-        std::iter::once(self.low).chain((self.high != self.low).then_some(self.high))
-    }
-
-    /// The other user, seen from `me`: `to` and `with` on the wire.
+    /// Whether it is a room.
     #[must_use]
-    pub fn counterpart(self, me: UserId) -> UserId {
-        if me == self.low { self.high } else { self.low }
+    pub fn is_room(self) -> bool {
+        matches!(self, DialogId::Room(_))
     }
 }
 
 impl fmt::Display for DialogId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}_{}", self.low, self.high)
+        match self {
+            DialogId::Pair(Pair { low, high }) => write!(f, "{low}_{high}"),
+            DialogId::Room(RoomId(hash)) => {
+                write!(f, "r{}", BASE32_NOPAD.encode(hash).to_ascii_lowercase())
+            }
+            DialogId::Feed(author) => write!(f, "f{author}"),
+        }
     }
 }
 
@@ -101,15 +152,28 @@ impl FromStr for DialogId {
     type Err = InvalidDialogId;
 
     fn from_str(s: &str) -> Result<Self, InvalidDialogId> {
-        let (low, high) = s.split_once('_').ok_or(InvalidDialogId)?;
-        let low: UserId = low.parse().map_err(|_| InvalidDialogId)?;
-        let high: UserId = high.parse().map_err(|_| InvalidDialogId)?;
-        if low <= high {
-            Ok(Self { low, high })
+        let parsed = if let Some(hash) = s.strip_prefix('r') {
+            room_of(hash)
+        } else if let Some(author) = s.strip_prefix('f') {
+            author.parse().ok().map(DialogId::Feed)
         } else {
-            Err(InvalidDialogId)
-        }
+            s.split_once('_').and_then(|(low, high)| {
+                let (low, high) = (low.parse().ok()?, high.parse().ok()?);
+                (low <= high).then_some(DialogId::Pair(Pair { low, high }))
+            })
+        };
+        parsed.ok_or(InvalidDialogId)
     }
+}
+
+/// The room with this hash, in the canonical notation only: lower case, no bits left over.
+fn room_of(hash: &str) -> Option<DialogId> {
+    if hash.bytes().any(|byte| byte.is_ascii_uppercase()) {
+        return None;
+    }
+    let bytes = BASE32_NOPAD.decode(hash.to_ascii_uppercase().as_bytes());
+    let hash = bytes.ok()?.try_into().ok()?;
+    Some(DialogId::Room(RoomId(hash)))
 }
 
 /// The place of a message in its dialog: `generation << 40 | n`, n dense from 1 within a
@@ -234,6 +298,20 @@ impl fmt::Debug for Text {
 /// See [`Text::hash`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct TextHash(pub [u8; 16]);
+
+impl TextHash {
+    /// The hash of a request that is not a text alone. Its parts are kept apart by a byte that no
+    /// UTF-8 has.
+    #[must_use]
+    pub fn of(parts: &[&str]) -> Self {
+        let mut hasher = SipHasher24::new();
+        for part in parts {
+            hasher.write(part.as_bytes());
+            hasher.write(&[0xff]);
+        }
+        Self(hasher.finish128().as_bytes())
+    }
+}
 
 /// The client's name for a send: 1 to 64 bytes, unique per author and dialog.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -360,17 +438,44 @@ mod tests {
             DialogId::between(user(7), user(42)),
             "7_42".parse().unwrap()
         );
-        for bad in ["", "7", "42_7", "7_", "_7", "7_42_1", "07_42", "7-42", "r7"] {
+        for bad in [
+            "", "7", "42_7", "7_", "_7", "7_42_1", "07_42", "7-42", "r7", "f0", "f07", "f", "r",
+        ] {
             assert_eq!(bad.parse::<DialogId>(), Err(InvalidDialogId), "{bad}");
         }
     }
 
     #[test]
-    fn notes_to_self_have_one_member() {
+    fn notes_to_self_have_one_user() {
         let notes = DialogId::between(user(7), user(7));
         assert_eq!(notes.to_string(), "7_7");
-        assert_eq!(notes.members().count(), 1);
-        assert_eq!(notes.counterpart(user(7)), user(7));
+        assert_eq!(notes.users().count(), 1);
+        assert_eq!(notes.counterpart(user(7)), Some(user(7)));
+    }
+
+    #[test]
+    fn a_room_is_named_by_its_creator_and_key_and_a_feed_by_its_author() {
+        let key = |key: &str| Key::new(key.into()).unwrap();
+        let room = DialogId::room(user(7), &key("k"));
+        let name = room.to_string();
+        assert!(name.starts_with('r') && name.len() == 27, "{name}");
+        assert_eq!(name.parse(), Ok(room));
+        assert_eq!(room, DialogId::room(user(7), &key("k")));
+        assert_ne!(room, DialogId::room(user(8), &key("k")));
+        assert_ne!(room, DialogId::room(user(7), &key("l")));
+        assert_eq!((room.users().count(), room.counterpart(user(7))), (0, None));
+        for bad in [
+            name.to_uppercase(),
+            format!("{name}a"),
+            format!("R{}", &name[1..]),
+        ] {
+            assert_eq!(bad.parse::<DialogId>(), Err(InvalidDialogId), "{bad}");
+        }
+        // The last digit has bits to spare, which must be zero.
+        let spare = format!("{}b", &name[..26]);
+        assert_eq!(spare.parse::<DialogId>(), Err(InvalidDialogId), "{spare}");
+        assert_eq!("f7".parse(), Ok(DialogId::Feed(user(7))));
+        assert_eq!(DialogId::Feed(user(7)).to_string(), "f7");
     }
 
     #[test]

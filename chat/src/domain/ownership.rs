@@ -88,6 +88,8 @@ pub struct SlotView {
     pub generation: u32,
     /// Whether the slot has all messages that were ever acknowledged; see [`History`].
     pub complete: bool,
+    /// Whether a shard that was declared down may still return with messages of the slot.
+    pub unmerged: bool,
     /// The target of a sealed slot.
     pub peer: Option<String>,
 }
@@ -111,6 +113,7 @@ impl SlotView {
             term: term.number,
             generation: term.generation,
             complete: true,
+            unmerged: false,
             peer: None,
         }
     }
@@ -248,6 +251,7 @@ impl SlotRow {
             term: self.term,
             generation: self.generation,
             complete: self.history.is_complete(),
+            unmerged: !self.history.missing.is_empty(),
             peer: self.peer.clone(),
         }
     }

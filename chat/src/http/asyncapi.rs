@@ -116,8 +116,8 @@ pub fn document() -> Value {
 }
 
 /// The frames that a session receives without a request.
-const EVENTS: [&str; 7] = [
-    "welcome", "message", "resumed", "read", "typing", "presence", "error",
+const EVENTS: [&str; 8] = [
+    "welcome", "message", "entry", "resumed", "read", "typing", "presence", "error",
 ];
 
 /// What a message is.
@@ -129,6 +129,7 @@ fn described(message: &Value) -> Value {
 fn answer(request: &str) -> &'static str {
     match request {
         "send" => "sent",
+        "create" => "created",
         "history" => "history",
         "inbox" => "inbox",
         "resume" => "resumed",

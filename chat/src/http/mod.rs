@@ -12,6 +12,7 @@ mod frame_reader;
 mod health;
 mod page;
 mod rest;
+mod rooms;
 mod tcp;
 mod ws;
 mod tls;
@@ -128,6 +129,22 @@ pub fn routes(config: &mut web::ServiceConfig, app: &App, body_bytes: usize) {
         .service(at("/v1/dialogs").get(rest::inbox).only())
         .service(at(MESSAGES).get(rest::history).post(rest::send).only())
         .service(at("/v1/dialogs/{user}/read").put(rest::mark_read).only())
+        .service(at("/v1/rooms").post(rooms::create).only())
+        .service(at("/v1/rooms/{room}").get(rooms::room).only())
+        .service(
+            at("/v1/rooms/{room}/members")
+                .get(rooms::members)
+                .post(rooms::change)
+                .only(),
+        )
+        .service(
+            at("/v1/rooms/{room}/messages")
+                .get(rooms::history)
+                .post(rooms::send)
+                .only(),
+        )
+        .service(at("/v1/rooms/{room}/read").put(rooms::mark_read).only())
+        .service(at("/v1/rooms/{room}/readers").get(rooms::readers).only())
         .service(at("/v1/users/{user}/presence").get(rest::presence).only())
         .service(at("/v1/dev/token").post(rest::dev_token).only())
         .service(at("/v1/asyncapi.json").get(asyncapi::asyncapi).only())

@@ -5,13 +5,14 @@ use crate::audit;
 use crate::budget::cost;
 use crate::domain::dialog::UserId;
 use crate::error::ApiError;
-use crate::messages::{Outgoing, RequestError};
+use crate::messages::{self, Outgoing, RequestError, Target};
 use crate::session::range;
 use actix_web::dev::Payload;
 use actix_web::{FromRequest, HttpRequest, HttpResponse, web};
 use chat_wire::{
-    DevTokenRequest, ErrorBody, ErrorCode, HistoryPage, InboxEntry, InboxPage, Message, Presence,
-    ReadMark, ReadRequest, SendRequest, Sent, Token,
+    ChangeRoomRequest, CreateRoomRequest, DevTokenRequest, ErrorBody, ErrorCode, HistoryPage,
+    InboxEntry, InboxPage, Message, Presence, ReadMark, ReadRequest, Role, Room, RoomHistory,
+    RoomMember, RoomMembersPage, SendRequest, Sent, Token,
 };
 use serde::Deserialize;
 use std::future::{Ready, ready};
@@ -30,12 +31,17 @@ use utoipa::{IntoParams, IntoResponses, Modify, OpenApi};
     servers((url = "/", description = "The server that has this description")),
     tags(
         (name = "messages", description = "Send, read, and mark as read"),
+        (name = "rooms", description = "Make, change, and use rooms"),
         (name = "users", description = "Who is online"),
         (name = "development", description = "For embedded mode only")
     ),
-    paths(send, history, inbox, mark_read, presence, dev_token),
+    paths(
+        send, history, inbox, mark_read, presence, dev_token,
+        super::rooms::create, super::rooms::room, super::rooms::members, super::rooms::change,
+        super::rooms::send, super::rooms::history, super::rooms::mark_read, super::rooms::readers
+    ),
     components(schemas(
-        SendRequest, Sent, Message, HistoryPage, InboxPage, InboxEntry, ReadRequest, ReadMark, Presence, DevTokenRequest, Token, ErrorBody, ErrorCode
+        CreateRoomRequest, ChangeRoomRequest, Room, RoomMember, RoomMembersPage, RoomHistory, Role, SendRequest, Sent, Message, HistoryPage, InboxPage, InboxEntry, ReadRequest, ReadMark, Presence, DevTokenRequest, Token, ErrorBody, ErrorCode
     )),
     modifiers(&Bearer)
 )]
@@ -44,7 +50,7 @@ pub struct ApiDoc;
 /// The refusals of every route that needs a token.
 #[derive(IntoResponses)]
 #[allow(dead_code)] // for the description only
-enum Refusals {
+pub(super) enum Refusals {
     /// Malformed, or out of bounds.
     #[response(status = 400)]
     BadRequest(ErrorBody),
@@ -72,7 +78,7 @@ enum Refusals {
 /// The refusals of routes with a body.
 #[derive(IntoResponses)]
 #[allow(dead_code)] // for the description only
-enum BodyRefusals {
+pub(super) enum BodyRefusals {
     /// The body is larger than `limits.frame_bytes`.
     #[response(status = 413)]
     TooLarge(ErrorBody),
@@ -100,7 +106,7 @@ impl Modify for Bearer {
 
 /// The user of the token. It is the first parameter of a handler, so that the token is checked
 /// before the query and the body are read.
-pub struct Caller(UserId);
+pub struct Caller(pub UserId);
 
 impl FromRequest for Caller {
     type Error = HttpError;
@@ -151,16 +157,16 @@ fn unauthenticated(request: &HttpRequest, app: &App, refusal: ApiError) -> HttpE
     }
 }
 
-fn counted(app: &App, refusal: impl Into<ApiError>) -> HttpError {
+pub(super) fn counted(app: &App, refusal: impl Into<ApiError>) -> HttpError {
     let refusal = refusal.into();
     app.context.metrics.error(refusal.code);
     HttpError(refusal)
 }
 
-/// The user of a path.
-fn user(app: &App, path: &str) -> Result<u64, HttpError> {
+/// The dialog with the user of a path.
+fn user(app: &App, path: &str) -> Result<Target, HttpError> {
     path.parse::<UserId>()
-        .map(UserId::get)
+        .map(|user| Target::User(user.get()))
         .map_err(|e| counted(app, RequestError::from(e)))
 }
 
@@ -181,24 +187,34 @@ pub async fn send(
     body: web::Json<SendRequest>,
     app: web::Data<App>,
 ) -> Result<HttpResponse, HttpError> {
-    let to = user(&app, &path)?;
-    let SendRequest { key, text } = body.into_inner();
-    let sending = app
-        .context
-        .messages
-        .sending(me, Outgoing { to, key, text })
-        .map_err(|e| counted(&app, e))?;
-    let sent = sending.await.map_err(|e| counted(&app, e))?;
+    sent(&app, me, user(&app, &path)?, body.into_inner()).await
+}
+
+/// Stores a message, and answers with its place.
+pub(super) async fn sent(
+    app: &App,
+    me: UserId,
+    to: Target,
+    SendRequest { key, text }: SendRequest,
+) -> Result<HttpResponse, HttpError> {
+    let messages = &app.context.messages;
+    let sending = messages.sending(me, Outgoing { to, key, text });
+    let sending = sending.map_err(|e| counted(app, e))?;
+    Ok(stored(&sending.await.map_err(|e| counted(app, e))?))
+}
+
+/// The answer to a request whose entry is stored.
+pub(super) fn stored(sent: &messages::Sent) -> HttpResponse {
     let body = Sent {
         dialog: sent.dialog.to_string(),
         seq: sent.place.seq.get(),
         at: sent.place.at.to_string(),
     };
-    Ok(if sent.repeat {
+    if sent.repeat {
         HttpResponse::Ok().json(body)
     } else {
         HttpResponse::Created().json(body)
-    })
+    }
 }
 
 /// Which part of a dialog.
@@ -228,15 +244,22 @@ pub async fn history(
     query: web::Query<HistoryQuery>,
     app: web::Data<App>,
 ) -> Result<web::Json<HistoryPage>, HttpError> {
-    let with = user(&app, &path)?;
-    let range = range(query.before, query.after).map_err(|e| counted(&app, e))?;
-    let page = app
-        .context
-        .messages
-        .history(me, with, range, query.limit)
-        .await
-        .map_err(|e| counted(&app, e))?;
-    Ok(web::Json(page))
+    page_of(&app, me, &user(&app, &path)?, &query).await
+}
+
+/// A page of a dialog.
+pub(super) async fn page_of(
+    app: &App,
+    me: UserId,
+    of: &Target,
+    query: &HistoryQuery,
+) -> Result<web::Json<HistoryPage>, HttpError> {
+    let page = async {
+        let (dialog, range) = (of.dialog(me)?, range(query.before, query.after)?);
+        let messages = &app.context.messages;
+        messages.history(me, dialog, range, query.limit).await
+    };
+    Ok(web::Json(page.await.map_err(|e| counted(app, e))?))
 }
 
 /// Which page of an inbox.
@@ -286,7 +309,7 @@ pub async fn mark_read(
     let read = app
         .context
         .messages
-        .mark_read(me, with, body.seq)
+        .mark_read(me, &with, body.seq)
         .await
         .map_err(|e| counted(&app, e))?;
     Ok(web::Json(read.wire(me)))

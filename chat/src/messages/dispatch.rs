@@ -14,7 +14,7 @@ use crate::messages::slot_queue::{
 };
 use crate::messages::writer::{OnCommit, OnLanded, Shared, Writer};
 use crate::metrics::Metrics;
-use crate::store::{MarkOutcome, NewMark, NewMessage, Shard};
+use crate::store::{MarkOutcome, NewMark, NewMessage, RoomMembers, SeqCache, Shard};
 use arc_swap::ArcSwap;
 use std::collections::HashMap;
 use std::sync::{Arc, Weak};
@@ -139,13 +139,29 @@ impl Dispatch {
         Ok(self.inner.writer(&shard))
     }
 
-    /// Another instance has stored a message.
-    pub fn remote_message(&self, dialog: DialogId, seq: Seq) {
-        let shard = self.inner.cluster.known_owner(Slot::of(dialog));
+    /// Another instance has stored an entry; `changes_room`: it changes the members of a room.
+    pub fn remote_message(&self, dialog: DialogId, seq: Seq, changes_room: bool) {
+        self.with_cache(dialog, |seq_cache| {
+            seq_cache.remote_message(dialog, seq);
+            if changes_room {
+                seq_cache.forget_members(dialog);
+            }
+        });
+    }
+
+    /// The members of a room, as far as they are remembered since its last message.
+    #[must_use]
+    pub fn members(&self, room: DialogId) -> Option<RoomMembers> {
+        self.with_cache(room, |seq_cache| seq_cache.members(room))
+            .flatten()
+    }
+
+    fn with_cache<T>(&self, dialog: DialogId, work: impl FnOnce(&SeqCache) -> T) -> Option<T> {
+        let shard = self.inner.cluster.known_owner(Slot::of(dialog))?;
         let writers = self.inner.writers.load();
-        if let Some(writer) = shard.and_then(|shard| writers.get(&shard.number())) {
-            writer.seq_cache().remote_message(dialog, seq);
-        }
+        writers
+            .get(&shard.number())
+            .map(|writer| work(writer.seq_cache()))
     }
 }
 

@@ -3,6 +3,7 @@
 use super::dispatch::SubmitError;
 use super::slot_queue::Unsettled;
 use crate::domain::dialog::{InvalidKey, InvalidText, InvalidUserId};
+use crate::domain::room::Refusal;
 use crate::store::ShardError;
 use std::time::Duration;
 
@@ -34,6 +35,10 @@ pub enum RequestError {
     Unavailable,
     #[error("there is no such dialog yet")]
     NoDialog,
+    #[error("this dialog is not one of yours")]
+    NotYours,
+    #[error(transparent)]
+    Refused(#[from] Refusal),
 }
 
 impl From<SubmitError> for RequestError {

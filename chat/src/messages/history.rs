@@ -4,36 +4,70 @@
 use super::error::RequestError;
 use super::service::{Messages, page_limit};
 use crate::budget::cost;
-use crate::cluster::OwnerRetry;
 use crate::domain::dialog::{DialogId, Seq, UserId};
-use crate::domain::ownership::{SlotState, SlotView};
+use crate::domain::ownership::SlotView;
+use crate::domain::room::RoomChange;
 use crate::domain::slot::Slot;
 use crate::store::{Page, Range, Shard, StoredMessage};
-use chat_wire::{HistoryPage, Message};
+use chat_wire::{HistoryPage, Kind, Message};
 use std::sync::Arc;
 
 impl Messages {
-    /// A page of the dialog of `me` with `with`, in ascending order and without a gap.
+    /// A page of a dialog of `me`, in ascending order and without a gap. Of a room it has what `me`
+    /// may read.
     ///
     /// # Errors
     /// [`RequestError`].
     pub async fn history(
         &self,
         me: UserId,
-        with: u64,
+        dialog: DialogId,
         range: Range,
         limit: Option<u32>,
     ) -> Result<HistoryPage, RequestError> {
-        let dialog = DialogId::between(me, UserId::new(with)?);
         let limit = page_limit(limit, self.inner.limits.history_page)?;
-        // One message more than requested shows whether there are more.
         self.afford(me, cost::STATEMENT)?;
-        let page = self.page(me, dialog, range, limit + 1).await?;
+        // One message more than requested shows whether there are more.
+        let (page, range) = if dialog.is_room() {
+            self.room_page(me, dialog, range, limit + 1).await?
+        } else {
+            (self.page(me, dialog, range, limit + 1).await?, range)
+        };
         let bytes = page.messages.iter().map(|message| message.text.len()).sum();
         self.inner
             .budgets
             .charge(me, cost::answer(page.messages.len(), bytes));
         Ok(self.present(dialog, range, limit, &page))
+    }
+
+    /// A page of a room, cut to what `me` may read; and the range that was read.
+    ///
+    /// The page is read first and the membership after it: what a membership allows is right for a
+    /// page of before. So pages stay the same for all, and are shared.
+    async fn room_page(
+        &self,
+        me: UserId,
+        room: DialogId,
+        mut range: Range,
+        limit: u32,
+    ) -> Result<(Arc<Page>, Range), RequestError> {
+        for _ in 0..MEMBERSHIP_TRIES {
+            let page = self.page(me, room, range, limit).await?;
+            self.charge(me, cost::STATEMENT);
+            let (_, member) = self.membership(me, room).await?;
+            let readable = member.clamp(range);
+            if readable != range {
+                range = readable;
+                continue;
+            }
+            if page.messages.iter().all(|entry| member.reads(entry.seq)) {
+                return Ok((page, range));
+            }
+            let mut cut = Page::clone(&page);
+            cut.messages.retain(|entry| member.reads(entry.seq));
+            return Ok((Arc::new(cut), range));
+        }
+        Err(RequestError::Unavailable)
     }
 
     /// Reads a page from the shard that owns the slot, and checks that it has no gap.
@@ -44,46 +78,21 @@ impl Messages {
         range: Range,
         limit: u32,
     ) -> Result<Arc<Page>, RequestError> {
-        let slot = Slot::of(dialog);
-        let cluster = &self.inner.cluster;
-        let mut retry = OwnerRetry::default();
-        while retry.next().await {
-            if retry.is_repeat() {
-                cluster.find(slot).await;
+        let is_whole = |page: &Arc<Page>| {
+            let is_whole = is_contiguous(page, range, limit);
+            if !is_whole {
+                self.inner.metrics.history_gap_retries.inc();
+                tracing::error!(%dialog, "a page has a gap");
             }
-            let shard = cluster.route(slot).ok_or(RequestError::Unavailable)?;
-            let page = self.read(payer, shard, dialog, range, limit).await?;
-            let Some(view) = &page.slot else { continue };
-            let page = match (view.state, &view.peer) {
-                (SlotState::Owner, _) => page,
-                (SlotState::Sealed, Some(peer)) => {
-                    // It was not written to since it was sealed, unless the target has taken over
-                    // already.
-                    let Some(peer) = cluster.view().shard(peer).cloned() else {
-                        return Err(RequestError::Unavailable);
-                    };
-                    let theirs = self.read(payer, peer, dialog, range, limit).await?;
-                    let state = theirs.slot.as_ref().map(|view| view.state);
-                    match state {
-                        Some(SlotState::Owner) => theirs,
-                        Some(SlotState::Incoming) => page,
-                        Some(SlotState::None | SlotState::Sealed | SlotState::Fenced) | None => {
-                            continue;
-                        }
-                    }
-                }
-                (
-                    SlotState::None | SlotState::Sealed | SlotState::Incoming | SlotState::Fenced,
-                    _,
-                ) => continue,
-            };
-            if is_contiguous(&page, range, limit) {
-                return Ok(page);
-            }
-            self.inner.metrics.history_gap_retries.inc();
-            tracing::error!(%dialog, "a page has a gap");
-        }
-        Err(RequestError::Unavailable)
+            is_whole
+        };
+        self.from_owner(
+            Slot::of(dialog),
+            |shard| self.read(payer, shard, dialog, range, limit),
+            |page| page.slot.clone(),
+            is_whole,
+        )
+        .await
     }
 
     async fn read(
@@ -143,18 +152,30 @@ impl Messages {
     }
 }
 
-/// A message in the wire format.
+/// How often a page of a room is read, if the membership changes meanwhile.
+const MEMBERSHIP_TRIES: u32 = 3;
+
+/// An entry in the wire format.
 #[must_use]
-pub fn wire(dialog: DialogId, message: &StoredMessage) -> Message {
-    Message {
+pub fn wire(dialog: DialogId, entry: &StoredMessage) -> Message {
+    let mut message = Message {
         dialog: dialog.to_string(),
-        seq: message.seq.get(),
-        from: message.author.get(),
-        to: dialog.counterpart(message.author).get(),
-        text: message.text.clone(),
-        at: message.at.to_string(),
-        key: message.key.clone(),
+        seq: entry.seq.get(),
+        from: entry.author.get(),
+        to: dialog.counterpart(entry.author).map(UserId::get),
+        kind: entry.kind.clone(),
+        of: entry.of.map(Seq::get),
+        at: entry.at.to_string(),
+        key: entry.key.clone(),
+        ..Message::default()
+    };
+    match entry.kind {
+        Kind::Text => message.text.clone_from(&entry.text),
+        Kind::Member => RoomChange::parse(&entry.text).describe(&mut message),
+        // A later version says what it is.
+        Kind::Other(_) => {}
     }
+    message
 }
 
 /// Whether messages may be missing from a page that begins with `first`. While a slot lacks some,
@@ -210,12 +231,15 @@ fn is_contiguous(page: &Page, range: Range, limit: u32) -> bool {
 mod tests {
     use super::*;
     use crate::domain::dialog::Timestamp;
+    use crate::domain::ownership::SlotState;
 
     fn page(seqs: &[u64], last_seq: u64) -> Page {
         let message = |seq: &u64| StoredMessage {
             seq: Seq::new(*seq),
             author: UserId::new(1).unwrap(),
             key: None,
+            kind: Kind::Text,
+            of: None,
             text: "x".into(),
             at: Timestamp::from_micros(0),
         };
@@ -224,6 +248,7 @@ mod tests {
             state: SlotState::Owner,
             generation: 0,
             complete: true,
+            unmerged: false,
             peer: None,
         });
         Page {
@@ -286,6 +311,7 @@ mod tests {
                 state: SlotState::Owner,
                 generation: 1,
                 complete: false,
+                unmerged: true,
                 peer: None,
             });
             assert_eq!(is_contiguous(&page, Range::Newest, 5), whole, "{seqs:?}");
@@ -315,6 +341,7 @@ mod tests {
                 state: SlotState::Owner,
                 generation: 1,
                 complete,
+                unmerged: !complete,
                 peer: None,
             };
             assert_eq!(

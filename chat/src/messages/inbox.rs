@@ -153,7 +153,8 @@ fn inbox_page(
         .map(|row| format!("{}.{}", row.last_at.micros(), row.dialog));
     let dialogs = rows.iter().map(|row| InboxEntry {
         dialog: row.dialog.to_string(),
-        with: row.dialog.counterpart(me).get(),
+        with: row.dialog.counterpart(me).map(UserId::get),
+        title: row.title.clone(),
         last: wire(row.dialog, &row.last),
         read: row.read_seq.get(),
         unread: row.unread,
@@ -189,11 +190,14 @@ mod tests {
                 seq: Seq::new(seq),
                 author: UserId::new(7).unwrap(),
                 key: None,
+                kind: chat_wire::Kind::Text,
+                of: None,
                 text: "x".into(),
                 at: Timestamp::from_micros(0),
             },
             read_seq: Seq::ZERO,
             unread: 0,
+            title: None,
         };
         let part = |owned: SlotSet, sealed: SlotSet, seq: u64| ShardInbox {
             rows: vec![row(seq)],

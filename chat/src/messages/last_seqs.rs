@@ -71,9 +71,9 @@ impl LastSeqReader {
         }
     }
 
-    /// The last seqs of these dialogs. Those on shards that do not answer are missing, and the
-    /// shards named.
-    pub async fn of_dialogs(&self, dialogs: &[DialogId]) -> KnownLastSeqs {
+    /// The last seqs of these dialogs, for `user`. Those on shards that do not answer are missing,
+    /// and the shards named.
+    pub async fn of_dialogs(&self, dialogs: &[DialogId], user: UserId) -> KnownLastSeqs {
         let cluster = &self.inner.cluster;
         let mut left: BTreeSet<DialogId> = dialogs.iter().copied().collect();
         let mut known = KnownLastSeqs::default();
@@ -91,9 +91,10 @@ impl LastSeqReader {
                     part.push(dialog);
                 }
             }
-            let asked = by_shard
-                .values()
-                .map(|(shard, part)| self.ask(shard, LastSeqsOf::Dialogs(part.clone())));
+            let asked = by_shard.values().map(|(shard, part)| {
+                let (dialogs, users) = (part.clone(), vec![user]);
+                self.ask(shard, LastSeqsOf::Dialogs { dialogs, users })
+            });
             for ((shard, part), answer) in by_shard.values().zip(join_all(asked).await) {
                 let Ok(answer) = answer else {
                     known.incomplete.insert(shard.name().to_owned());
@@ -151,7 +152,7 @@ impl LastSeqReader {
                 covered.add(&answer.slots.sealed);
                 // The query was combined with others, for other users and perhaps older messages.
                 let ours = |entry: &&DialogLastSeq| {
-                    let of_ours = entry.reads.iter().any(|(user, _)| users.contains(user));
+                    let of_ours = users.iter().any(|user| entry.has(*user));
                     let micros = answer.now.micros().saturating_sub(entry.last_at.micros());
                     of_ours && u128::try_from(micros).unwrap_or(0) <= within.as_micros()
                 };
@@ -230,7 +231,7 @@ impl Inner {
 
 fn size(of: &LastSeqsOf) -> usize {
     match of {
-        LastSeqsOf::Dialogs(dialogs) => dialogs.len(),
+        LastSeqsOf::Dialogs { dialogs, .. } => dialogs.len(),
         LastSeqsOf::Users { users, .. } => users.len(),
     }
 }
@@ -241,7 +242,7 @@ fn take_together(waiting: &mut Vec<Question>) -> Vec<Question> {
     let (mut left, mut count) = (Vec::new(), 0);
     for question in waiting.drain(..) {
         let most = match question.of {
-            LastSeqsOf::Dialogs(_) => DIALOGS_AT_ONCE,
+            LastSeqsOf::Dialogs { .. } => DIALOGS_AT_ONCE,
             LastSeqsOf::Users { .. } => USERS_AT_ONCE,
         };
         let same_kind = taken.first().is_none_or(|first| {
@@ -265,19 +266,26 @@ fn together(questions: &[Question]) -> LastSeqsOf {
     let mut longest = Duration::ZERO;
     for question in questions {
         match &question.of {
-            LastSeqsOf::Dialogs(dialogs) => all_dialogs.extend(dialogs.iter().copied()),
+            LastSeqsOf::Dialogs { dialogs, users } => {
+                all_dialogs.extend(dialogs.iter().copied());
+                all_users.extend(users.iter().copied());
+            }
             LastSeqsOf::Users { users, within } => {
                 all_users.extend(users.iter().copied());
                 longest = longest.max(*within);
             }
         }
     }
-    if all_users.is_empty() {
-        LastSeqsOf::Dialogs(all_dialogs.into_iter().collect())
-    } else {
+    let users = all_users.into_iter().collect();
+    if all_dialogs.is_empty() {
         LastSeqsOf::Users {
-            users: all_users.into_iter().collect(),
+            users,
             within: longest,
+        }
+    } else {
+        LastSeqsOf::Dialogs {
+            dialogs: all_dialogs.into_iter().collect(),
+            users,
         }
     }
 }
@@ -302,7 +310,11 @@ mod tests {
 
     #[test]
     fn questions_of_a_kind_go_together_up_to_a_size_and_none_is_forgotten() {
-        let dialogs = || question(LastSeqsOf::Dialogs(vec!["7_42".parse().unwrap()]));
+        let of_dialogs = || LastSeqsOf::Dialogs {
+            dialogs: vec!["7_42".parse().unwrap()],
+            users: vec![UserId::new(7).unwrap()],
+        };
+        let dialogs = || question(of_dialogs());
         let mut waiting = vec![
             users(1, 201, 5),
             dialogs(),
@@ -320,10 +332,7 @@ mod tests {
         };
         assert_eq!((first.len(), asked.len(), within.as_secs()), (2, 250, 9));
         let second = take_together(&mut waiting);
-        assert_eq!(
-            together(&second),
-            LastSeqsOf::Dialogs(vec!["7_42".parse().unwrap()])
-        );
+        assert_eq!(together(&second), of_dialogs());
         assert_eq!(second.len(), 2);
         // One that is too large for itself is asked alone.
         waiting.push(users(1, 2000, 1));

@@ -9,9 +9,10 @@ use crate::budget::{Budgets, cost};
 use crate::cluster::Cluster;
 use crate::config;
 use crate::domain::dialog::{DialogId, Key, Seq, Text, UserId};
+use crate::domain::room::Refusal;
 use crate::metrics::Metrics;
 use crate::rate_limit::RateLimiter;
-use crate::store::{MarkOutcome, NewMark, NewMessage, Receipt};
+use crate::store::{Body, MarkOutcome, NewMark, NewMessage, Receipt};
 use chat_wire::ReadMark;
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,7 +28,7 @@ pub struct Messages {
 
 pub(super) struct Inner {
     pub(super) cluster: Cluster,
-    dispatch: Dispatch,
+    pub(super) dispatch: Dispatch,
     pub(super) limits: config::Limits,
     send_limit: Duration,
     rates: RateLimiter<UserId>,
@@ -36,18 +37,74 @@ pub(super) struct Inner {
     pub(super) metrics: Arc<Metrics>,
 }
 
+/// The dialog of a request, as the client names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// By the other user.
+    User(u64),
+    /// By its id.
+    Dialog(String),
+}
+
+impl Target {
+    /// The target of a frame, which names the user or the dialog.
+    ///
+    /// # Errors
+    /// [`RequestError::BadRequest`] if it names both or none.
+    pub fn of(user: Option<u64>, dialog: Option<String>) -> Result<Self, RequestError> {
+        match (user, dialog) {
+            (Some(user), None) => Ok(Target::User(user)),
+            (None, Some(dialog)) => Ok(Target::Dialog(dialog)),
+            (None, None) => Err(RequestError::BadRequest(
+                "a dialog is named by its other user (`to`, `with`) or by its id (`in`)",
+            )),
+            (Some(_), Some(_)) => Err(RequestError::BadRequest(
+                "a dialog is named either by its other user or by its id",
+            )),
+        }
+    }
+
+    /// The dialog, seen from `me`. A dialog between two users must be one of `me`; who is in a room
+    /// is for its shard to say.
+    ///
+    /// # Errors
+    /// [`RequestError`].
+    pub fn dialog(&self, me: UserId) -> Result<DialogId, RequestError> {
+        match self {
+            Target::User(user) => Ok(DialogId::between(me, UserId::new(*user)?)),
+            Target::Dialog(name) => match name.parse() {
+                Ok(dialog @ DialogId::Pair(_)) if dialog.names(me) => Ok(dialog),
+                Ok(DialogId::Pair(_)) => Err(RequestError::NotYours),
+                Ok(dialog @ DialogId::Room(_)) => Ok(dialog),
+                // Feeds come with a later version; an id of one is known, and leads nowhere.
+                Ok(DialogId::Feed(_)) => Err(RequestError::NoDialog),
+                Err(_) => Err(RequestError::BadRequest("in is not the id of a dialog")),
+            },
+        }
+    }
+}
+
 /// A request to send a message.
 #[derive(Clone, Debug)]
 pub struct Outgoing {
-    /// The receiver.
-    pub to: u64,
+    /// Where to.
+    pub to: Target,
     /// See [`Key`].
     pub key: String,
     /// See [`Text`].
     pub text: String,
 }
 
-/// A send that was stored.
+/// What became of a request for an entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Done {
+    /// Its entry is stored.
+    Stored(Sent),
+    /// It changes nothing.
+    Unchanged,
+}
+
+/// An entry that was stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sent {
     /// The dialog.
@@ -135,29 +192,49 @@ impl Messages {
         origin: Option<Requester>,
         answer: impl FnOnce(Result<Sent, RequestError>) + Send + 'static,
     ) -> Result<(), RequestError> {
-        let arrived = Instant::now();
-        let to = UserId::new(message.to)?;
+        let dialog = message.to.dialog(me)?;
         let key = Key::new(message.key)?;
         let text = Text::new(message.text, self.inner.limits.text_chars as usize)?;
+        self.submit(dialog, me, key, Body::Text(text), origin, |done| {
+            answer(done.and_then(|done| match done {
+                Done::Stored(sent) => Ok(sent),
+                // A message always changes something.
+                Done::Unchanged => Err(RequestError::Unavailable),
+            }));
+        })
+    }
+
+    /// Puts an entry into the queue of its slot, as [`Messages::send`].
+    pub(super) fn submit(
+        &self,
+        dialog: DialogId,
+        me: UserId,
+        key: Key,
+        body: Body,
+        origin: Option<Requester>,
+        answer: impl FnOnce(Result<Done, RequestError>) + Send + 'static,
+    ) -> Result<(), RequestError> {
+        let arrived = Instant::now();
         if let Err(retry_after) = self.inner.rates.check(&me) {
             return Err(RequestError::RateLimited {
                 limit: self.inner.limits.sends_per_second,
                 retry_after,
             });
         }
-        let dialog = DialogId::between(me, to);
         let deadline = arrived + self.inner.send_limit;
-        let message = NewMessage::new(dialog, me, key, text);
+        let message = NewMessage::new(dialog, me, key, body);
         let metrics = self.inner.metrics.clone();
         let settled = move |settled: Answer<Settled>| {
             metrics.send_seconds.observe(arrived.elapsed());
             answer(match settled {
-                Ok(Settled::Stored { place, repeat }) => Ok(Sent {
+                Ok(Settled::Stored { place, repeat }) => Ok(Done::Stored(Sent {
                     dialog,
                     place,
                     repeat,
-                }),
+                })),
+                Ok(Settled::Unchanged) => Ok(Done::Unchanged),
                 Ok(Settled::KeyReused) => Err(RequestError::KeyReused),
+                Ok(Settled::Refused(refusal)) => Err(refusal.into()),
                 Err(unsettled) => Err(unsettled.into()),
             });
         };
@@ -205,24 +282,26 @@ impl Messages {
         self.inner.budgets.charge(user, units);
     }
 
-    /// Another instance has stored a message.
-    pub fn remote_message(&self, dialog: DialogId, seq: Seq) {
-        self.inner.dispatch.remote_message(dialog, seq);
+    /// Another instance has stored an entry; `changes_room`: it changes the members of a room.
+    pub fn remote_message(&self, dialog: DialogId, seq: Seq, changes_room: bool) {
+        self.inner
+            .dispatch
+            .remote_message(dialog, seq, changes_room);
     }
 
-    /// Marks the dialog of `me` with `with` as read up to `seq`: forward only, and not beyond the
-    /// last message. A mark that has moved is delivered to both users. Of several marks within a
-    /// moment the highest is stored.
+    /// Marks a dialog of `me` as read up to `seq`: forward only, and not beyond the last message. A
+    /// mark that has moved is delivered to both users; in a room to the user who has read. Of
+    /// several marks within a moment the highest is stored.
     ///
     /// # Errors
     /// [`RequestError`].
     pub async fn mark_read(
         &self,
         me: UserId,
-        with: u64,
+        of: &Target,
         seq: u64,
     ) -> Result<ReadUpTo, RequestError> {
-        let dialog = DialogId::between(me, UserId::new(with)?);
+        let dialog = of.dialog(me)?;
         self.afford(me, cost::MARK)?;
         let mark = NewMark::new(dialog, me, Seq::new(seq));
         let deadline = Instant::now() + self.inner.send_limit;
@@ -234,6 +313,7 @@ impl Messages {
         self.inner.dispatch.submit_mark(mark, deadline, answer)?;
         match settling.await.unwrap_or(Err(Unsettled::Unavailable))? {
             MarkOutcome::At { seq, moved } => Ok(ReadUpTo { dialog, seq, moved }),
+            MarkOutcome::NoDialog if dialog.is_room() => Err(Refusal::NotMember.into()),
             MarkOutcome::NoDialog => Err(RequestError::NoDialog),
             MarkOutcome::NotOwner(_) => Err(RequestError::Unavailable),
         }

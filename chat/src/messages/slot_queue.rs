@@ -7,6 +7,7 @@
 //! one.
 
 use crate::domain::dialog::{DialogId, UserId};
+use crate::domain::room::Refusal;
 use crate::domain::slot::Slot;
 use crate::store::{self, MarkOutcome, NewMark, NewMessage};
 use prometheus_client::metrics::gauge::Gauge;
@@ -16,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::time::Instant;
 
 /// The outcome of a send that a shard has processed.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub enum Settled {
     /// It is stored; `repeat` if an earlier send with the same key had stored it.
     Stored {
@@ -27,6 +28,10 @@ pub enum Settled {
     },
     /// The key belongs to another text.
     KeyReused,
+    /// It changes nothing, and is not stored.
+    Unchanged,
+    /// The room does not take it.
+    Refused(Refusal),
 }
 
 /// The reason why a request was not processed.
@@ -276,7 +281,7 @@ impl SlotQueue {
     pub fn take_off(&mut self, most: Most, into: &mut Taken) -> bool {
         self.stage = Stage::InFlight;
         while let Some(job) = self.jobs.front()
-            && let size = store::size(job.message.text.as_str())
+            && let size = store::size(job.message.body.text())
             && most.fits(into, size)
         {
             into.bytes += size;
@@ -374,6 +379,7 @@ impl SlotQueue {
 mod tests {
     use super::*;
     use crate::domain::dialog::{Key, Seq, Text, UserId};
+    use crate::store::Body;
     use std::time::Duration;
 
     fn job(key: &str, taken: &Gauge) -> Job {
@@ -388,7 +394,7 @@ mod tests {
         );
         let place = QueuePermit::take(taken, 10).unwrap();
         Job {
-            message: NewMessage::new(dialog, UserId::new(7).unwrap(), key, text),
+            message: NewMessage::new(dialog, UserId::new(7).unwrap(), key, Body::Text(text)),
             origin: None,
             reply: Reply::new(Instant::now(), place, Box::new(drop)),
         }

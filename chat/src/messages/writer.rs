@@ -17,8 +17,8 @@ use crate::messages::slot_queue::{
 use crate::metrics::WriterMetrics;
 use crate::rng;
 use crate::store::{
-    self, Appended, MarkOutcome, Mismatch, NewMark, NewMessage, SeqCache, Shard, ShardError,
-    StoreError, WriteOutcome,
+    self, Appended, Audience, MarkOutcome, Mismatch, NewMark, NewMessage, SeqCache, Shard,
+    ShardError, StoreError, WriteOutcome,
 };
 use futures_util::future::{BoxFuture, FutureExt};
 use futures_util::stream::{FuturesUnordered, StreamExt};
@@ -33,7 +33,7 @@ use tokio::time::Instant;
 
 /// A commit, as reported to delivery.
 pub enum Committed<'a> {
-    /// A message.
+    /// An entry.
     Message(Stored<'a>),
     /// A read mark that has moved.
     Mark(NewMark),
@@ -49,6 +49,8 @@ pub struct Stored<'a> {
     pub origin: Option<&'a Requester>,
     /// Whether an earlier send with this key had stored it.
     pub repeat: bool,
+    /// Who is sent it.
+    pub audience: &'a Audience,
 }
 
 /// Called after COMMIT and before the answer, on the database runtime: it must not block.
@@ -347,9 +349,13 @@ impl Work {
 
     fn settle(&self, job: Job, written: WriteOutcome) {
         let metrics = &self.line.metrics;
-        let (place, repeat) = match written {
-            WriteOutcome::Stored(place) => (place, false),
-            WriteOutcome::Repeat(place) => (place, true),
+        let (place, audience, repeat) = match written {
+            WriteOutcome::Stored(place, audience) => (place, audience, false),
+            WriteOutcome::Repeat(place, audience) => (place, audience, true),
+            WriteOutcome::Unchanged => return job.reply.answer(Ok(Settled::Unchanged)),
+            WriteOutcome::Refused(refusal) => {
+                return job.reply.answer(Ok(Settled::Refused(refusal)));
+            }
             WriteOutcome::KeyReused | WriteOutcome::NotOwner(_) => {
                 return job.reply.answer(Ok(Settled::KeyReused));
             }
@@ -366,6 +372,7 @@ impl Work {
             place,
             origin: job.origin.as_ref(),
             repeat,
+            audience: &audience,
         }));
         job.reply.answer(Ok(Settled::Stored { place, repeat }));
     }

@@ -8,9 +8,11 @@
 use super::{Acceptance, Meta, ShardIdentity, StoreError, corrupt};
 use crate::domain::dialog::{DialogId, Key, Seq, TextHash, Timestamp, UserId};
 use crate::domain::ownership::{SlotRow, Step, StepRejected};
+use crate::domain::room::Member;
 use crate::domain::slot::Slot;
 use crate::domain::topology::{Phase, TopologyRef};
 use async_trait::async_trait;
+use chat_wire::{Kind, Role};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -27,8 +29,10 @@ pub struct CopiedMessage {
     pub key: Option<Key>,
     /// What a retry is compared by.
     pub hash: TextHash,
-    /// What it is: `text`.
-    pub kind: String,
+    /// What it is.
+    pub kind: Kind,
+    /// The seq of the entry that it is about.
+    pub of: Option<Seq>,
     /// What it says.
     pub text: String,
     /// When it was stored.
@@ -47,7 +51,11 @@ pub struct DialogRow {
     pub last_seq: Seq,
     /// When that was stored.
     pub last_at: Timestamp,
-    /// Its members, by user.
+    /// The seq of the entry that last changed the members of a room, or its settings.
+    pub members_rev: Seq,
+    /// The settings of a room, as they are stored.
+    pub settings: Option<String>,
+    /// Its members, by user, with those who have left.
     pub members: Vec<Membership>,
 }
 
@@ -60,6 +68,10 @@ pub struct Membership {
     pub read_seq: Seq,
     /// Since when.
     pub joined_at: Timestamp,
+    /// What the user is in a room: the row with the later entry is right.
+    pub member: Member,
+    /// The entry by which the user has left the room.
+    pub until: Option<Seq>,
 }
 
 /// A part of a slot on its way: messages in key order, and the rows of their dialogs as far as
@@ -264,7 +276,7 @@ pub(super) fn slot_row(raw: RawSlot) -> Result<SlotRow, StoreError> {
 
 /// The columns of a message, as [`RawMessage`] has them.
 pub(super) const MESSAGE_COLUMNS: &str =
-    "dialog, seq, author, client_key, text_hash, kind, text, created_at, duplicate_of";
+    "dialog, seq, author, client_key, text_hash, kind, of_seq, text, created_at, duplicate_of";
 
 /// A message in the table.
 pub(super) type RawMessage = (
@@ -274,24 +286,57 @@ pub(super) type RawMessage = (
     Option<Vec<u8>>,
     Vec<u8>,
     String,
+    Option<u64>,
     String,
     i64,
     Option<u64>,
 );
 
 pub(super) fn copied(raw: RawMessage) -> Result<CopiedMessage, StoreError> {
-    let (dialog, seq, author, key, hash, kind, text, at, duplicate_of) = raw;
+    let (dialog, seq, author, key, hash, kind, of, text, at, duplicate_of) = raw;
     Ok(CopiedMessage {
         dialog: dialog.parse().map_err(|_| corrupt("messages.dialog"))?,
         seq: Seq::new(seq),
         author: UserId::new(author).map_err(|_| corrupt("messages.author"))?,
         key: key.map(key_of).transpose()?,
         hash: hash_of(hash)?,
-        kind,
+        kind: kind.into(),
+        of: of.map(Seq::new),
         text,
         at: Timestamp::from_micros(at),
         duplicate_of: duplicate_of.map(Seq::new),
     })
+}
+
+/// The columns of a member, as [`RawMember`] has them.
+pub(super) const MEMBER_COLUMNS: &str =
+    "dialog, user_id, read_seq, joined_at, role, rev, since_seq, joined_seq, until_seq";
+
+/// A member in the table.
+pub(super) type RawMember = (String, u64, u64, i64, String, u64, u64, u64, Option<u64>);
+
+/// The name of the dialog, and the member.
+pub(super) fn membership(raw: RawMember) -> Result<(String, Membership), StoreError> {
+    let (dialog, user, read, joined_at, role, rev, since, joined, until) = raw;
+    let membership = Membership {
+        user: UserId::new(user).map_err(|_| corrupt("members.user_id"))?,
+        read_seq: Seq::new(read),
+        joined_at: Timestamp::from_micros(joined_at),
+        member: Member {
+            role: role_of(&role)?,
+            rev: Seq::new(rev),
+            since: Seq::new(since),
+            joined: Seq::new(joined),
+        },
+        until: until.map(Seq::new),
+    };
+    Ok((dialog, membership))
+}
+
+pub(super) fn role_of(name: &str) -> Result<Role, StoreError> {
+    let mut roles = [Role::Member, Role::Admin, Role::Owner].into_iter();
+    let role = roles.find(|role| role.as_str() == name);
+    role.ok_or_else(|| corrupt("members.role"))
 }
 
 pub(super) fn key_of(bytes: Vec<u8>) -> Result<Key, StoreError> {

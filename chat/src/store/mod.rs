@@ -24,7 +24,7 @@ mod sqlite;
 mod read_queue;
 mod shard;
 
-pub use batch_plan::{BatchPlan, Draft, Row, StoredKey};
+pub use batch_plan::{BatchPlan, Draft, Expected, Head, KnownRoom, MemberRow, Row, StoredKey};
 pub use control::{
     Chunk, Control, CoordinatorLock, CopiedMessage, DialogRow, Existing, Membership, PurgeOutcome,
     SlotSize, as_duplicate, fits, missing,
@@ -34,16 +34,17 @@ pub use meta::{Acceptance, Meta, ShardIdentity};
 pub use mysql::MysqlStore;
 pub use read_queue::{Busy, Payer, ReadPermit, ReadQueue};
 pub use records::{
-    Appended, BatchResult, Counts, DialogLastSeq, InboxCursor, InboxRow, LAST_SEQS_CAP, LastSeqs,
-    LastSeqsOf, MarkOutcome, Mismatch, NewMark, NewMessage, Page, Range, Receipt, ShardInbox,
-    StoredMessage, TRANSACTION_BYTES, UNREAD_CAP, WriteOutcome, size,
+    Appended, Audience, BatchResult, Body, Counts, DialogLastSeq, InboxCursor, InboxRow,
+    LAST_SEQS_CAP, LastSeqs, LastSeqsOf, MarkOutcome, MemberState, Mismatch, NewMark, NewMessage,
+    Page, Range, Receipt, RoomMember, RoomMembers, RoomView, ShardInbox, StoredMessage,
+    TRANSACTION_BYTES, UNREAD_CAP, UNREAD_LOOK, WriteOutcome, size,
 };
 pub use seq_cache::SeqCache;
 pub use served_slots::ServedSlots;
 pub use shard::{Health, Shard, ShardError, Timing};
 pub use sqlite::SqliteStore;
 
-use crate::domain::dialog::{DialogId, UserId};
+use crate::domain::dialog::{DialogId, Seq, UserId};
 use crate::domain::slot::SlotSet;
 use crate::domain::topology::Phase;
 use async_trait::async_trait;
@@ -124,6 +125,25 @@ pub trait Store: Send + Sync + 'static {
         identity: &ShardIdentity,
         of: &LastSeqsOf,
     ) -> Result<LastSeqs, StoreError>;
+
+    /// What a user is in a room, and what the room is, in one snapshot.
+    async fn room(
+        &self,
+        identity: &ShardIdentity,
+        room: DialogId,
+        user: UserId,
+    ) -> Result<RoomView, StoreError>;
+
+    /// At most `limit` members of a room, by user above `after`; with `read_to`, only those who
+    /// have read up to there.
+    async fn room_members(
+        &self,
+        identity: &ShardIdentity,
+        room: DialogId,
+        after: Option<UserId>,
+        read_to: Option<Seq>,
+        limit: u32,
+    ) -> Result<Vec<RoomMember>, StoreError>;
 
     /// Moves read marks forward in one transaction, each as [`NewMark::on`] says, and none in slots
     /// of others. A dialog and user are among them once.

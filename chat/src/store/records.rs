@@ -4,8 +4,10 @@ use super::served_slots::ServedSlots;
 use super::{StoreError, corrupt};
 use crate::domain::dialog::{DialogId, Key, Seq, Text, TextHash, Timestamp, UserId};
 use crate::domain::ownership::{SlotState, SlotView, Term};
+use crate::domain::room::{Refusal, Room, RoomChange, RoomRequest, Settings};
 use crate::domain::slot::Slot;
-use std::collections::HashMap;
+use chat_wire::{Kind, Role};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Bytes of messages that one transaction takes, by [`size`], but for a single message: as hex they
@@ -20,7 +22,7 @@ pub fn size(text: &str) -> usize {
     text.len() + BESIDE_TEXT
 }
 
-/// A message on its way into a shard.
+/// An entry on its way into a shard.
 #[derive(Clone, Debug)]
 pub struct NewMessage {
     /// The slot of `dialog`.
@@ -31,23 +33,77 @@ pub struct NewMessage {
     pub author: UserId,
     /// The author's name for it.
     pub key: Key,
-    /// What it says.
-    pub text: Text,
+    /// What it is.
+    pub body: Body,
     /// What a retry is compared by.
     pub hash: TextHash,
+}
+
+/// What an entry is.
+#[derive(Clone, Debug)]
+pub enum Body {
+    /// A message.
+    Text(Text),
+    /// What is asked of a room. Its entry holds what becomes of it.
+    Room {
+        /// What is asked.
+        request: RoomRequest,
+        /// The largest number of members.
+        limit: usize,
+    },
+}
+
+impl Body {
+    /// The text of a message; nothing of an entry whose content is only known once it is stored.
+    #[must_use]
+    pub fn text(&self) -> &str {
+        match self {
+            Body::Text(text) => text.as_str(),
+            Body::Room { .. } => "",
+        }
+    }
+
+    /// Whether it makes a room.
+    #[must_use]
+    pub fn makes_room(&self) -> bool {
+        match self {
+            Body::Room { request, .. } => request.creates(),
+            Body::Text(_) => false,
+        }
+    }
+
+    /// The kind of its entry.
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        match self {
+            Body::Text(_) => Kind::Text,
+            Body::Room { .. } => Kind::Member,
+        }
+    }
+
+    fn hash(&self) -> TextHash {
+        match self {
+            Body::Text(text) => text.hash(),
+            Body::Room { request, .. } => {
+                // Its keys are strings or numbers, and every value is one that JSON can write.
+                let request = serde_json::to_string(request).unwrap_or_default();
+                TextHash::of(&["room", &request])
+            }
+        }
+    }
 }
 
 impl NewMessage {
     /// Works out slot and hash.
     #[must_use]
-    pub fn new(dialog: DialogId, author: UserId, key: Key, text: Text) -> Self {
+    pub fn new(dialog: DialogId, author: UserId, key: Key, body: Body) -> Self {
         Self {
             slot: Slot::of(dialog),
             dialog,
             author,
             key,
-            hash: text.hash(),
-            text,
+            hash: body.hash(),
+            body,
         }
     }
 }
@@ -89,15 +145,67 @@ impl NewMark {
     }
 }
 
-/// What became of one message of a batch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Who is sent an entry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Audience {
+    /// The users whom the id of the dialog names.
+    Named,
+    /// These members of a room.
+    Members(Arc<[UserId]>),
+    /// The members of a room after a change of it, and those who have left with it.
+    Changed(Arc<[UserId]>, Box<RoomChange>),
+}
+
+impl Audience {
+    /// Each of them once.
+    pub fn users(&self, dialog: DialogId) -> impl Iterator<Item = UserId> + Clone {
+        let members = match self {
+            Audience::Named => &[][..],
+            Audience::Members(users) | Audience::Changed(users, _) => users,
+        };
+        dialog.users().chain(members.iter().copied())
+    }
+}
+
+/// The members of a room after an entry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RoomMembers {
+    /// The seq of the entry that last changed them.
+    pub rev: Seq,
+    /// By user id.
+    pub users: Arc<[UserId]>,
+}
+
+impl RoomMembers {
+    /// Those of a room.
+    #[must_use]
+    pub fn of(room: &Room) -> Self {
+        Self {
+            rev: room.rev,
+            users: room.members.keys().copied().collect(),
+        }
+    }
+
+    /// Whether a user is among them.
+    #[must_use]
+    pub fn has(&self, user: UserId) -> bool {
+        self.users.binary_search(&user).is_ok()
+    }
+}
+
+/// What became of one entry of a batch.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum WriteOutcome {
     /// It is committed, here.
-    Stored(Receipt),
+    Stored(Receipt, Audience),
     /// The same (dialog, author, key) with the same text was committed before, there.
-    Repeat(Receipt),
+    Repeat(Receipt, Audience),
     /// The same (dialog, author, key) was committed before with another text.
     KeyReused,
+    /// A request that changes nothing: there is no entry.
+    Unchanged,
+    /// The room does not take it.
+    Refused(Refusal),
     /// This shard does not own the slot: nothing was written. `None` if it has no row for it.
     NotOwner(Option<SlotState>),
 }
@@ -118,28 +226,10 @@ pub struct BatchResult {
     pub written: Vec<WriteOutcome>,
     /// The terms of the slots that take writes here.
     pub terms: Vec<(Slot, Term)>,
+    /// The members of its rooms after it.
+    pub rooms: Vec<(DialogId, RoomMembers)>,
     /// The shard's clock.
     pub now: Timestamp,
-}
-
-impl BatchResult {
-    /// Of a batch in these slots.
-    #[must_use]
-    pub fn new(
-        written: Vec<WriteOutcome>,
-        slots: &HashMap<Slot, SlotView>,
-        now: Timestamp,
-    ) -> Self {
-        let terms = slots
-            .iter()
-            .filter_map(|(slot, view)| Some((*slot, view.writable()?)))
-            .collect();
-        Self {
-            written,
-            terms,
-            now,
-        }
-    }
 }
 
 /// What became of a draft.
@@ -163,7 +253,8 @@ pub enum Appended {
 pub enum Mismatch {
     /// The shard does not own a slot under the term, or is another shard.
     Term,
-    /// A dialog has another last seq, or had no message yet in this hour.
+    /// A dialog has another last seq, had no message yet in this hour, or has one of a later time;
+    /// or a room has other members.
     LastSeq,
     /// A key is stored already.
     Key,
@@ -190,6 +281,10 @@ pub struct StoredMessage {
     pub author: UserId,
     /// The author's name for it.
     pub key: Option<String>,
+    /// What it is.
+    pub kind: Kind,
+    /// The seq of the entry that it is about.
+    pub of: Option<Seq>,
     /// What it says.
     pub text: String,
     /// When it was stored.
@@ -231,10 +326,15 @@ pub struct InboxRow {
     pub read_seq: Seq,
     /// Messages of others above that, counted up to [`UNREAD_CAP`].
     pub unread: u32,
+    /// The title of a room.
+    pub title: Option<String>,
 }
 
 /// Unread messages are counted up to here, which is shown as "99+".
 pub const UNREAD_CAP: u32 = 100;
+
+/// The largest number of entries that are looked at for that.
+pub const UNREAD_LOOK: u32 = 400;
 
 /// Where an inbox page begins: strictly below (`last_at`, `dialog`), which is how inboxes are
 /// ordered.
@@ -258,8 +358,13 @@ pub struct ShardInbox {
 /// The dialogs whose last seqs are requested.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LastSeqsOf {
-    /// These.
-    Dialogs(Vec<DialogId>),
+    /// These, of which rooms only as far as these users are or were in them.
+    Dialogs {
+        /// Which.
+        dialogs: Vec<DialogId>,
+        /// For whom.
+        users: Vec<UserId>,
+    },
     /// The dialogs of these users with recent messages, newest first and at most [`LAST_SEQS_CAP`].
     Users {
         /// Whose.
@@ -267,6 +372,16 @@ pub enum LastSeqsOf {
         /// How lately, by the shard's clock.
         within: Duration,
     },
+}
+
+impl LastSeqsOf {
+    /// For whom.
+    #[must_use]
+    pub fn users(&self) -> &[UserId] {
+        match self {
+            LastSeqsOf::Dialogs { users, .. } | LastSeqsOf::Users { users, .. } => users,
+        }
+    }
 }
 
 /// Dialogs that [`LastSeqsOf::Users`] gives at most.
@@ -281,11 +396,36 @@ pub struct DialogLastSeq {
     pub last_seq: Seq,
     /// When that was stored.
     pub last_at: Timestamp,
-    /// How far its members have read.
-    pub reads: Vec<(UserId, Seq)>,
+    /// Its members; of a room only those who were asked for.
+    pub members: Vec<MemberState>,
+}
+
+/// How far a dialog has come for a member.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemberState {
+    /// Who.
+    pub user: UserId,
+    /// Read up to here.
+    pub read: Seq,
+    /// The entry by which the user has left.
+    pub until: Option<Seq>,
 }
 
 impl DialogLastSeq {
+    /// Whether a user is or was in it.
+    #[must_use]
+    pub fn has(&self, user: UserId) -> bool {
+        self.members.iter().any(|member| member.user == user)
+    }
+
+    /// The last entry that a user may read.
+    #[must_use]
+    pub fn last_for(&self, user: UserId) -> Seq {
+        let member = self.members.iter().find(|member| member.user == user);
+        let until = member.and_then(|member| member.until);
+        until.map_or(self.last_seq, |until| until.min(self.last_seq))
+    }
+
     /// Of a dialog without a message.
     #[must_use]
     pub fn nothing(dialog: DialogId) -> Self {
@@ -293,7 +433,7 @@ impl DialogLastSeq {
             dialog,
             last_seq: Seq::ZERO,
             last_at: Timestamp::from_micros(0),
-            reads: Vec::new(),
+            members: Vec::new(),
         }
     }
 }
@@ -312,22 +452,26 @@ pub struct LastSeqs {
 impl LastSeqs {
     /// Puts together what was read a member at a time, in the order of dialogs.
     pub(super) fn of(
-        rows: Vec<(String, u64, i64, u64, u64)>,
+        rows: Vec<(String, u64, i64, u64, u64, Option<u64>)>,
         now: Timestamp,
         slots: ServedSlots,
     ) -> Result<Self, StoreError> {
         let mut dialogs: Vec<DialogLastSeq> = Vec::new();
-        for (dialog, last_seq, last_at, user, read_seq) in rows {
+        for (dialog, last_seq, last_at, user, read_seq, until) in rows {
             let dialog = dialog.parse().map_err(|_| corrupt("dialogs.dialog"))?;
             let user = UserId::new(user).map_err(|_| corrupt("members.user_id"))?;
-            let read = (user, Seq::new(read_seq));
+            let member = MemberState {
+                user,
+                read: Seq::new(read_seq),
+                until: until.map(Seq::new),
+            };
             match dialogs.last_mut().filter(|last| last.dialog == dialog) {
-                Some(last) => last.reads.push(read),
+                Some(last) => last.members.push(member),
                 None => dialogs.push(DialogLastSeq {
                     dialog,
                     last_seq: Seq::new(last_seq),
                     last_at: Timestamp::from_micros(last_at),
-                    reads: vec![read],
+                    members: vec![member],
                 }),
             }
         }
@@ -353,6 +497,50 @@ pub enum MarkOutcome {
     NoDialog,
     /// This shard does not own the slot: nothing was written.
     NotOwner(Option<SlotState>),
+}
+
+/// What a user is in a room, read in one snapshot together with the slot's row.
+#[derive(Clone, Debug)]
+pub struct RoomView {
+    /// What the shard is to the slot; `None` if it has no row for it.
+    pub slot: Option<SlotView>,
+    /// The last entry of the room; zero if there is no such room.
+    pub last_seq: Seq,
+    /// Its settings.
+    pub settings: Settings,
+    /// How many members it has.
+    pub members: u64,
+    /// The user who asks, if that user is or was in it.
+    pub me: Option<RoomMember>,
+}
+
+impl RoomView {
+    /// Of a shard that has no row for the slot.
+    #[must_use]
+    pub fn nothing() -> Self {
+        Self {
+            slot: None,
+            last_seq: Seq::ZERO,
+            settings: Settings::default(),
+            members: 0,
+            me: None,
+        }
+    }
+}
+
+/// A user's row in a room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RoomMember {
+    /// Who.
+    pub user: UserId,
+    /// What the user may do.
+    pub role: Role,
+    /// Entries from here on can be read.
+    pub since: Seq,
+    /// Entries up to here; `None` while the user is a member.
+    pub until: Option<Seq>,
+    /// Read up to here.
+    pub read: Seq,
 }
 
 /// The size of a shard, for operators.

@@ -5,7 +5,7 @@
 //! worked out from. What is remembered wrongly costs a round trip.
 
 use super::batch_plan::Draft;
-use super::{BatchResult, NewMark, NewMessage, WriteOutcome};
+use super::{BatchResult, Body, Expected, NewMark, NewMessage, RoomMembers, WriteOutcome};
 use crate::clock::now;
 use crate::domain::dialog::{DialogId, Seq, Timestamp};
 use crate::domain::ownership::Term;
@@ -25,6 +25,10 @@ pub struct SeqCache {
 #[derive(Default)]
 struct Stripe {
     terms: HashMap<Slot, Term>,
+    /// Of rooms that are remembered, the members, with the term of the slot. Bounded as the last
+    /// seqs are, but fewer: each may have a hundred members.
+    rooms: HashMap<DialogId, (Term, RoomMembers)>,
+    older_rooms: HashMap<DialogId, (Term, RoomMembers)>,
     /// Two generations of entries: when the young are many, the old are forgotten, and the young
     /// are the old.
     young: HashMap<DialogId, Remembered>,
@@ -44,6 +48,9 @@ const STRIPES: usize = 16;
 /// 48 bytes each.
 const YOUNG: usize = 4096;
 
+/// Young rooms of a stripe.
+const YOUNG_ROOMS: usize = 256;
+
 impl Default for SeqCache {
     fn default() -> Self {
         Self {
@@ -59,8 +66,9 @@ impl SeqCache {
         stripe.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Works out a batch by what is remembered; `None` if the term of a slot is not. Of the read
-    /// marks, those go with it whose slot's term is remembered.
+    /// Works out a batch by what is remembered; `None` if the term of a slot is not, or if it has
+    /// more for a room than messages of members that are remembered. Of the read marks, those go
+    /// with it whose slot's term is remembered.
     #[must_use]
     pub fn draft(&self, batch: &[NewMessage], marks: &[NewMark]) -> Option<Draft> {
         let shard_now = now().micros() + self.ahead.load(Ordering::Relaxed);
@@ -69,12 +77,24 @@ impl SeqCache {
         let mut expected = HashMap::with_capacity(batch.len());
         for message in batch {
             let stripe = self.stripe(message.slot);
-            terms.insert(message.slot, *stripe.terms.get(&message.slot)?);
+            let term = *stripe.terms.get(&message.slot)?;
+            terms.insert(message.slot, term);
             let remembered = stripe
                 .get(message.dialog)
                 .filter(|remembered| remembered.hour == hour);
-            if let Some(remembered) = remembered {
-                expected.insert(message.dialog, remembered.last_seq);
+            let last_seq = remembered.map(|remembered| remembered.last_seq);
+            let room = if message.dialog.is_room() {
+                let members = stripe.members(message.dialog, term)?;
+                let is_message = matches!(message.body, Body::Text(_));
+                if !(is_message && last_seq.is_some() && members.has(message.author)) {
+                    return None;
+                }
+                Some(members)
+            } else {
+                None
+            };
+            if let Some(last_seq) = last_seq {
+                expected.insert(message.dialog, Expected { last_seq, room });
             }
         }
         let mut with_them = Vec::new();
@@ -95,7 +115,30 @@ impl SeqCache {
         for (slot, term) in &receipt.terms {
             self.stripe(*slot).terms.insert(*slot, *term);
         }
+        for (room, members) in &receipt.rooms {
+            let slot = Slot::of(*room);
+            let mut stripe = self.stripe(slot);
+            if let Some(term) = stripe.terms.get(&slot).copied() {
+                stripe.keep_members(*room, term, members.clone());
+            }
+        }
         self.stored(batch, &receipt.written, receipt.now);
+    }
+
+    /// The members of a room, as far as they are remembered.
+    #[must_use]
+    pub fn members(&self, room: DialogId) -> Option<RoomMembers> {
+        let slot = Slot::of(room);
+        let stripe = self.stripe(slot);
+        let term = stripe.terms.get(&slot)?;
+        stripe.members(room, *term)
+    }
+
+    /// The members of a room have changed.
+    pub fn forget_members(&self, room: DialogId) {
+        let mut stripe = self.stripe(Slot::of(room));
+        stripe.rooms.remove(&room);
+        stripe.older_rooms.remove(&room);
     }
 
     /// Remembers where messages were stored.
@@ -103,7 +146,7 @@ impl SeqCache {
         let ahead = shard_now.micros() - now().micros();
         self.ahead.store(ahead, Ordering::Relaxed);
         for (message, written) in batch.iter().zip(written) {
-            if let WriteOutcome::Stored(place) = written {
+            if let WriteOutcome::Stored(place, _) = written {
                 let remembered = Remembered {
                     last_seq: place.seq,
                     hour: place.at.hour(),
@@ -140,6 +183,8 @@ impl SeqCache {
             let mut stripe = self.stripe(message.slot);
             stripe.young.remove(&message.dialog);
             stripe.old.remove(&message.dialog);
+            stripe.rooms.remove(&message.dialog);
+            stripe.older_rooms.remove(&message.dialog);
         }
     }
 
@@ -165,6 +210,22 @@ impl Stripe {
         remembered.copied()
     }
 
+    fn members(&self, room: DialogId, term: Term) -> Option<RoomMembers> {
+        let known = self
+            .rooms
+            .get(&room)
+            .or_else(|| self.older_rooms.get(&room));
+        let (of, members) = known?;
+        (*of == term).then(|| members.clone())
+    }
+
+    fn keep_members(&mut self, room: DialogId, term: Term, members: RoomMembers) {
+        if self.rooms.len() >= YOUNG_ROOMS && !self.rooms.contains_key(&room) {
+            self.older_rooms = std::mem::take(&mut self.rooms);
+        }
+        self.rooms.insert(room, (term, members));
+    }
+
     fn keep(&mut self, dialog: DialogId, remembered: Remembered) {
         if self.young.len() >= YOUNG && !self.young.contains_key(&dialog) {
             self.old = std::mem::take(&mut self.young);
@@ -177,7 +238,7 @@ impl Stripe {
 mod tests {
     use super::*;
     use crate::domain::dialog::{Key, Text, UserId};
-    use crate::store::Receipt;
+    use crate::store::{Audience, Receipt};
 
     const TERM: Term = Term {
         number: 3,
@@ -186,25 +247,24 @@ mod tests {
 
     fn message(dialog: &str, key: &str) -> NewMessage {
         let dialog: DialogId = dialog.parse().unwrap();
-        let author = dialog.members().next().unwrap();
+        let author = dialog.users().next().unwrap();
         let (key, text) = (
             Key::new(key.into()).unwrap(),
             Text::new("x".into(), 1).unwrap(),
         );
-        NewMessage::new(dialog, author, key, text)
+        NewMessage::new(dialog, author, key, Body::Text(text))
     }
 
     fn stored(seq: u64) -> WriteOutcome {
-        WriteOutcome::Stored(Receipt {
-            seq: Seq::new(seq),
-            at: now(),
-        })
+        let seq = Seq::new(seq);
+        WriteOutcome::Stored(Receipt { seq, at: now() }, Audience::Named)
     }
 
     fn receipt(batch: &[NewMessage], written: Vec<WriteOutcome>) -> BatchResult {
         BatchResult {
             written,
             terms: batch.iter().map(|message| (message.slot, TERM)).collect(),
+            rooms: Vec::new(),
             now: now(),
         }
     }
@@ -216,11 +276,11 @@ mod tests {
         seq_cache.learn(&batch, &receipt(&batch, vec![stored(5)]));
         let draft = seq_cache.draft(&batch, &[]).unwrap();
         assert_eq!(draft.terms[&batch[0].slot], TERM);
-        assert_eq!(draft.plan.rows[0].seq, Seq::new(6));
+        assert_eq!(draft.plan.rows[0].place.seq, Seq::new(6));
         seq_cache.remote_message(batch[0].dialog, Seq::new(8));
         seq_cache.remote_message(batch[0].dialog, Seq::new(7));
         let draft = seq_cache.draft(&batch, &[]).unwrap();
-        assert_eq!(draft.expected[&batch[0].dialog], Seq::new(8));
+        assert_eq!(draft.expected[&batch[0].dialog].last_seq, Seq::new(8));
         seq_cache.forget_last_seqs(&batch);
         seq_cache.remote_message(batch[0].dialog, Seq::new(9));
         assert!(seq_cache.draft(&batch, &[]).unwrap().expected.is_empty());
@@ -236,7 +296,10 @@ mod tests {
             seq: Seq::new(5),
             at: before,
         };
-        seq_cache.learn(&batch, &receipt(&batch, vec![WriteOutcome::Stored(place)]));
+        seq_cache.learn(
+            &batch,
+            &receipt(&batch, vec![WriteOutcome::Stored(place, Audience::Named)]),
+        );
         assert!(seq_cache.draft(&batch, &[]).unwrap().expected.is_empty());
     }
 
@@ -248,7 +311,11 @@ mod tests {
             message("7_42", "c"),
         ];
         let terms = batch.iter().map(|message| (message.slot, TERM)).collect();
-        let expected = HashMap::from([(batch[1].dialog, Seq::new(4))]);
+        let four = Expected {
+            last_seq: Seq::new(4),
+            room: None,
+        };
+        let expected = HashMap::from([(batch[1].dialog, four)]);
         let draft = Draft::new(&batch, terms, expected);
         assert_eq!(draft.count(batch[0].slot, Seq::new(2)), 2);
         let at = Timestamp::from_micros(9);
@@ -257,10 +324,12 @@ mod tests {
             .settle(&batch, at, &last)
             .into_iter()
             .filter_map(|written| match written {
-                WriteOutcome::Stored(place) if place.at == at => Some(place.seq.get()),
-                WriteOutcome::Stored(_)
-                | WriteOutcome::Repeat(_)
+                WriteOutcome::Stored(place, _) if place.at == at => Some(place.seq.get()),
+                WriteOutcome::Stored(..)
+                | WriteOutcome::Repeat(..)
                 | WriteOutcome::KeyReused
+                | WriteOutcome::Unchanged
+                | WriteOutcome::Refused(_)
                 | WriteOutcome::NotOwner(_) => None,
             })
             .collect();

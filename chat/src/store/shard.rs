@@ -9,10 +9,11 @@
 use super::read_queue::{Busy, Payer, ReadPermit, ReadQueue};
 use super::{
     Appended, BatchResult, Counts, Database, Draft, InboxCursor, LastSeqs, LastSeqsOf, MarkOutcome,
-    NewMark, NewMessage, Page, Range, ServedSlots, ShardIdentity, ShardInbox, SlotSize, StoreError,
+    NewMark, NewMessage, Page, Range, RoomMember, RoomView, ServedSlots, ShardIdentity, ShardInbox,
+    SlotSize, StoreError,
 };
 use crate::config;
-use crate::domain::dialog::{DialogId, UserId};
+use crate::domain::dialog::{DialogId, Seq, UserId};
 use crate::domain::ownership::SlotRow;
 use crate::domain::slot::Slot;
 use crate::metrics::ShardMetrics;
@@ -512,6 +513,39 @@ impl Shard {
         let _permit = self.read_permit(Some(user)).await?;
         self.call(move |inner| async move {
             inner.store.inbox(&inner.identity, user, below, limit).await
+        })
+        .await
+    }
+
+    /// [`super::Store::room`].
+    ///
+    /// # Errors
+    /// [`ShardError`].
+    pub async fn room(&self, room: DialogId, user: UserId) -> Result<RoomView, ShardError> {
+        let _permit = self.read_permit(Some(user)).await?;
+        self.call(move |inner| async move { inner.store.room(&inner.identity, room, user).await })
+            .await
+    }
+
+    /// [`super::Store::room_members`], for `payer`.
+    ///
+    /// # Errors
+    /// [`ShardError`].
+    pub async fn room_members(
+        &self,
+        payer: UserId,
+        room: DialogId,
+        after: Option<UserId>,
+        read_to: Option<Seq>,
+        limit: u32,
+    ) -> Result<Vec<RoomMember>, ShardError> {
+        let _permit = self.read_permit(Some(payer)).await?;
+        self.call(move |inner| async move {
+            let identity = &inner.identity;
+            inner
+                .store
+                .room_members(identity, room, after, read_to, limit)
+                .await
         })
         .await
     }

@@ -29,6 +29,12 @@ pub enum ErrorCode {
     BadUser,
     /// The same key was already used in this dialog for another text.
     KeyReused,
+    /// The user is not a member of the room.
+    NotMember,
+    /// The room would have too many members.
+    RoomFull,
+    /// The shard that holds the members of the room is declared down. Repeat with the same key.
+    RoomUnavailable,
     /// The user has exceeded a rate limit.
     RateLimited,
     /// A queue of the server is full. Nothing was stored: repeat with the same key.
@@ -45,7 +51,7 @@ pub enum ErrorCode {
 
 impl ErrorCode {
     /// All codes.
-    pub const ALL: [ErrorCode; 16] = [
+    pub const ALL: [ErrorCode; 19] = [
         ErrorCode::BadRequest,
         ErrorCode::Unauthenticated,
         ErrorCode::Forbidden,
@@ -56,6 +62,9 @@ impl ErrorCode {
         ErrorCode::TextTooLong,
         ErrorCode::BadUser,
         ErrorCode::KeyReused,
+        ErrorCode::NotMember,
+        ErrorCode::RoomFull,
+        ErrorCode::RoomUnavailable,
         ErrorCode::RateLimited,
         ErrorCode::Overloaded,
         ErrorCode::ShardDown,
@@ -78,6 +87,9 @@ impl ErrorCode {
             ErrorCode::TextTooLong => "text_too_long",
             ErrorCode::BadUser => "bad_user",
             ErrorCode::KeyReused => "key_reused",
+            ErrorCode::NotMember => "not_member",
+            ErrorCode::RoomFull => "room_full",
+            ErrorCode::RoomUnavailable => "room_unavailable",
             ErrorCode::RateLimited => "rate_limited",
             ErrorCode::Overloaded => "overloaded",
             ErrorCode::ShardDown => "shard_down",
@@ -93,6 +105,7 @@ impl ErrorCode {
         matches!(
             self,
             ErrorCode::RateLimited
+                | ErrorCode::RoomUnavailable
                 | ErrorCode::RequestTimeout
                 | ErrorCode::Overloaded
                 | ErrorCode::ShardDown

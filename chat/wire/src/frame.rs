@@ -23,17 +23,49 @@ pub enum ClientFrame {
         )]
         key: String,
         /// The user id of the recipient; the user's own id for notes to self.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
         #[cfg_attr(
             feature = "openapi",
             schema(minimum = 1, maximum = 9_007_199_254_740_991_u64, example = 42)
         )]
-        to: u64,
+        to: Option<u64>,
+        /// Instead of `to`: the id of the dialog, also of a room.
+        #[serde(default, rename = "in", skip_serializing_if = "Option::is_none")]
+        #[cfg_attr(feature = "openapi", schema(max_length = 40, example = "7_42"))]
+        dialog: Option<String>,
         /// 1 to 4,000 characters, stored exactly as sent.
         #[cfg_attr(
             feature = "openapi",
             schema(min_length = 1, max_length = 16_383, example = "hi")
         )]
         text: String,
+    },
+    /// Makes a room, with the user as its owner. The same `key` always names the same room.
+    Create {
+        /// Repeated in the answer.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        #[cfg_attr(feature = "openapi", schema(max_length = 64))]
+        id: Option<String>,
+        /// The request itself.
+        #[serde(flatten)]
+        room: crate::CreateRoomRequest,
+    },
+    /// Changes a room: its members, their roles, its title.
+    Members {
+        /// Repeated in the answer.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        #[cfg_attr(feature = "openapi", schema(max_length = 64))]
+        id: Option<String>,
+        /// The id of the room.
+        #[serde(rename = "in")]
+        #[cfg_attr(
+            feature = "openapi",
+            schema(max_length = 40, example = "raaaaaaaaaaaaaaaaaaaaaaaaaa")
+        )]
+        dialog: String,
+        /// The request itself.
+        #[serde(flatten)]
+        change: crate::ChangeRoomRequest,
     },
     /// Requests a page of the dialog with `with`: below `before`, above `after`, or the newest
     /// messages.
@@ -43,11 +75,16 @@ pub enum ClientFrame {
         #[cfg_attr(feature = "openapi", schema(max_length = 64))]
         id: Option<String>,
         /// The user id of the other participant.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
         #[cfg_attr(
             feature = "openapi",
             schema(minimum = 1, maximum = 9_007_199_254_740_991_u64, example = 42)
         )]
-        with: u64,
+        with: Option<u64>,
+        /// Instead of `with`: the id of the dialog, also of a room.
+        #[serde(default, rename = "in", skip_serializing_if = "Option::is_none")]
+        #[cfg_attr(feature = "openapi", schema(max_length = 40, example = "7_42"))]
+        dialog: Option<String>,
         /// Messages with a smaller seq, the newest of them.
         #[serde(default)]
         before: Option<u64>,
@@ -80,11 +117,16 @@ pub enum ClientFrame {
         #[cfg_attr(feature = "openapi", schema(max_length = 64))]
         id: Option<String>,
         /// The user id of the other participant.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
         #[cfg_attr(
             feature = "openapi",
             schema(minimum = 1, maximum = 9_007_199_254_740_991_u64, example = 42)
         )]
-        with: u64,
+        with: Option<u64>,
+        /// Instead of `with`: the id of the dialog, also of a room.
+        #[serde(default, rename = "in", skip_serializing_if = "Option::is_none")]
+        #[cfg_attr(feature = "openapi", schema(max_length = 40, example = "7_42"))]
+        dialog: Option<String>,
         /// The seq of the last message that was read. A smaller one than before has no effect.
         #[cfg_attr(feature = "openapi", schema(minimum = 0, example = 118))]
         seq: u64,
@@ -111,11 +153,16 @@ pub enum ClientFrame {
         #[cfg_attr(feature = "openapi", schema(max_length = 64))]
         id: Option<String>,
         /// The user id of the other participant.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
         #[cfg_attr(
             feature = "openapi",
             schema(minimum = 1, maximum = 9_007_199_254_740_991_u64, example = 42)
         )]
-        with: u64,
+        with: Option<u64>,
+        /// Instead of `with`: the id of the dialog, also of a room.
+        #[serde(default, rename = "in", skip_serializing_if = "Option::is_none")]
+        #[cfg_attr(feature = "openapi", schema(max_length = 40, example = "7_42"))]
+        dialog: Option<String>,
     },
     /// Subscribes to the presence of these users: their state now, and each change.
     Watch {
@@ -154,8 +201,9 @@ pub enum ClientFrame {
     },
 }
 
-/// A stored message. Its identity is (`dialog`, `seq`).
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// A stored entry of a dialog: a message, or what its `kind` says. Its identity is (`dialog`,
+/// `seq`).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Message {
     /// The dialog, e.g. `7_42`.
@@ -170,17 +218,25 @@ pub struct Message {
         schema(minimum = 1, maximum = 9_007_199_254_740_991_u64, example = 42)
     )]
     pub from: u64,
-    /// The user id of the recipient.
+    /// The user id of the recipient, in a dialog between two users.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(
         feature = "openapi",
         schema(minimum = 1, maximum = 9_007_199_254_740_991_u64, example = 42)
     )]
-    pub to: u64,
-    /// The text, exactly as it was sent.
-    #[cfg_attr(
-        feature = "openapi",
-        schema(min_length = 1, max_length = 16_383, example = "hi")
-    )]
+    pub to: Option<u64>,
+    /// What the entry is; missing for a message. A client shows nothing for a kind that it does not
+    /// know.
+    #[serde(default, skip_serializing_if = "Kind::is_text")]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<String>, example = "member"))]
+    pub kind: Kind,
+    /// The seq of the entry that this one is about.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(minimum = 1, example = 118))]
+    pub of: Option<u64>,
+    /// The text, exactly as it was sent. An entry of another kind may have none.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    #[cfg_attr(feature = "openapi", schema(max_length = 16_383, example = "hi"))]
     pub text: String,
     /// The time of storing by the shard's clock, RFC 3339 in UTC with microseconds. It is for
     /// display; the order is by `seq`.
@@ -189,6 +245,107 @@ pub struct Message {
     /// The idempotency key that the author chose.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key: Option<String>,
+    /// Of a change of a room (`member`): the users who have joined.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub joined: Vec<u64>,
+    /// Of a change of a room: the users who have left or were removed.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub left: Vec<u64>,
+    /// Of a change of a room: new roles, by user id. A user who has joined is a member otherwise.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub roles: BTreeMap<String, Role>,
+    /// Of a change of a room: its new title.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub title: Option<String>,
+}
+
+/// What a member of a room may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// Reads and writes, and may leave.
+    Member,
+    /// Also adds members, removes them, and changes the title.
+    Admin,
+    /// Also gives and takes roles. A room has one.
+    Owner,
+}
+
+impl Role {
+    /// The name, on the wire and in the tables.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Role::Member => "member",
+            Role::Admin => "admin",
+            Role::Owner => "owner",
+        }
+    }
+}
+
+/// What those who join a room may read of it.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize,
+)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum RoomHistory {
+    /// Everything.
+    #[default]
+    All,
+    /// What is written from then on.
+    Since,
+}
+
+/// What an entry is. Later versions have kinds that this one does not know.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(from = "String", into = "String")]
+pub enum Kind {
+    /// A message.
+    #[default]
+    Text,
+    /// A change of a room: its members, their roles, its title.
+    Member,
+    /// A kind of a later version.
+    Other(String),
+}
+
+impl Kind {
+    /// The name, on the wire and in the tables.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        match self {
+            Kind::Text => "text",
+            Kind::Member => "member",
+            Kind::Other(name) => name,
+        }
+    }
+
+    /// Whether it is a message.
+    #[must_use]
+    pub fn is_text(&self) -> bool {
+        *self == Kind::Text
+    }
+}
+
+impl From<String> for Kind {
+    fn from(name: String) -> Self {
+        match name.as_str() {
+            "text" => Kind::Text,
+            "member" => Kind::Member,
+            _ => Kind::Other(name),
+        }
+    }
+}
+
+impl From<Kind> for String {
+    fn from(kind: Kind) -> Self {
+        match kind {
+            Kind::Other(name) => name,
+            Kind::Text | Kind::Member => kind.as_str().to_owned(),
+        }
+    }
 }
 
 /// One dialog in an inbox.
@@ -198,13 +355,17 @@ pub struct InboxEntry {
     /// The dialog, e.g. `7_42`.
     #[cfg_attr(feature = "openapi", schema(example = "7_42"))]
     pub dialog: String,
-    /// The user id of the other participant.
+    /// The user id of the other participant, in a dialog between two users.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(
         feature = "openapi",
         schema(minimum = 1, maximum = 9_007_199_254_740_991_u64, example = 42)
     )]
-    pub with: u64,
-    /// The newest message.
+    pub with: Option<u64>,
+    /// The title of a room.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub title: Option<String>,
+    /// The newest entry.
     pub last: Message,
     /// The seq up to which this user has read.
     pub read: u64,
@@ -238,6 +399,9 @@ pub struct Limits {
     /// Users whose presence a session may watch.
     #[serde(default)]
     pub watched_users: u32,
+    /// Members of a room.
+    #[serde(default)]
+    pub room_members: u32,
     /// The greatest age of `since` in a `resume`, in hours.
     #[serde(default)]
     pub resume_hours: u32,
@@ -296,8 +460,32 @@ pub enum ServerFrame {
         #[cfg_attr(feature = "openapi", schema(format = DateTime, example = "2026-11-21T05:00:00.123456Z"))]
         at: String,
     },
+    /// The answer to `create`, after the shard's COMMIT.
+    Created {
+        /// The request's id.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        #[cfg_attr(feature = "openapi", schema(max_length = 64))]
+        id: Option<String>,
+        /// The idempotency key of the request.
+        #[cfg_attr(
+            feature = "openapi",
+            schema(min_length = 1, max_length = 64, example = "c1")
+        )]
+        key: String,
+        /// The id of the room.
+        #[cfg_attr(feature = "openapi", schema(example = "raaaaaaaaaaaaaaaaaaaaaaaaaa"))]
+        dialog: String,
+        /// The seq of its first entry.
+        #[cfg_attr(feature = "openapi", schema(minimum = 0, example = 1))]
+        seq: u64,
+        /// The time of storing.
+        #[cfg_attr(feature = "openapi", schema(format = DateTime, example = "2026-11-21T05:00:00.123456Z"))]
+        at: String,
+    },
     /// A message for this user, or one that this user sent from another session.
     Message(Message),
+    /// An entry of another kind than a message. It takes its `seq` in the order of the dialog.
+    Entry(Message),
     /// The answer to `history`.
     History {
         /// The request's id.
@@ -370,11 +558,24 @@ pub enum ServerFrame {
         #[cfg_attr(feature = "openapi", schema(max_length = 64))]
         id: Option<String>,
     },
-    /// The answer to a `read`, `typing`, `watch` or `unwatch` that has an `id`: it is carried out.
+    /// The answer to a `members`, `read`, `typing`, `watch` or `unwatch` that has an `id`: it is
+    /// carried out.
     Done {
         /// The request's id.
         id: String,
     },
     /// A request failed; the session goes on.
     Error(ErrorBody),
+}
+
+impl ServerFrame {
+    /// The frame of a stored entry.
+    #[must_use]
+    pub fn entry(entry: Message) -> Self {
+        if entry.kind.is_text() {
+            ServerFrame::Message(entry)
+        } else {
+            ServerFrame::Entry(entry)
+        }
+    }
 }

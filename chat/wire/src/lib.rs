@@ -15,10 +15,10 @@ mod rest;
 
 pub use close::Close;
 pub use error::{ErrorBody, ErrorCode};
-pub use frame::{ClientFrame, InboxEntry, Limits, Message, ServerFrame};
+pub use frame::{ClientFrame, InboxEntry, Kind, Limits, Message, Role, RoomHistory, ServerFrame};
 pub use rest::{
-    DevTokenRequest, HistoryPage, InboxPage, Presence, ReadMark, ReadRequest, SendRequest, Sent,
-    Token,
+    ChangeRoomRequest, CreateRoomRequest, DevTokenRequest, HistoryPage, InboxPage, Presence,
+    ReadMark, ReadRequest, Room, RoomMember, RoomMembersPage, SendRequest, Sent, Token,
 };
 
 /// The WebSocket subprotocol a client offers and the server echoes.

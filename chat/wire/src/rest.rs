@@ -1,7 +1,8 @@
 //! Bodies of the REST API; pages are the same over WebSocket.
 
-use crate::{InboxEntry, Message};
+use crate::{InboxEntry, Message, Role, RoomHistory};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// Body of `POST /v1/dialogs/{user}/messages`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,6 +35,105 @@ pub struct Sent {
     /// The time of storing, RFC 3339 in UTC with microseconds.
     #[cfg_attr(feature = "openapi", schema(format = DateTime, example = "2026-11-21T05:00:00.123456Z"))]
     pub at: String,
+}
+
+/// Makes a room; body of `POST /v1/rooms`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct CreateRoomRequest {
+    /// The idempotency key: 1 to 64 bytes. The same user and key name the same room.
+    #[cfg_attr(
+        feature = "openapi",
+        schema(min_length = 1, max_length = 64, example = "c1")
+    )]
+    pub key: String,
+    /// 1 to 128 characters.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(
+        feature = "openapi",
+        schema(min_length = 1, max_length = 128, example = "lunch")
+    )]
+    pub title: Option<String>,
+    /// User ids of the first members, beside the user who makes it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub members: Vec<u64>,
+    /// What those who join may read; everything by default.
+    #[serde(default)]
+    pub history: RoomHistory,
+}
+
+/// Changes a room; body of `POST /v1/rooms/{room}/members`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct ChangeRoomRequest {
+    /// The idempotency key: 1 to 64 bytes, unique per author and room.
+    #[cfg_attr(
+        feature = "openapi",
+        schema(min_length = 1, max_length = 64, example = "c1")
+    )]
+    pub key: String,
+    /// User ids to add. Those who are members already stay.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub add: Vec<u64>,
+    /// User ids to remove; one's own to leave.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub remove: Vec<u64>,
+    /// New roles, by user id.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub roles: BTreeMap<String, Role>,
+    /// A new title of 1 to 128 characters.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(
+        feature = "openapi",
+        schema(min_length = 1, max_length = 128, example = "lunch")
+    )]
+    pub title: Option<String>,
+}
+
+/// A room, as one of its members sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct Room {
+    /// The id of the room.
+    #[cfg_attr(feature = "openapi", schema(example = "raaaaaaaaaaaaaaaaaaaaaaaaaa"))]
+    pub dialog: String,
+    /// Its title.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub title: Option<String>,
+    /// What those who join may read.
+    pub history: RoomHistory,
+    /// The number of members.
+    pub members: u64,
+    /// The role of the user who asks.
+    pub role: Role,
+    /// The seq up to which this user has read.
+    pub read: u64,
+}
+
+/// A member of a room.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct RoomMember {
+    /// The user id.
+    #[cfg_attr(
+        feature = "openapi",
+        schema(minimum = 1, maximum = 9_007_199_254_740_991_u64, example = 42)
+    )]
+    pub user: u64,
+    /// What the user may do.
+    pub role: Role,
+    /// The seq up to which the user has read.
+    pub read: u64,
+}
+
+/// Members of a room, by user id.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct RoomMembersPage {
+    /// The members.
+    pub members: Vec<RoomMember>,
+    /// `after` of the next page; null on the last page.
+    pub next: Option<u64>,
 }
 
 /// A page of a dialog, ascending by seq.

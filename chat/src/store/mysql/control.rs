@@ -3,17 +3,17 @@
 use super::connection::MysqlStore;
 use super::error::{classify, unreachable};
 use super::sql::{
-    BEGIN, KeyList, MetaRow, NOW, SELECT_META, SNAPSHOT, check_identity, comma, meta_of, push_hex,
-    result_sets, rows, select_identity,
+    BEGIN, KeyList, MetaRow, NOW, SELECT_META, SNAPSHOT, check_identity, comma, meta_of, number,
+    push_hex, result_sets, rows, select_identity,
 };
-use super::write::{last_seqs_of, lock_dialogs};
+use super::write::lock_dialogs;
 use crate::domain::dialog::{DialogId, Key, Seq, Timestamp, UserId};
 use crate::domain::ownership::{ReleaseStamp, SlotRow, SlotState, Step, StepRejected};
 use crate::domain::slot::Slot;
 use crate::domain::topology::TopologyRef;
 use crate::store::control::{
-    Existing, MESSAGE_COLUMNS, RawMessage, RawSlot, SLOT_COLUMNS, as_duplicate, copied, fits,
-    hash_of, key_of, missing, slot_row,
+    Existing, MEMBER_COLUMNS, MESSAGE_COLUMNS, RawMember, RawMessage, RawSlot, SLOT_COLUMNS,
+    as_duplicate, copied, fits, hash_of, key_of, membership, missing, slot_row,
 };
 use crate::store::corrupt;
 use crate::store::meta::phase;
@@ -122,29 +122,28 @@ impl Control for MysqlStore {
         slot: Slot,
     ) -> Result<Vec<DialogRow>, StoreError> {
         let sql = format!(
-            "{SNAPSHOT}{}; SELECT dialog, last_seq, last_at FROM dialogs WHERE slot = {slot} ORDER BY dialog;
-             SELECT dialog, user_id, read_seq, joined_at FROM members WHERE slot = {slot} ORDER BY dialog, user_id; COMMIT",
+            "{SNAPSHOT}{}; SELECT dialog, last_seq, last_at, members_rev, settings FROM dialogs WHERE slot = {slot} ORDER BY dialog;
+             SELECT {MEMBER_COLUMNS} FROM members WHERE slot = {slot} ORDER BY dialog, user_id; COMMIT",
             select_identity()
         );
         self.on_read(async |conn| {
             let mut sets = result_sets(conn, sql).await?.into_iter().skip(2);
             check_identity(identity, sets.next())?;
-            let dialogs: Vec<(String, u64, i64)> = rows(sets.next())?;
-            let members: Vec<(String, u64, u64, i64)> = rows(sets.next())?;
+            type RawDialog = (String, u64, i64, u64, Option<String>);
+            let dialogs: Vec<RawDialog> = rows(sets.next())?;
             let mut of = HashMap::<String, Vec<Membership>>::new();
-            for (dialog, user, read_seq, joined_at) in members {
-                of.entry(dialog).or_default().push(Membership {
-                    user: UserId::new(user).map_err(|_| corrupt("members.user_id"))?,
-                    read_seq: Seq::new(read_seq),
-                    joined_at: Timestamp::from_micros(joined_at),
-                });
+            for raw in rows::<RawMember>(sets.next())? {
+                let (dialog, member) = membership(raw)?;
+                of.entry(dialog).or_default().push(member);
             }
-            let dialog_row = |(dialog, last_seq, last_at): (String, u64, i64)| {
+            let dialog_row = |(dialog, last_seq, last_at, members_rev, settings): RawDialog| {
                 Ok(DialogRow {
                     members: of.remove(&dialog).unwrap_or_default(),
                     dialog: dialog.parse().map_err(|_| corrupt("dialogs.dialog"))?,
                     last_seq: Seq::new(last_seq),
                     last_at: Timestamp::from_micros(last_at),
+                    members_rev: Seq::new(members_rev),
+                    settings,
                 })
             };
             dialogs.into_iter().map(dialog_row).collect()
@@ -245,8 +244,7 @@ impl Control for MysqlStore {
                 raise_last_seqs(slot, &created),
                 lock_dialogs(&dialogs)
             );
-            let locked = result_sets(conn, sql).await?;
-            last_seqs_of(locked.into_iter().next_back())?;
+            conn.query_drop(sql).await.map_err(classify)?;
             // Only now, behind the dialogs' locks, is it certain what is there.
             let new = missing(chunk, &standing(conn, slot, &chunk.messages).await?)?;
             let keys = stored_keys(conn, slot, &new).await?;
@@ -591,19 +589,18 @@ fn insert_copied(slot: Slot, messages: &[CopiedMessage]) -> String {
         sql.push_str(",x'");
         push_hex(&mut sql, &message.hash.0);
         sql.push_str("',_ascii x'");
-        push_hex(&mut sql, message.kind.as_bytes());
-        sql.push_str("',_utf8mb4 x'");
+        push_hex(&mut sql, message.kind.as_str().as_bytes());
+        let _ = write!(sql, "',{},_utf8mb4 x'", number(message.of));
         push_hex(&mut sql, message.text.as_bytes());
-        let duplicate = message
-            .duplicate_of
-            .map_or("NULL".to_owned(), |seq| seq.to_string());
+        let duplicate = number(message.duplicate_of);
         let _ = write!(sql, "',{},{duplicate})", message.at.micros());
     }
     sql.push_str(" ON DUPLICATE KEY UPDATE seq = messages.seq; ");
     sql
 }
 
-/// Statements that add dialogs and members, each ended by a semicolon; what is there only rises.
+/// Statements that add dialogs and members, each ended by a semicolon; what is there only rises. Of
+/// what a room says of itself and of its members, the later entry is right.
 fn raise_last_seqs(slot: Slot, dialog_rows: &[DialogRow]) -> String {
     if dialog_rows.is_empty() {
         return String::new();
@@ -613,30 +610,55 @@ fn raise_last_seqs(slot: Slot, dialog_rows: &[DialogRow]) -> String {
         let dialog = dialog_row.dialog;
         let _ = write!(
             dialogs,
-            "{}({slot},'{dialog}',{},{})",
+            "{}({slot},'{dialog}',{},{},{},",
             comma(&dialogs),
             dialog_row.last_seq,
-            dialog_row.last_at.micros()
+            dialog_row.last_at.micros(),
+            dialog_row.members_rev
         );
-        for member in &dialog_row.members {
-            let (user, read, joined) = (member.user, member.read_seq, member.joined_at.micros());
+        match &dialog_row.settings {
+            Some(settings) => {
+                dialogs.push_str("_utf8mb4 x'");
+                push_hex(&mut dialogs, settings.as_bytes());
+                dialogs.push_str("')");
+            }
+            None => dialogs.push_str("NULL)"),
+        }
+        for row in &dialog_row.members {
             let _ = write!(
                 members,
-                "{}({slot},'{dialog}',{user},{read},{joined},{})",
+                "{}({slot},'{dialog}',{},{},{},{},'{}',{},{},{},{})",
                 comma(&members),
-                dialog_row.last_at.hour()
+                row.user,
+                row.read_seq,
+                row.joined_at.micros(),
+                dialog_row.last_at.hour(),
+                row.member.role.as_str(),
+                row.member.rev,
+                row.member.since,
+                row.member.joined,
+                number(row.until)
             );
         }
     }
+    // Assigned in this order: the two revisions last, because the others are compared by them.
+    let later = |column: &str, rev: &str| {
+        format!("{column} = IF(VALUES({rev}) > {rev}, VALUES({column}), {column})")
+    };
     let mut sql = format!(
-        "INSERT INTO dialogs (slot, dialog, last_seq, last_at) VALUES {dialogs}
-           ON DUPLICATE KEY UPDATE last_seq = GREATEST(last_seq, VALUES(last_seq)), last_at = GREATEST(last_at, VALUES(last_at)); "
+        "INSERT INTO dialogs (slot, dialog, last_seq, last_at, members_rev, settings) VALUES {dialogs}
+           ON DUPLICATE KEY UPDATE last_seq = GREATEST(last_seq, VALUES(last_seq)), last_at = GREATEST(last_at, VALUES(last_at)),
+             {}, members_rev = GREATEST(members_rev, VALUES(members_rev)); ",
+        later("settings", "members_rev")
     );
     if !members.is_empty() {
+        let of_room = ["role", "since_seq", "joined_seq", "until_seq"];
+        let of_room = of_room.map(|column| later(column, "rev")).join(", ");
         let _ = write!(
             sql,
-            "INSERT INTO members (slot, dialog, user_id, read_seq, joined_at, last_hour) VALUES {members}
-               ON DUPLICATE KEY UPDATE last_hour = GREATEST(last_hour, VALUES(last_hour)), read_seq = GREATEST(read_seq, VALUES(read_seq)), joined_at = LEAST(joined_at, VALUES(joined_at)); "
+            "INSERT INTO members (slot, dialog, user_id, read_seq, joined_at, last_hour, role, rev, since_seq, joined_seq, until_seq) VALUES {members}
+               ON DUPLICATE KEY UPDATE last_hour = GREATEST(last_hour, VALUES(last_hour)), read_seq = GREATEST(read_seq, VALUES(read_seq)),
+                 joined_at = LEAST(joined_at, VALUES(joined_at)), {of_room}, rev = GREATEST(rev, VALUES(rev)); "
         );
     }
     sql

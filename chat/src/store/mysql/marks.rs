@@ -60,10 +60,10 @@ pub(super) fn push(sql: &mut String, marks: &[NewMark], owned: &str) {
     }
     let _ = write!(
         sql,
-        "SELECT dialog, user_id, read_seq, {LAST_SEQ} FROM members FORCE INDEX (PRIMARY) WHERE (slot, dialog, user_id) IN ({keys}) \
+        "SELECT dialog, user_id, read_seq, {LAST_SEQ} FROM members FORCE INDEX (PRIMARY) WHERE (slot, dialog, user_id) IN ({keys}) AND until_seq IS NULL \
           ORDER BY slot, dialog, user_id FOR UPDATE; \
          UPDATE members FORCE INDEX (PRIMARY) SET read_seq = GREATEST(read_seq, LEAST(CASE{cases} END, {LAST_SEQ})) \
-          WHERE (slot, dialog, user_id) IN ({keys}){owned}; "
+          WHERE (slot, dialog, user_id) IN ({keys}) AND until_seq IS NULL{owned}; "
     );
 }
 

@@ -4,9 +4,9 @@ use super::super::meta::phase;
 use super::super::{Meta, ServedSlots, ShardIdentity, StoreError, StoredMessage, corrupt};
 use super::error::classify;
 use crate::domain::dialog::{DialogId, Key, Seq, Timestamp, UserId};
-use crate::domain::ownership::{COMPLETE, SlotView};
+use crate::domain::ownership::{History, SlotView};
 use crate::domain::slot::Slot;
-use mysql_async::prelude::{FromRow, Queryable};
+use mysql_async::prelude::{FromRow, FromValue, Queryable};
 use mysql_async::{Conn, Row};
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
@@ -127,21 +127,31 @@ pub(super) fn view_of(
     peer: Option<String>,
 ) -> Result<SlotView, StoreError> {
     let state = state.parse().map_err(|_| corrupt("slots.state"))?;
+    let history: History = history.parse().map_err(|_| corrupt("slots.history"))?;
     Ok(SlotView {
         state,
         term,
         generation,
-        complete: history == COMPLETE,
+        complete: history.is_complete(),
+        unmerged: !history.missing.is_empty(),
         peer,
     })
 }
 
+/// The columns that a reader is shown, of the row called `m`.
+pub(super) const MESSAGE_ROW: &str =
+    "m.seq, m.author, m.client_key, m.kind, m.of_seq, m.text, m.created_at";
+
+/// Their values.
+pub(super) type MessageRow = (u64, u64, Option<Vec<u8>>, String, Option<u64>, String, i64);
+
+/// A number or NULL.
+pub(super) fn number(value: Option<Seq>) -> String {
+    value.map_or("NULL".to_owned(), |value| value.to_string())
+}
+
 pub(super) fn stored(
-    seq: u64,
-    author: u64,
-    key: Option<Vec<u8>>,
-    text: String,
-    at: i64,
+    (seq, author, key, kind, of, text, at): MessageRow,
 ) -> Result<StoredMessage, StoreError> {
     Ok(StoredMessage {
         seq: Seq::new(seq),
@@ -150,6 +160,8 @@ pub(super) fn stored(
             .map(String::from_utf8)
             .transpose()
             .map_err(|_| corrupt("messages.client_key"))?,
+        kind: kind.into(),
+        of: of.map(Seq::new),
         text,
         at: Timestamp::from_micros(at),
     })
@@ -170,13 +182,19 @@ pub(super) async fn result_sets(conn: &mut Conn, sql: String) -> Result<Vec<Vec<
 }
 
 pub(super) fn rows<T: FromRow>(set: Option<Vec<Row>>) -> Result<Vec<T>, StoreError> {
-    set.unwrap_or_default()
-        .into_iter()
-        .map(|row| {
-            mysql_async::from_row_opt(row)
-                .map_err(|_| StoreError::Refused("a row has other columns than expected".into()))
-        })
-        .collect()
+    set.unwrap_or_default().into_iter().map(columns).collect()
+}
+
+/// One column of a row.
+pub(super) fn column<T: FromValue>(row: &mut Row, index: usize) -> Result<T, StoreError> {
+    let value = row.take_opt(index).and_then(Result::ok);
+    value.ok_or_else(|| StoreError::Refused("a row has other columns than expected".into()))
+}
+
+/// The columns of one row.
+pub(super) fn columns<T: FromRow>(row: Row) -> Result<T, StoreError> {
+    mysql_async::from_row_opt(row)
+        .map_err(|_| StoreError::Refused("a row has other columns than expected".into()))
 }
 
 pub(super) fn comma(list: &str) -> &'static str {

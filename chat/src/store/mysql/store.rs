@@ -1,24 +1,27 @@
 //! The contract of sends and reads.
 
+use super::super::control::role_of;
 use super::super::{
     Appended, BatchResult, Counts, Draft, InboxCursor, InboxRow, LAST_SEQS_CAP, LastSeqs,
-    LastSeqsOf, MarkOutcome, Meta, NewMark, NewMessage, Page, Range, ServedSlots, ShardIdentity,
-    ShardInbox, Store, StoreError, UNREAD_CAP, corrupt, migrate,
+    LastSeqsOf, MarkOutcome, Meta, NewMark, NewMessage, Page, Range, RoomMember, RoomView,
+    ServedSlots, ShardIdentity, ShardInbox, Store, StoreError, StoredMessage, UNREAD_CAP,
+    UNREAD_LOOK, corrupt, migrate,
 };
 use super::connection::{MysqlStore, PATIENCE};
 use super::error::{NO_SUCH_TABLE, classify, unreachable};
 use super::sql::{
-    BEGIN, KeyList, MetaRow, NOW, SELECT_META, SNAPSHOT, check_snapshot, comma, meta_of,
-    result_sets, rows, select_snapshot, stored, view_of,
+    BEGIN, KeyList, MESSAGE_ROW, MetaRow, NOW, SELECT_META, SNAPSHOT, check_snapshot, column,
+    columns, comma, meta_of, result_sets, rows, select_snapshot, stored, view_of,
 };
 use super::{marks, write};
 use crate::domain::dialog::{DialogId, Seq, Timestamp, UserId};
-use crate::domain::ownership::{COMPLETE, FIRST_TERM, SlotState};
+use crate::domain::ownership::{COMPLETE, FIRST_TERM, SlotState, SlotView};
+use crate::domain::room::Settings;
 use crate::domain::slot::{Slot, SlotSet};
 use crate::domain::topology::Phase;
 use async_trait::async_trait;
 use mysql_async::prelude::Queryable;
-use mysql_async::{Conn, OptsBuilder};
+use mysql_async::{Conn, OptsBuilder, Row};
 use std::fmt::Write as _;
 use tokio::time::timeout;
 
@@ -201,11 +204,11 @@ impl Store for MysqlStore {
         // One statement is one snapshot: the messages, the last seq and the slot's row belong
         // together.
         let sql = format!(
-            "SELECT s.state, s.term, s.generation, s.history, s.peer, d.last_seq, m.seq, m.author, m.client_key, m.text, m.created_at
+            "SELECT s.state, s.term, s.generation, s.history, s.peer, d.last_seq, {MESSAGE_ROW}
                FROM meta i
                JOIN slots s ON s.slot = ?
                LEFT JOIN dialogs d ON d.slot = s.slot AND d.dialog = ?
-               LEFT JOIN (SELECT seq, author, client_key, text, created_at FROM messages FORCE INDEX (PRIMARY)
+               LEFT JOIN (SELECT seq, author, client_key, kind, of_seq, text, created_at FROM messages FORCE INDEX (PRIMARY)
                            WHERE slot = ? AND dialog = ? AND {condition} ORDER BY seq {order} LIMIT ?) m ON TRUE
               WHERE i.id = 1 AND i.cluster_id = ? AND i.shard_name = ?"
         );
@@ -220,20 +223,7 @@ impl Store for MysqlStore {
             &identity.cluster_id,
             &identity.shard_name,
         );
-        type PageRow = (
-            String,
-            u64,
-            u32,
-            String,
-            Option<String>,
-            Option<u64>,
-            Option<u64>,
-            Option<u64>,
-            Option<Vec<u8>>,
-            Option<String>,
-            Option<i64>,
-        );
-        let rows: Vec<PageRow> = self
+        let rows: Vec<Row> = self
             .on_read(async |conn| conn.exec(&*sql, params).await.map_err(classify))
             .await?;
         let mut page = Page {
@@ -241,12 +231,11 @@ impl Store for MysqlStore {
             last_seq: Seq::ZERO,
             messages: Vec::with_capacity(rows.len()),
         };
-        for (state, term, generation, history, peer, last_seq, seq, author, key, text, at) in rows {
-            page.slot = Some(view_of(&state, term, generation, &history, peer)?);
-            page.last_seq = Seq::new(last_seq.unwrap_or(0));
-            if let (Some(seq), Some(author), Some(text), Some(at)) = (seq, author, text, at) {
-                page.messages.push(stored(seq, author, key, text, at)?);
-            }
+        for row in rows {
+            let (slot, last_seq, message) = page_row(row)?;
+            page.slot = Some(slot);
+            page.last_seq = last_seq;
+            page.messages.extend(message);
         }
         page.messages.sort_by_key(|message| message.seq);
         Ok(page)
@@ -275,13 +264,13 @@ impl Store for MysqlStore {
              SET @hour = COALESCE(
                 (SELECT u.last_hour FROM members u FORCE INDEX (by_recency)
                    STRAIGHT_JOIN slots s ON s.slot = u.slot AND s.state IN ('owner', 'sealed')
-                  WHERE u.user_id = {user} {earlier} ORDER BY u.last_hour DESC LIMIT 1 OFFSET {}), 0);
-             SELECT t.slot, t.dialog, t.last_at, t.read_seq, m.seq, m.author, m.client_key, m.text, m.created_at
-               FROM (SELECT d.slot, d.dialog, d.last_seq, d.last_at, u.read_seq
+                  WHERE u.user_id = {user} AND u.until_seq IS NULL {earlier} ORDER BY u.last_hour DESC LIMIT 1 OFFSET {}), 0);
+             SELECT t.slot, t.dialog, t.last_at, t.read_seq, t.settings, {MESSAGE_ROW}
+               FROM (SELECT d.slot, d.dialog, d.last_seq, d.last_at, d.settings, u.read_seq
                        FROM members u FORCE INDEX (by_recency)
                        STRAIGHT_JOIN slots s ON s.slot = u.slot AND s.state IN ('owner', 'sealed')
                        STRAIGHT_JOIN dialogs d FORCE INDEX (PRIMARY) ON d.slot = u.slot AND d.dialog = u.dialog
-                      WHERE u.user_id = {user} AND d.last_seq > 0 {until} {below} AND u.last_hour >= @hour
+                      WHERE u.user_id = {user} AND u.until_seq IS NULL AND d.last_seq > 0 {until} {below} AND u.last_hour >= @hour
                       ORDER BY d.last_at DESC, d.dialog DESC LIMIT {limit}) t
                STRAIGHT_JOIN messages m FORCE INDEX (PRIMARY) ON m.slot = t.slot AND m.dialog = t.dialog AND m.seq = t.last_seq
               ORDER BY t.last_at DESC, t.dialog DESC",
@@ -292,43 +281,14 @@ impl Store for MysqlStore {
             let mut sets = result_sets(conn, sql).await?.into_iter().skip(2);
             let (_, revision) = check_snapshot(identity, sets.next())?;
             let of_hours = sets.nth(1);
-            type InboxRaw = (
-                u16,
-                String,
-                i64,
-                u64,
-                u64,
-                u64,
-                Option<Vec<u8>>,
-                String,
-                i64,
-            );
-            let raw: Vec<InboxRaw> = rows(of_hours)?;
+            let raw = of_hours.unwrap_or_default().into_iter().map(inbox_row);
+            let raw = raw.collect::<Result<Vec<_>, _>>()?;
             let slots = self.holding(conn, revision).await?;
-            let unread = unread_counts(
-                conn,
-                user,
-                raw.iter().map(|row| Unread {
-                    slot: row.0,
-                    dialog: &row.1,
-                    read_seq: row.3,
-                    last_seq: row.4,
-                    last_author: row.5,
-                }),
-            )
-            .await?;
-            let mut rows = Vec::with_capacity(raw.len());
-            for ((_, dialog, last_at, read_seq, seq, author, key, text, at), unread) in
-                raw.into_iter().zip(unread)
-            {
-                rows.push(InboxRow {
-                    dialog: dialog.parse().map_err(|_| corrupt("dialogs.dialog"))?,
-                    last_at: Timestamp::from_micros(last_at),
-                    last: stored(seq, author, key, text, at)?,
-                    read_seq: Seq::new(read_seq),
-                    unread,
-                });
-            }
+            let unread = unread_counts(conn, user, &raw).await?;
+            let rows = raw.into_iter().zip(unread);
+            let rows = rows
+                .map(|(row, unread)| InboxRow { unread, ..row })
+                .collect();
             Ok(ShardInbox { rows, slots })
         })
         .await
@@ -339,11 +299,15 @@ impl Store for MysqlStore {
         identity: &ShardIdentity,
         of: &LastSeqsOf,
     ) -> Result<LastSeqs, StoreError> {
+        let mut list = String::new();
+        for user in of.users() {
+            let _ = write!(list, "{}{user}", comma(&list));
+        }
         let selected = match of {
-            LastSeqsOf::Dialogs(dialogs) if dialogs.is_empty() => {
+            LastSeqsOf::Dialogs { dialogs, .. } if dialogs.is_empty() => {
                 return Err(StoreError::Refused("last seqs of no dialog".into()));
             }
-            LastSeqsOf::Dialogs(dialogs) => {
+            LastSeqsOf::Dialogs { dialogs, .. } => {
                 let mut keys = KeyList::default();
                 for dialog in dialogs {
                     keys.push(format_args!("{},'{dialog}'", Slot::of(*dialog)));
@@ -352,12 +316,7 @@ impl Store for MysqlStore {
                     "SELECT slot, dialog, last_seq, last_at FROM dialogs FORCE INDEX (PRIMARY) WHERE (slot, dialog) IN ({keys})"
                 )
             }
-            LastSeqsOf::Users { users, within } => {
-                let mut list = String::new();
-                for user in users {
-                    let comma = comma(&list);
-                    let _ = write!(list, "{comma}{user}");
-                }
+            LastSeqsOf::Users { within, .. } => {
                 let within = i64::try_from(within.as_micros()).unwrap_or(i64::MAX / 2);
                 format!(
                     "SELECT DISTINCT d.slot, d.dialog, d.last_seq, d.last_at FROM members u FORCE INDEX (by_recency) \
@@ -372,9 +331,10 @@ impl Store for MysqlStore {
         // found by their keys.
         let sql = format!(
             "{SNAPSHOT}{};
-             SELECT k.dialog, k.last_seq, k.last_at, m.user_id, m.read_seq FROM ({selected}) k
+             SELECT k.dialog, k.last_seq, k.last_at, m.user_id, m.read_seq, m.until_seq FROM ({selected}) k
                STRAIGHT_JOIN slots s ON s.slot = k.slot AND s.state IN ('owner', 'sealed')
                STRAIGHT_JOIN members m FORCE INDEX (PRIMARY) ON m.slot = k.slot AND m.dialog = k.dialog
+                 AND (k.dialog NOT LIKE 'r%' OR m.user_id IN ({list}))
               WHERE k.last_seq > 0 ORDER BY k.dialog, m.user_id",
             select_snapshot(),
         );
@@ -383,10 +343,115 @@ impl Store for MysqlStore {
             let (now, revision) = check_snapshot(identity, sets.next())?;
             let mut slots = self.holding(conn, revision).await?;
             conn.query_drop("COMMIT").await.map_err(classify)?;
-            if let LastSeqsOf::Dialogs(dialogs) = of {
+            if let LastSeqsOf::Dialogs { dialogs, .. } = of {
                 slots.keep(dialogs.iter().map(|dialog| Slot::of(*dialog)));
             }
             LastSeqs::of(rows(sets.next())?, now, slots)
+        })
+        .await
+    }
+
+    async fn room(
+        &self,
+        identity: &ShardIdentity,
+        room: DialogId,
+        user: UserId,
+    ) -> Result<RoomView, StoreError> {
+        let slot = Slot::of(room);
+        // One statement is one snapshot.
+        let sql = format!(
+            "SELECT s.state, s.term, s.generation, s.history, s.peer, COALESCE(d.last_seq, 0), d.settings, \
+               (SELECT COUNT(*) FROM members c WHERE c.slot = {slot} AND c.dialog = '{room}' AND c.until_seq IS NULL), \
+               m.role, m.since_seq, m.until_seq, m.read_seq \
+               FROM meta i JOIN slots s ON s.slot = {slot} \
+               LEFT JOIN dialogs d ON d.slot = s.slot AND d.dialog = '{room}' \
+               LEFT JOIN members m ON m.slot = s.slot AND m.dialog = '{room}' AND m.user_id = {user} \
+              WHERE i.id = 1 AND i.cluster_id = '{}' AND i.shard_name = '{}'",
+            identity.cluster_id, identity.shard_name
+        );
+        type RoomRow = (
+            String,
+            u64,
+            u32,
+            String,
+            Option<String>,
+            u64,
+            Option<String>,
+            u64,
+            Option<String>,
+            Option<u64>,
+            Option<u64>,
+            Option<u64>,
+        );
+        let row: Option<RoomRow> = self
+            .on_read(async |conn| conn.query_first(sql).await.map_err(classify))
+            .await?;
+        let Some((
+            state,
+            term,
+            generation,
+            history,
+            peer,
+            last_seq,
+            settings,
+            members,
+            role,
+            since,
+            until,
+            read,
+        )) = row
+        else {
+            return Ok(RoomView::nothing());
+        };
+        let me = match (role, since, read) {
+            (Some(role), Some(since), Some(read)) => Some(RoomMember {
+                user,
+                role: role_of(&role)?,
+                since: Seq::new(since),
+                until: until.map(Seq::new),
+                read: Seq::new(read),
+            }),
+            _ => None,
+        };
+        Ok(RoomView {
+            slot: Some(view_of(&state, term, generation, &history, peer)?),
+            last_seq: Seq::new(last_seq),
+            settings: Settings::parse(settings.as_deref()),
+            members,
+            me,
+        })
+    }
+
+    async fn room_members(
+        &self,
+        identity: &ShardIdentity,
+        room: DialogId,
+        after: Option<UserId>,
+        read_to: Option<Seq>,
+        limit: u32,
+    ) -> Result<Vec<RoomMember>, StoreError> {
+        let sql = format!(
+            "SELECT m.user_id, m.role, m.since_seq, m.read_seq FROM meta i JOIN members m FORCE INDEX (PRIMARY) \
+              WHERE i.id = 1 AND i.cluster_id = '{}' AND i.shard_name = '{}' AND m.slot = {} AND m.dialog = '{room}' \
+                AND m.user_id > {} AND m.read_seq >= {} AND m.until_seq IS NULL ORDER BY m.user_id LIMIT {limit}",
+            identity.cluster_id,
+            identity.shard_name,
+            Slot::of(room),
+            after.map_or(0, UserId::get),
+            read_to.unwrap_or_default(),
+        );
+        self.on_read(async |conn| {
+            let found: Vec<(u64, String, u64, u64)> = conn.query(sql).await.map_err(classify)?;
+            let member = |(user, role, since, read): (u64, String, u64, u64)| {
+                Ok(RoomMember {
+                    user: UserId::new(user).map_err(|_| corrupt("members.user_id"))?,
+                    role: role_of(&role)?,
+                    since: Seq::new(since),
+                    until: None,
+                    read: Seq::new(read),
+                })
+            };
+            found.into_iter().map(member).collect()
         })
         .await
     }
@@ -417,32 +482,93 @@ impl Store for MysqlStore {
     }
 }
 
+/// The columns of a page, and then [`MESSAGE_ROW`], which are NULL on a page without entries.
+fn page_row(mut row: Row) -> Result<(SlotView, Seq, Option<StoredMessage>), StoreError> {
+    let row = &mut row;
+    let slot = view_of(
+        &column::<String>(row, 0)?,
+        column(row, 1)?,
+        column(row, 2)?,
+        &column::<String>(row, 3)?,
+        column(row, 4)?,
+    )?;
+    let last_seq: Option<u64> = column(row, 5)?;
+    let seq: Option<u64> = column(row, 6)?;
+    let entry = match seq {
+        Some(seq) => Some(stored((
+            seq,
+            column(row, 7)?,
+            column(row, 8)?,
+            column(row, 9)?,
+            column(row, 10)?,
+            column(row, 11)?,
+            column(row, 12)?,
+        ))?),
+        None => None,
+    };
+    Ok((slot, Seq::new(last_seq.unwrap_or(0)), entry))
+}
+
+/// A row of the inbox; nothing is counted as unread yet.
+fn inbox_row(row: Row) -> Result<InboxRow, StoreError> {
+    type Of = (
+        u16,
+        String,
+        i64,
+        u64,
+        Option<String>,
+        u64,
+        u64,
+        Option<Vec<u8>>,
+        String,
+        Option<u64>,
+        String,
+        i64,
+    );
+    let (_, dialog, last_at, read_seq, settings, seq, author, key, kind, of, text, at): Of =
+        columns(row)?;
+    Ok(InboxRow {
+        dialog: dialog.parse().map_err(|_| corrupt("dialogs.dialog"))?,
+        last_at: Timestamp::from_micros(last_at),
+        last: stored((seq, author, key, kind, of, text, at))?,
+        read_seq: Seq::new(read_seq),
+        unread: 0,
+        title: Settings::parse(settings.as_deref()).title,
+    })
+}
+
 /// What is unread of each dialog: the messages of others above the read mark, counted up to the
 /// cap. Ends the snapshot.
 async fn unread_counts(
     conn: &mut Conn,
     user: UserId,
-    dialogs: impl Iterator<Item = Unread<'_>>,
+    dialogs: &[InboxRow],
 ) -> Result<Vec<u32>, StoreError> {
     let (mut counts, mut to_count) = (Vec::new(), Vec::new());
     let mut sql = String::new();
-    for (n, of) in dialogs.enumerate() {
-        // All is read; or the last message is the only one that is not.
-        let above = of.last_seq.saturating_sub(of.read_seq);
-        counts.push(u32::from(above == 1 && of.last_author != user.get()));
+    for (
+        n,
+        InboxRow {
+            dialog,
+            last,
+            read_seq,
+            ..
+        },
+    ) in dialogs.iter().enumerate()
+    {
+        // All is read; or the last entry is the only one that is not.
+        let above = last.seq.get().saturating_sub(read_seq.get());
+        let theirs = last.author != user && last.kind.is_text();
+        counts.push(u32::from(above == 1 && theirs));
         if above > 1 {
             to_count.push(n);
-            let Unread {
-                slot,
-                dialog,
-                read_seq,
-                ..
-            } = of;
             let union = if sql.is_empty() { "" } else { " UNION ALL " };
             let _ = write!(
                 sql,
-                "{union}SELECT COUNT(*) FROM (SELECT 1 FROM messages FORCE INDEX (PRIMARY) WHERE slot = {slot} AND dialog = '{dialog}' \
-                 AND seq > {read_seq} AND author <> {user} LIMIT {UNREAD_CAP}) c"
+                "{union}SELECT COUNT(*) FROM (SELECT 1 FROM (SELECT author, kind FROM messages FORCE INDEX (PRIMARY) \
+                   WHERE slot = {} AND dialog = '{dialog}' AND seq > {read_seq} ORDER BY seq LIMIT {UNREAD_LOOK}) l \
+                 WHERE l.author <> {user} AND l.kind = 'text' LIMIT {UNREAD_CAP}) c",
+                Slot::of(*dialog)
             );
         }
     }
@@ -456,13 +582,4 @@ async fn unread_counts(
         counts[n] = count;
     }
     Ok(counts)
-}
-
-/// A dialog whose unread messages are to be counted.
-struct Unread<'a> {
-    slot: u16,
-    dialog: &'a str,
-    read_seq: u64,
-    last_seq: u64,
-    last_author: u64,
 }

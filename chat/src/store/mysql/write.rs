@@ -4,16 +4,18 @@
 use super::error::{DUPLICATE_KEY, classify};
 use super::marks;
 use super::sql::{
-    BEGIN, KeyList, NOW, check_identity, comma, fence, push_hex, result_sets, rows,
+    BEGIN, KeyList, NOW, check_identity, comma, fence, number, push_hex, result_sets, rows,
     select_identity, views_of,
 };
 use crate::domain::dialog::{DialogId, Key, Seq, Timestamp, UserId};
 use crate::domain::ownership::{SlotView, Term};
+use crate::domain::room::{Member, Room, Settings};
 use crate::domain::slot::Slot;
-use crate::store::batch_plan::{BatchPlan, Draft, StoredKey};
-use crate::store::control::{hash_of, key_of};
+use crate::store::batch_plan::{BatchPlan, Draft, Head, KnownRoom, StoredKey};
+use crate::store::control::{hash_of, key_of, role_of};
 use crate::store::{
-    Appended, BatchResult, Mismatch, NewMessage, Receipt, ShardIdentity, StoreError, corrupt,
+    Appended, BatchResult, Mismatch, NewMessage, Receipt, Row as PlannedRow, ShardIdentity,
+    StoreError, corrupt,
 };
 use mysql_async::prelude::Queryable;
 use mysql_async::{Conn, Row};
@@ -81,7 +83,8 @@ fn call_of(identity: &ShardIdentity, batch: &[NewMessage], draft: &Draft) -> Opt
     let ([message], [row], []) = (batch, &draft.plan.rows[..], &draft.marks[..]) else {
         return None;
     };
-    let last_seq = draft.expected.get(&message.dialog)?;
+    let expected = draft.expected.get(&message.dialog)?;
+    let (last_seq, members_rev) = (expected.last_seq, expected.members_rev());
     let term = draft.terms.get(&message.slot)?.number;
     let NewMessage {
         slot,
@@ -89,17 +92,18 @@ fn call_of(identity: &ShardIdentity, batch: &[NewMessage], draft: &Draft) -> Opt
         author,
         ..
     } = message;
-    let mut call = String::with_capacity(400 + 2 * message.text.as_str().len());
+    let text = row.text(batch);
+    let mut call = String::with_capacity(400 + 2 * text.len());
     let _ = write!(
         call,
-        "CALL append_one('{}','{}',{slot},{term},'{dialog}',{last_seq},{},{author},x'",
-        identity.cluster_id, identity.shard_name, row.seq
+        "CALL append_entry('{}','{}',{slot},{term},'{dialog}',{last_seq},{members_rev},{},{author},x'",
+        identity.cluster_id, identity.shard_name, row.place.seq
     );
     push_hex(&mut call, message.key.as_str().as_bytes());
     call.push_str("',x'");
     push_hex(&mut call, &message.hash.0);
     call.push_str("',_utf8mb4 x'");
-    push_hex(&mut call, message.text.as_str().as_bytes());
+    push_hex(&mut call, text.as_bytes());
     call.push_str("')");
     Some(call)
 }
@@ -151,7 +155,7 @@ fn append_text(identity: &ShardIdentity, batch: &[NewMessage], draft: &Draft) ->
         .plan
         .rows
         .iter()
-        .map(|row| batch[row.index].text.as_str().len())
+        .map(|row| row.text(batch).len())
         .sum();
     let mut sql = String::with_capacity(1024 + 2 * texts + 200 * batch.len());
     let _ = write!(sql, "{BEGIN}{}; ", fence_of_terms(identity, &draft.terms));
@@ -169,14 +173,14 @@ fn append_text(identity: &ShardIdentity, batch: &[NewMessage], draft: &Draft) ->
             .get(&place)
             .filter(|_| !draft.expected.contains_key(&message.dialog))
         {
-            None => push_message(&mut sql, message, row.seq, "LAST_INSERT_ID()"),
+            None => push_row(&mut sql, batch, row, row.place.seq, "LAST_INSERT_ID()"),
             Some(last) => {
-                let before_last = last.get() - row.seq.get();
+                let before_last = last.seq.get() - row.place.seq.get();
                 let seq = format!(
                     "(SELECT last_seq - {before_last} FROM dialogs WHERE slot = {} AND dialog = '{}')",
                     message.slot, message.dialog
                 );
-                push_message(&mut sql, message, seq, "LAST_INSERT_ID()");
+                push_row(&mut sql, batch, row, seq, "LAST_INSERT_ID()");
             }
         }
     }
@@ -235,25 +239,33 @@ fn unremembered(draft: &Draft) -> impl Iterator<Item = (Slot, DialogId)> {
     dialogs.filter(|(_, dialog)| !draft.expected.contains_key(dialog))
 }
 
-/// Locks and raises the dialogs, in key order; fails unless those whose last seq is expected have
-/// it, and have had a message in this hour. Makes those that are missing.
+/// Locks and raises the dialogs, in key order; fails unless those that are expected to have a last
+/// seq have it, and have had a message in this hour, rooms have the expected members, and none has
+/// had a message at a later time. Makes those that are missing.
 fn push_last_seqs(sql: &mut String, draft: &Draft) {
     let mut dialogs = String::new();
     let mut members = String::new();
     let mut unknown = String::new();
+    let mut rooms = KeyList::default();
     let mut steps = BTreeMap::<u64, String>::new();
-    for ((slot, dialog), last) in &draft.plan.last_seqs {
+    for ((slot, dialog), place) in &draft.plan.last_seqs {
+        let last = place.seq;
         let _ = write!(
             dialogs,
             "{}({slot},'{dialog}',{last},LAST_INSERT_ID())",
             comma(&dialogs)
         );
         if let Some(expected) = draft.expected.get(dialog) {
-            let list = steps.entry(last.get() - expected.get()).or_default();
+            let list = steps
+                .entry(last.get() - expected.last_seq.get())
+                .or_default();
             let _ = write!(list, "{}'{dialog}'", comma(list));
+            if let Some(room) = &expected.room {
+                rooms.push(format_args!("'{dialog}',{}", room.rev));
+            }
         } else {
             let _ = write!(unknown, "{}'{dialog}'", comma(&unknown));
-            for user in dialog.members() {
+            for user in dialog.users() {
                 let _ = write!(
                     members,
                     "{}({slot},'{dialog}',{user},0,LAST_INSERT_ID(),LAST_INSERT_ID() DIV {HOUR})",
@@ -273,16 +285,27 @@ fn push_last_seqs(sql: &mut String, draft: &Draft) {
             cases + " END"
         }
     };
+    let same_members = if rooms.is_empty() {
+        String::new()
+    } else {
+        format!(
+            " AND (dialogs.members_rev = 0 OR (dialogs.dialog, dialogs.members_rev) IN ({rooms}))"
+        )
+    };
     let checked = format!(
-        "IF(dialogs.last_seq = VALUES(last_seq) - {step} AND dialogs.last_at DIV {HOUR} = LAST_INSERT_ID() DIV {HOUR}, \
-         VALUES(last_seq), {MAX} + dialogs.last_seq + 1)"
+        "IF(dialogs.last_seq = VALUES(last_seq) - {step} AND dialogs.last_at <= LAST_INSERT_ID() \
+         AND dialogs.last_at DIV {HOUR} = LAST_INSERT_ID() DIV {HOUR}{same_members}, VALUES(last_seq), {MAX} + dialogs.last_seq + 1)"
     );
     // The two parts of the planned seq are the beginning of its generation and the number of its
     // messages.
-    let given = "GREATEST(dialogs.last_seq, (VALUES(last_seq) >> 40) << 40) + (VALUES(last_seq) & 1099511627775)";
+    let given = format!(
+        "IF(dialogs.last_at <= LAST_INSERT_ID(), \
+         GREATEST(dialogs.last_seq, (VALUES(last_seq) >> 40) << 40) + (VALUES(last_seq) & 1099511627775), \
+         {MAX} + dialogs.last_seq + 1)"
+    );
     let next = match (steps.is_empty(), unknown.is_empty()) {
         (_, true) => checked,
-        (true, false) => given.to_owned(),
+        (true, false) => given,
         (false, false) => format!("IF(dialogs.dialog IN ({unknown}), {given}, {checked})"),
     };
     let _ = write!(
@@ -301,18 +324,25 @@ fn push_last_seqs(sql: &mut String, draft: &Draft) {
 
 const INSERT_MESSAGES: &str = "INSERT INTO messages (slot, dialog, seq, author, client_key, text_hash, kind, text, created_at) VALUES ";
 
-/// The values of a message; `seq` and `at` as SQL.
-fn push_message(sql: &mut String, message: &NewMessage, seq: impl std::fmt::Display, at: &str) {
+/// The values of an entry; `seq` and `at` as SQL.
+fn push_row(
+    sql: &mut String,
+    batch: &[NewMessage],
+    row: &PlannedRow,
+    seq: impl std::fmt::Display,
+    at: impl std::fmt::Display,
+) {
+    let entry = &batch[row.index];
     let _ = write!(
         sql,
         "({},'{}',{seq},{},x'",
-        message.slot, message.dialog, message.author
+        entry.slot, entry.dialog, entry.author
     );
-    push_hex(sql, message.key.as_str().as_bytes());
+    push_hex(sql, entry.key.as_str().as_bytes());
     sql.push_str("',x'");
-    push_hex(sql, &message.hash.0);
-    sql.push_str("','text',_utf8mb4 x'");
-    push_hex(sql, message.text.as_str().as_bytes());
+    push_hex(sql, &entry.hash.0);
+    let _ = write!(sql, "','{}',_utf8mb4 x'", entry.body.kind().as_str());
+    push_hex(sql, row.text(batch).as_bytes());
     let _ = write!(sql, "',{at})");
 }
 
@@ -321,7 +351,7 @@ pub(super) async fn write(
     conn: &mut Conn,
     identity: &ShardIdentity,
     batch: &[NewMessage],
-    suspect: bool,
+    mut suspect: bool,
 ) -> Result<BatchResult, StoreError> {
     let locked = lock(conn, identity, batch).await?;
     let mut keys = if suspect {
@@ -330,20 +360,23 @@ pub(super) async fn write(
         HashMap::new()
     };
     loop {
-        let plan = BatchPlan::new(batch, &locked.slots, &locked.last_seqs, &keys, locked.now);
-        let receipt = |plan: BatchPlan| BatchResult::new(plan.outcomes, &locked.slots, locked.now);
+        let plan = BatchPlan::new(batch, &locked.slots, &locked.heads, &keys, locked.now);
+        if plan.doubts() && !suspect {
+            suspect = true;
+            keys = known_keys(conn, batch).await?;
+            continue;
+        }
+        let receipt = |plan: BatchPlan| plan.result(&locked.slots, locked.now);
         if plan.rows.is_empty() {
             conn.query_drop("ROLLBACK").await.map_err(classify)?;
             return Ok(receipt(plan));
         }
-        match conn
-            .query_drop(insert(batch, &plan, &locked.last_seqs, locked.now))
-            .await
-        {
+        match conn.query_drop(insert(batch, &plan, &locked)).await {
             Ok(()) => return Ok(receipt(plan)),
             // The insert is undone, the transaction and its locks are not: now is the time to look
             // the keys up.
-            Err(mysql_async::Error::Server(e)) if e.code == DUPLICATE_KEY && keys.is_empty() => {
+            Err(mysql_async::Error::Server(e)) if e.code == DUPLICATE_KEY && !suspect => {
+                suspect = true;
                 keys = known_keys(conn, batch).await?;
             }
             Err(e) => return Err(classify(e)),
@@ -374,11 +407,11 @@ async fn sets_until_error(
     }
 }
 
-/// What the first round trip of a batch finds out.
+/// What the first round trips of a batch find out.
 struct Locked {
     now: Timestamp,
     slots: HashMap<Slot, SlotView>,
-    last_seqs: HashMap<DialogId, Seq>,
+    heads: HashMap<DialogId, Head>,
 }
 
 /// Begins the transaction and takes its locks in the order slots, dialogs, each in key order.
@@ -392,24 +425,30 @@ async fn lock(
         .map(|message| (message.slot, message.dialog))
         .collect();
     let slots: BTreeSet<Slot> = dialogs.iter().map(|(slot, _)| *slot).collect();
-    let last_seqs = lock_dialogs(&dialogs);
+    let and_heads = lock_heads(&dialogs);
     let sql = format!(
-        "{BEGIN}{}; {}; {last_seqs}",
+        "{BEGIN}{}; {}; {and_heads}",
         select_identity(),
         fence(&slots)
     );
     let mut sets = result_sets(conn, sql).await?.into_iter().skip(1);
     let now = check_identity(identity, sets.next())?;
     let slots = views_of(sets.next())?;
-    let mut last_seqs_found = last_seqs_of(sets.next())?;
+    let mut heads = heads_of(sets.next(), sets.next())?;
 
+    // A room is made by the request for it alone.
+    let makes = |dialog: DialogId| {
+        let mut here = batch.iter().filter(|entry| entry.dialog == dialog);
+        !dialog.is_room() || here.any(|entry| entry.body.makes_room())
+    };
     let missing: Vec<_> = dialogs
         .iter()
         .filter(|(slot, dialog)| {
             slots
                 .get(slot)
                 .is_some_and(|view| view.state.takes_writes())
-                && !last_seqs_found.contains_key(dialog)
+                && !heads.contains_key(dialog)
+                && makes(*dialog)
         })
         .collect();
     if !missing.is_empty() {
@@ -418,13 +457,8 @@ async fn lock(
         let mut rows = String::new();
         let mut members = String::new();
         for (slot, dialog) in missing {
-            let _ = write!(
-                rows,
-                "{}({slot},'{dialog}',0,{})",
-                comma(&rows),
-                now.micros()
-            );
-            for user in dialog.members() {
+            let _ = write!(rows, "{}({slot},'{dialog}',0,0)", comma(&rows));
+            for user in dialog.users() {
                 let _ = write!(
                     members,
                     "{}({slot},'{dialog}',{user},0,{},{})",
@@ -434,32 +468,95 @@ async fn lock(
                 );
             }
         }
-        let sql = format!(
-            "INSERT INTO dialogs (slot, dialog, last_seq, last_at) VALUES {rows} ON DUPLICATE KEY UPDATE dialog = dialogs.dialog;
-             INSERT INTO members (slot, dialog, user_id, read_seq, joined_at, last_hour) VALUES {members}
-               ON DUPLICATE KEY UPDATE dialog = members.dialog;
-             {last_seqs}"
+        let mut sql = format!(
+            "INSERT INTO dialogs (slot, dialog, last_seq, last_at) VALUES {rows} ON DUPLICATE KEY UPDATE dialog = dialogs.dialog; "
         );
-        last_seqs_found = last_seqs_of(result_sets(conn, sql).await?.into_iter().nth(2))?;
+        if !members.is_empty() {
+            let _ = write!(
+                sql,
+                "INSERT INTO members (slot, dialog, user_id, read_seq, joined_at, last_hour) VALUES {members} \
+                 ON DUPLICATE KEY UPDATE dialog = members.dialog; "
+            );
+        }
+        sql.push_str(&and_heads);
+        let before = 1 + usize::from(!members.is_empty());
+        let mut sets = result_sets(conn, sql).await?.into_iter().skip(before);
+        heads = heads_of(sets.next(), sets.next())?;
     }
-    Ok(Locked {
-        now,
-        slots,
-        last_seqs: last_seqs_found,
-    })
+    Ok(Locked { now, slots, heads })
 }
 
 pub(super) fn lock_dialogs(dialogs: &BTreeSet<(Slot, DialogId)>) -> String {
+    format!(
+        "SELECT dialog, last_seq, last_at, members_rev, settings FROM dialogs FORCE INDEX (PRIMARY) \
+          WHERE (slot, dialog) IN ({}) ORDER BY slot, dialog FOR UPDATE",
+        keys_of(dialogs.iter())
+    )
+}
+
+fn keys_of<'a>(dialogs: impl Iterator<Item = &'a (Slot, DialogId)>) -> KeyList {
     let mut list = KeyList::default();
     for (slot, dialog) in dialogs {
         list.push(format_args!("{slot},'{dialog}'"));
     }
-    format!(
-        "SELECT dialog, last_seq FROM dialogs FORCE INDEX (PRIMARY) WHERE (slot, dialog) IN ({list}) ORDER BY slot, dialog FOR UPDATE"
-    )
+    list
 }
 
-pub(super) fn last_seqs_of(set: Option<Vec<Row>>) -> Result<HashMap<DialogId, Seq>, StoreError> {
+/// Locks the dialogs, and reads the members of those that are rooms: two statements. Members
+/// change only behind the lock of their room.
+fn lock_heads(dialogs: &BTreeSet<(Slot, DialogId)>) -> String {
+    let rooms = keys_of(dialogs.iter().filter(|(_, dialog)| dialog.is_room()));
+    let members = if rooms.is_empty() {
+        "DO 0".to_owned()
+    } else {
+        format!(
+            "SELECT dialog, user_id, role, rev, since_seq, joined_seq FROM members FORCE INDEX (PRIMARY) \
+              WHERE (slot, dialog) IN ({rooms}) AND until_seq IS NULL"
+        )
+    };
+    format!("{}; {members}", lock_dialogs(dialogs))
+}
+
+/// The two results of [`lock_heads`].
+fn heads_of(
+    dialogs: Option<Vec<Row>>,
+    members: Option<Vec<Row>>,
+) -> Result<HashMap<DialogId, Head>, StoreError> {
+    type DialogRow = (String, u64, i64, u64, Option<String>);
+    let mut heads = HashMap::new();
+    for (dialog, last_seq, last_at, rev, settings) in rows::<DialogRow>(dialogs)? {
+        let dialog: DialogId = dialog.parse().map_err(|_| corrupt("dialogs.dialog"))?;
+        let room = (dialog.is_room() && last_seq > 0).then(|| Room {
+            rev: Seq::new(rev),
+            settings: Settings::parse(settings.as_deref()),
+            members: BTreeMap::new(),
+        });
+        let head = Head {
+            last_seq: Seq::new(last_seq),
+            last_at: Timestamp::from_micros(last_at),
+            room: room.map(KnownRoom::Read),
+        };
+        heads.insert(dialog, head);
+    }
+    type MemberRow = (String, u64, String, u64, u64, u64);
+    for (dialog, user, role, rev, since, joined) in rows::<MemberRow>(members)? {
+        let dialog: DialogId = dialog.parse().map_err(|_| corrupt("members.dialog"))?;
+        let user = UserId::new(user).map_err(|_| corrupt("members.user_id"))?;
+        let member = Member {
+            role: role_of(&role)?,
+            rev: Seq::new(rev),
+            since: Seq::new(since),
+            joined: Seq::new(joined),
+        };
+        let head = heads.get_mut(&dialog).and_then(|head| head.room.as_mut());
+        if let Some(KnownRoom::Read(room)) = head {
+            room.members.insert(user, member);
+        }
+    }
+    Ok(heads)
+}
+
+fn last_seqs_of(set: Option<Vec<Row>>) -> Result<HashMap<DialogId, Seq>, StoreError> {
     rows::<(String, u64)>(set)?
         .into_iter()
         .map(|(dialog, seq)| {
@@ -471,52 +568,90 @@ pub(super) fn last_seqs_of(set: Option<Vec<Row>>) -> Result<HashMap<DialogId, Se
         .collect()
 }
 
-/// The second round trip of a batch.
-fn insert(
-    batch: &[NewMessage],
-    plan: &BatchPlan,
-    last_seqs: &HashMap<DialogId, Seq>,
-    now: Timestamp,
-) -> String {
+/// The last round trip of a batch.
+fn insert(batch: &[NewMessage], plan: &BatchPlan, locked: &Locked) -> String {
     let mut sql = String::with_capacity(
         512 + plan
             .rows
             .iter()
-            .map(|row| 200 + 2 * batch[row.index].text.as_str().len())
+            .map(|row| 200 + 2 * row.text(batch).len())
             .sum::<usize>(),
     );
     sql.push_str(INSERT_MESSAGES);
-    let at = now.micros().to_string();
     for (i, row) in plan.rows.iter().enumerate() {
         let comma = if i == 0 { "" } else { "," };
         sql.push_str(comma);
-        push_message(&mut sql, &batch[row.index], row.seq, &at);
+        push_row(&mut sql, batch, row, row.place.seq, row.place.at.micros());
     }
     // The rows are there and locked, so a step of so much is as good as a value, and one statement
     // serves all that take it.
-    let mut steps = BTreeMap::<u64, KeyList>::new();
+    let mut steps = BTreeMap::<(u64, Timestamp), KeyList>::new();
     let mut dialogs = KeyList::default();
-    for ((slot, dialog), seq) in &plan.last_seqs {
-        let step = seq.get() - last_seqs.get(dialog).copied().unwrap_or_default().get();
+    for ((slot, dialog), place) in &plan.last_seqs {
+        let before = locked.heads.get(dialog).map(|head| head.last_seq);
+        let step = place.seq.get() - before.unwrap_or_default().get();
         steps
-            .entry(step)
+            .entry((step, place.at))
             .or_default()
             .push(format_args!("{slot},'{dialog}'"));
         dialogs.push(format_args!("{slot},'{dialog}'"));
     }
-    for (step, of_step) in steps {
-        let now = now.micros();
+    for ((step, at), of_step) in steps {
+        let at = at.micros();
         let _ = write!(
             sql,
-            "; UPDATE dialogs FORCE INDEX (PRIMARY) SET last_seq = last_seq + {step}, last_at = {now} WHERE (slot, dialog) IN ({of_step})"
+            "; UPDATE dialogs FORCE INDEX (PRIMARY) SET last_seq = last_seq + {step}, last_at = {at} WHERE (slot, dialog) IN ({of_step})"
         );
     }
+    push_rooms(&mut sql, plan, locked.now);
     let _ = write!(
         sql,
-        "; UPDATE members FORCE INDEX (PRIMARY) SET last_hour = {} WHERE (slot, dialog) IN ({dialogs}); COMMIT",
-        now.hour()
+        "; UPDATE members FORCE INDEX (PRIMARY) SET last_hour = {} WHERE (slot, dialog) IN ({dialogs}) AND until_seq IS NULL; COMMIT",
+        locked.now.hour()
     );
     sql
+}
+
+/// Writes what has changed of rooms and their members, each statement behind a semicolon.
+fn push_rooms(sql: &mut String, plan: &BatchPlan, now: Timestamp) {
+    let mut members = String::new();
+    for ((dialog, user), row) in &plan.members {
+        let (slot, member) = (Slot::of(*dialog), row.member);
+        let _ = write!(
+            members,
+            "{}({slot},'{dialog}',{user},{},{},{},'{}',{},{},{},{})",
+            comma(&members),
+            member.joined,
+            now.micros(),
+            now.hour(),
+            member.role.as_str(),
+            member.rev,
+            member.since,
+            member.joined,
+            number(row.until)
+        );
+    }
+    if !members.is_empty() {
+        let _ = write!(
+            sql,
+            "; INSERT INTO members (slot, dialog, user_id, read_seq, joined_at, last_hour, role, rev, since_seq, joined_seq, until_seq) \
+           VALUES {members} ON DUPLICATE KEY UPDATE read_seq = GREATEST(read_seq, VALUES(read_seq)), role = VALUES(role), \
+           rev = VALUES(rev), since_seq = VALUES(since_seq), joined_seq = VALUES(joined_seq), until_seq = VALUES(until_seq)"
+        );
+    }
+    for (dialog, room) in plan.changed_rooms() {
+        let _ = write!(
+            sql,
+            "; UPDATE dialogs SET members_rev = {}, settings = _utf8mb4 x'",
+            room.rev
+        );
+        push_hex(sql, room.settings.to_text().as_bytes());
+        let _ = write!(
+            sql,
+            "' WHERE slot = {} AND dialog = '{dialog}'",
+            Slot::of(dialog)
+        );
+    }
 }
 
 /// Looks up every key of the batch. Only after the dialogs are locked: before, the answer may be

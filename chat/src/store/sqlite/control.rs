@@ -8,13 +8,13 @@ use crate::domain::ownership::{ReleaseStamp, SlotRow, SlotState, Step, StepRejec
 use crate::domain::slot::Slot;
 use crate::domain::topology::TopologyRef;
 use crate::store::control::{
-    Existing, MESSAGE_COLUMNS, RawMessage, RawSlot, SLOT_COLUMNS, as_duplicate, copied, fits,
-    hash_of, missing, slot_row,
+    Existing, MEMBER_COLUMNS, MESSAGE_COLUMNS, RawMember, RawMessage, RawSlot, SLOT_COLUMNS,
+    as_duplicate, copied, fits, hash_of, membership, missing, slot_row,
 };
 use crate::store::corrupt;
 use crate::store::{
-    Acceptance, Chunk, Control, CoordinatorLock, CopiedMessage, DialogRow, Membership, Meta,
-    PurgeOutcome, ShardIdentity, SlotSize, StoreError,
+    Acceptance, Chunk, Control, CoordinatorLock, CopiedMessage, DialogRow, Meta, PurgeOutcome,
+    ShardIdentity, SlotSize, StoreError,
 };
 use async_trait::async_trait;
 use rusqlite::{OptionalExtension, Transaction, params};
@@ -97,33 +97,29 @@ impl Control for SqliteStore {
         self.read_on(move |snapshot| {
             check_identity(snapshot, &identity)?;
             let mut dialog_rows = BTreeMap::<String, DialogRow>::new();
-            let dialogs: Vec<(String, u64, i64)> = snapshot
-                .prepare_cached("SELECT dialog, last_seq, last_at FROM dialogs WHERE slot = ?")
-                .and_then(|mut select| {
-                    select.query_map([slot.get()], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?.collect()
-                })
+            let dialogs: Vec<(String, u64, i64, u64, Option<String>)> = snapshot
+                .prepare_cached("SELECT dialog, last_seq, last_at, members_rev, settings FROM dialogs WHERE slot = ?")
+                .and_then(|mut select| select.query_map([slot.get()], |row| row.try_into())?.collect())
                 .map_err(|e| classify(&e))?;
-            for (name, last_seq, last_at) in dialogs {
-                let dialog = name.parse().map_err(|_| corrupt("dialogs.dialog"))?;
-                let (last_seq, last_at) = (Seq::new(last_seq), Timestamp::from_micros(last_at));
-                dialog_rows.insert(name, DialogRow { dialog, last_seq, last_at, members: Vec::new() });
+            for (name, last_seq, last_at, members_rev, settings) in dialogs {
+                let dialog_row = DialogRow {
+                    dialog: name.parse().map_err(|_| corrupt("dialogs.dialog"))?,
+                    last_seq: Seq::new(last_seq),
+                    last_at: Timestamp::from_micros(last_at),
+                    members_rev: Seq::new(members_rev),
+                    settings,
+                    members: Vec::new(),
+                };
+                dialog_rows.insert(name, dialog_row);
             }
-            let members: Vec<(String, u64, u64, i64)> = snapshot
-                .prepare_cached("SELECT dialog, user_id, read_seq, joined_at FROM members WHERE slot = ? ORDER BY dialog, user_id")
-                .and_then(|mut select| {
-                    select
-                        .query_map([slot.get()], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?)))?
-                        .collect()
-                })
+            let members: Vec<RawMember> = snapshot
+                .prepare_cached(&format!("SELECT {MEMBER_COLUMNS} FROM members WHERE slot = ? ORDER BY dialog, user_id"))
+                .and_then(|mut select| select.query_map([slot.get()], |row| row.try_into())?.collect())
                 .map_err(|e| classify(&e))?;
-            for (name, user, read_seq, joined_at) in members {
-                let user = UserId::new(user).map_err(|_| corrupt("members.user_id"))?;
+            for raw in members {
+                let (name, member) = membership(raw)?;
                 if let Some(dialog_row) = dialog_rows.get_mut(&name) {
-                    dialog_row.members.push(Membership {
-                        user,
-                        read_seq: Seq::new(read_seq),
-                        joined_at: Timestamp::from_micros(joined_at),
-                    });
+                    dialog_row.members.push(member);
                 }
             }
             Ok(dialog_rows.into_values().collect())
@@ -521,7 +517,7 @@ fn insert_copied(
     message: &CopiedMessage,
 ) -> Result<(), StoreError> {
     tx.prepare_cached(
-        &format!("INSERT INTO messages (slot, {MESSAGE_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"),
+        &format!("INSERT INTO messages (slot, {MESSAGE_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"),
     )
     .and_then(|mut insert| {
         insert.execute(params![
@@ -531,7 +527,8 @@ fn insert_copied(
             message.author.get(),
             message.key.as_ref().map(|key| key.as_str().as_bytes()),
             message.hash.0,
-            message.kind,
+            message.kind.as_str(),
+            message.of.map(Seq::get),
             message.text,
             message.at.micros(),
             message.duplicate_of.map(Seq::get)
@@ -541,19 +538,26 @@ fn insert_copied(
     .map_err(|e| classify(&e))
 }
 
-/// What is there only rises.
+/// What is there only rises. Of what a room says of itself and of its members, the later entry is
+/// right.
 fn raise_last_seqs(
     tx: &Transaction<'_>,
     slot: Slot,
     dialog_rows: &[DialogRow],
 ) -> rusqlite::Result<()> {
     let mut dialog = tx.prepare_cached(
-        "INSERT INTO dialogs (slot, dialog, last_seq, last_at) VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE
-            SET last_seq = MAX(last_seq, excluded.last_seq), last_at = MAX(last_at, excluded.last_at)",
+        "INSERT INTO dialogs (slot, dialog, last_seq, last_at, members_rev, settings) VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE
+            SET last_seq = MAX(last_seq, excluded.last_seq), last_at = MAX(last_at, excluded.last_at),
+                settings = IIF(excluded.members_rev > members_rev, excluded.settings, settings),
+                members_rev = MAX(members_rev, excluded.members_rev)",
     )?;
     let mut member = tx.prepare_cached(
-        "INSERT INTO members (slot, dialog, user_id, read_seq, joined_at, last_hour) VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE
-            SET last_hour = MAX(last_hour, excluded.last_hour), read_seq = MAX(read_seq, excluded.read_seq), joined_at = MIN(joined_at, excluded.joined_at)",
+        "INSERT INTO members (slot, dialog, user_id, read_seq, joined_at, last_hour, role, rev, since_seq, joined_seq, until_seq)
+            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE
+            SET last_hour = MAX(last_hour, excluded.last_hour), read_seq = MAX(read_seq, excluded.read_seq), joined_at = MIN(joined_at, excluded.joined_at),
+                role = IIF(excluded.rev > rev, excluded.role, role), since_seq = IIF(excluded.rev > rev, excluded.since_seq, since_seq),
+                joined_seq = IIF(excluded.rev > rev, excluded.joined_seq, joined_seq),
+                until_seq = IIF(excluded.rev > rev, excluded.until_seq, until_seq), rev = MAX(rev, excluded.rev)",
     )?;
     for dialog_row in dialog_rows {
         let name = dialog_row.dialog.to_string();
@@ -561,7 +565,9 @@ fn raise_last_seqs(
             slot.get(),
             name,
             dialog_row.last_seq.get(),
-            dialog_row.last_at.micros()
+            dialog_row.last_at.micros(),
+            dialog_row.members_rev.get(),
+            dialog_row.settings
         ])?;
         for of in &dialog_row.members {
             member.execute(params![
@@ -570,7 +576,12 @@ fn raise_last_seqs(
                 of.user.get(),
                 of.read_seq.get(),
                 of.joined_at.micros(),
-                dialog_row.last_at.hour()
+                dialog_row.last_at.hour(),
+                of.member.role.as_str(),
+                of.member.rev.get(),
+                of.member.since.get(),
+                of.member.joined.get(),
+                of.until.map(Seq::get)
             ])?;
         }
     }

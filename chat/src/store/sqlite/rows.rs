@@ -2,10 +2,12 @@
 
 use super::connection::classify;
 use crate::domain::dialog::{DialogId, Key, Seq, TextHash, Timestamp, UserId};
-use crate::domain::ownership::{COMPLETE, SlotView};
+use crate::domain::ownership::{History, SlotView};
+use crate::domain::room::{Member, Room, Settings};
 use crate::domain::slot::Slot;
 use crate::domain::topology::Phase;
-use crate::store::batch_plan::BatchPlan;
+use crate::store::batch_plan::{BatchPlan, Head, KnownRoom};
+use crate::store::control::role_of;
 use crate::store::meta::phase;
 use crate::store::served_slots::ServedSlotsCache;
 use crate::store::{
@@ -118,11 +120,13 @@ pub(super) fn view(tx: &Transaction<'_>, slot: Slot) -> Result<Option<SlotView>,
         .map_err(|e| classify(&e))?;
     row.map(|(state, term, generation, history, peer)| {
         let state = state.parse().map_err(|_| corrupt("slots.state"))?;
+        let history: History = history.parse().map_err(|_| corrupt("slots.history"))?;
         Ok(SlotView {
             state,
             term,
             generation,
-            complete: history == COMPLETE,
+            complete: history.is_complete(),
+            unmerged: !history.missing.is_empty(),
             peer,
         })
     })
@@ -188,6 +192,53 @@ pub(super) fn known_keys(
     Ok(keys)
 }
 
+/// What is known of a dialog under the lock of the whole file.
+pub(super) fn head(tx: &Transaction<'_>, slot: Slot, dialog: DialogId) -> Result<Head, StoreError> {
+    let (last_seq, last_at) = last_seq(tx, slot, dialog)?;
+    let room = if dialog.is_room() && last_seq > Seq::ZERO {
+        Some(KnownRoom::Read(room(tx, slot, dialog)?))
+    } else {
+        None
+    };
+    Ok(Head {
+        last_seq,
+        last_at,
+        room,
+    })
+}
+
+fn room(tx: &Transaction<'_>, slot: Slot, dialog: DialogId) -> Result<Room, StoreError> {
+    let place = params![slot.get(), dialog.to_string()];
+    let (rev, settings): (u64, Option<String>) = tx
+        .prepare_cached("SELECT members_rev, settings FROM dialogs WHERE slot = ? AND dialog = ?")
+        .and_then(|mut select| select.query_row(place, |row| row.try_into()))
+        .map_err(|e| classify(&e))?;
+    let rows: Vec<(u64, String, u64, u64, u64)> = tx
+        .prepare_cached(
+            "SELECT user_id, role, rev, since_seq, joined_seq FROM members WHERE slot = ? AND dialog = ? AND until_seq IS NULL",
+        )
+        .and_then(|mut select| select.query_map(place, |row| row.try_into())?.collect())
+        .map_err(|e| classify(&e))?;
+    let member = |(user, role, rev, since, joined): (u64, String, u64, u64, u64)| {
+        let member = Member {
+            role: role_of(&role)?,
+            rev: Seq::new(rev),
+            since: Seq::new(since),
+            joined: Seq::new(joined),
+        };
+        let user = UserId::new(user).map_err(|_| corrupt("members.user_id"))?;
+        Ok((user, member))
+    };
+    Ok(Room {
+        rev: Seq::new(rev),
+        settings: Settings::parse(settings.as_deref()),
+        members: rows
+            .into_iter()
+            .map(member)
+            .collect::<Result<_, StoreError>>()?,
+    })
+}
+
 pub(super) fn insert(
     tx: &Transaction<'_>,
     batch: &[NewMessage],
@@ -196,19 +247,20 @@ pub(super) fn insert(
 ) -> rusqlite::Result<()> {
     let mut message = tx.prepare_cached(
         "INSERT INTO messages (slot, dialog, seq, author, client_key, text_hash, kind, text, created_at)
-         VALUES (?, ?, ?, ?, ?, ?, 'text', ?, ?)",
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
     )?;
     for row in &plan.rows {
         let new = &batch[row.index];
         message.execute(params![
             new.slot.get(),
             new.dialog.to_string(),
-            row.seq.get(),
+            row.place.seq.get(),
             new.author.get(),
             new.key.as_str().as_bytes(),
             new.hash.0,
-            new.text.as_str(),
-            now.micros()
+            new.body.kind().as_str(),
+            row.text(batch),
+            row.place.at.micros()
         ])?;
     }
     let mut dialog_row = tx.prepare_cached(
@@ -220,23 +272,76 @@ pub(super) fn insert(
         "INSERT INTO members (slot, dialog, user_id, read_seq, joined_at, last_hour) VALUES (?, ?, ?, 0, ?, ?)
          ON CONFLICT DO UPDATE SET last_hour = excluded.last_hour WHERE last_hour <> excluded.last_hour",
     )?;
-    for ((slot, dialog), seq) in &plan.last_seqs {
+    for ((slot, dialog), place) in &plan.last_seqs {
         let name = dialog.to_string();
-        dialog_row.execute(params![slot.get(), name, seq.get(), now.micros()])?;
-        for user in dialog.members() {
+        let at = place.at;
+        dialog_row.execute(params![slot.get(), name, place.seq.get(), at.micros()])?;
+        for user in dialog.users() {
             member.execute(params![
                 slot.get(),
                 name,
                 user.get(),
-                now.micros(),
-                now.hour()
+                at.micros(),
+                at.hour()
             ])?;
         }
+    }
+    insert_rooms(tx, plan, now)
+}
+
+/// Writes what has changed of rooms and their members, and when they had their last entry.
+fn insert_rooms(tx: &Transaction<'_>, plan: &BatchPlan, now: Timestamp) -> rusqlite::Result<()> {
+    for ((dialog, user), row) in &plan.members {
+        let member = row.member;
+        tx.prepare_cached(
+            "INSERT INTO members (slot, dialog, user_id, read_seq, joined_at, last_hour, role, rev, since_seq, joined_seq, until_seq)
+             VALUES (?, ?, ?, ?, ?, 0, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET read_seq = MAX(read_seq, excluded.read_seq),
+               role = excluded.role, rev = excluded.rev, since_seq = excluded.since_seq, joined_seq = excluded.joined_seq,
+               until_seq = excluded.until_seq",
+        )?
+        .execute(params![
+            Slot::of(*dialog).get(),
+            dialog.to_string(),
+            user.get(),
+            member.joined.get(),
+            now.micros(),
+            member.role.as_str(),
+            member.rev.get(),
+            member.since.get(),
+            member.joined.get(),
+            row.until.map(Seq::get)
+        ])?;
+    }
+    for (dialog, room) in plan.changed_rooms() {
+        tx.prepare_cached(
+            "UPDATE dialogs SET members_rev = ?, settings = ? WHERE slot = ? AND dialog = ?",
+        )?
+        .execute(params![
+            room.rev.get(),
+            room.settings.to_text(),
+            Slot::of(dialog).get(),
+            dialog.to_string()
+        ])?;
+    }
+    for ((slot, dialog), place) in plan
+        .last_seqs
+        .iter()
+        .filter(|((_, dialog), _)| dialog.is_room())
+    {
+        let hour = place.at.hour();
+        tx.prepare_cached(
+            "UPDATE members SET last_hour = ?1 WHERE slot = ?2 AND dialog = ?3 AND until_seq IS NULL AND last_hour <> ?1",
+        )?
+        .execute(params![hour, slot.get(), dialog.to_string()])?;
     }
     Ok(())
 }
 
-/// The columns seq, author, client_key, text, created_at, from `first` on.
+/// The columns that a reader is shown, of the row called `m`.
+pub(super) const MESSAGE_ROW: &str =
+    "m.seq, m.author, m.client_key, m.kind, m.of_seq, m.text, m.created_at";
+
+/// The columns of [`MESSAGE_ROW`], from `first` on.
 pub(super) fn message(row: &rusqlite::Row<'_>, first: usize) -> rusqlite::Result<StoredMessage> {
     let author: u64 = row.get(first + 1)?;
     let key: Option<Vec<u8>> = row.get(first + 2)?;
@@ -245,8 +350,10 @@ pub(super) fn message(row: &rusqlite::Row<'_>, first: usize) -> rusqlite::Result
         author: UserId::new(author)
             .map_err(|e| rusqlite::Error::ToSqlConversionFailure(Box::new(e)))?,
         key: key.map(|key| String::from_utf8_lossy(&key).into_owned()),
-        text: row.get(first + 3)?,
-        at: Timestamp::from_micros(row.get(first + 4)?),
+        kind: row.get::<_, String>(first + 3)?.into(),
+        of: row.get::<_, Option<u64>>(first + 4)?.map(Seq::new),
+        text: row.get(first + 5)?,
+        at: Timestamp::from_micros(row.get(first + 6)?),
     })
 }
 

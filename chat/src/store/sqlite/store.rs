@@ -2,18 +2,22 @@
 
 use super::connection::{SqliteStore, classify, immediate};
 use super::rows::{
-    check_identity, clamp, insert, known_keys, last_seq, message, owned, select_meta, view,
+    MESSAGE_ROW, check_identity, clamp, head, insert, known_keys, last_seq, message, owned,
+    select_meta, view,
 };
 use crate::clock::now;
 use crate::domain::dialog::{DialogId, Seq, Timestamp, UserId};
 use crate::domain::ownership::{COMPLETE, FIRST_TERM, SlotState};
+use crate::domain::room::Settings;
 use crate::domain::slot::{Slot, SlotSet};
 use crate::domain::topology::Phase;
 use crate::store::batch_plan::BatchPlan;
+use crate::store::control::role_of;
 use crate::store::{
     Appended, BatchResult, Counts, Draft, InboxCursor, InboxRow, LAST_SEQS_CAP, LastSeqs,
-    LastSeqsOf, MarkOutcome, Meta, Mismatch, NewMark, NewMessage, Page, Range, ServedSlots,
-    ShardIdentity, ShardInbox, Store, StoreError, UNREAD_CAP, corrupt, migrate,
+    LastSeqsOf, MarkOutcome, Meta, Mismatch, NewMark, NewMessage, Page, Range, RoomMember,
+    RoomView, ServedSlots, ShardIdentity, ShardInbox, Store, StoreError, UNREAD_CAP, UNREAD_LOOK,
+    corrupt, migrate,
 };
 use async_trait::async_trait;
 use rusqlite::{OptionalExtension, Transaction, params};
@@ -166,15 +170,22 @@ impl Store for SqliteStore {
             let mut last = HashMap::new();
             for ((slot, dialog), planned) in &draft.plan.last_seqs {
                 let (there, at) = last_seq(&tx, *slot, *dialog)?;
+                if at > now {
+                    return mismatch(Mismatch::LastSeq);
+                }
                 match draft.expected.get(dialog) {
-                    Some(expected) if *expected != there || at.hour() != now.hour() => {
+                    Some(expected)
+                        if expected.last_seq != there
+                            || at.hour() != now.hour()
+                            || expected.members_rev() != members_rev(&tx, *slot, *dialog)? =>
+                    {
                         return mismatch(Mismatch::LastSeq);
                     }
                     Some(_) => {}
                     None => {
                         let beginning = draft.terms.get(slot).map_or(0, |term| term.generation);
                         let base = there.max(Seq::beginning(beginning));
-                        let count = draft.count(*slot, *planned);
+                        let count = draft.count(*slot, planned.seq);
                         last.insert(*dialog, Seq::new(base.get() + count));
                     }
                 }
@@ -213,23 +224,18 @@ impl Store for SqliteStore {
             let slots = slots
                 .filter_map(|slot| view(&tx, slot).transpose().map(|view| Ok((slot, view?))))
                 .collect::<Result<_, _>>()?;
-            let last_seqs = batch
+            let heads = batch
                 .iter()
-                .map(|message| {
-                    Ok((
-                        message.dialog,
-                        last_seq(&tx, message.slot, message.dialog)?.0,
-                    ))
-                })
+                .map(|entry| Ok((entry.dialog, head(&tx, entry.slot, entry.dialog)?)))
                 .collect::<Result<_, StoreError>>()?;
             // A look-up is a step in the same process: there is nothing to gain by waiting for the
             // duplicate key.
             let keys = known_keys(&tx, &batch)?;
             let now = now();
-            let plan = BatchPlan::new(&batch, &slots, &last_seqs, &keys, now);
+            let plan = BatchPlan::new(&batch, &slots, &heads, &keys, now);
             insert(&tx, &batch, &plan, now).map_err(|e| classify(&e))?;
             tx.commit().map_err(|e| classify(&e))?;
-            Ok(BatchResult::new(plan.outcomes, &slots, now))
+            Ok(plan.result(&slots, now))
         })
         .await
     }
@@ -252,7 +258,7 @@ impl Store for SqliteStore {
             };
             let mut messages = snapshot
                 .prepare_cached(&format!(
-                    "SELECT seq, author, client_key, text, created_at FROM messages
+                    "SELECT {MESSAGE_ROW} FROM messages m
                       WHERE slot = ? AND dialog = ? AND {condition} ORDER BY seq {order} LIMIT ?"
                 ))
                 .and_then(|mut select| {
@@ -290,36 +296,43 @@ impl Store for SqliteStore {
             // may hold what is above it.
             let hour = Timestamp::from_micros(at).hour();
             let rows = snapshot
-                .prepare_cached(
-                    "SELECT t.dialog, t.last_at, t.read_seq, t.unread, m.seq, m.author, m.client_key, m.text, m.created_at
-                       FROM (SELECT d.slot, d.dialog, d.last_seq, d.last_at, u.read_seq,
-                                    (SELECT COUNT(*) FROM (SELECT 1 FROM messages x WHERE x.slot = d.slot AND x.dialog = d.dialog
-                                        AND x.seq > u.read_seq AND x.author <> u.user_id LIMIT ?5)) AS unread
+                .prepare_cached(&format!(
+                    "SELECT t.dialog, t.last_at, t.read_seq, t.unread, t.settings, {MESSAGE_ROW}
+                       FROM (SELECT d.slot, d.dialog, d.last_seq, d.last_at, d.settings, u.read_seq,
+                                    (SELECT COUNT(*) FROM (SELECT 1 FROM (SELECT author, kind FROM messages x WHERE x.slot = d.slot AND x.dialog = d.dialog
+                                        AND x.seq > u.read_seq ORDER BY x.seq LIMIT {UNREAD_LOOK}) l
+                                      WHERE l.author <> u.user_id AND l.kind = 'text' LIMIT ?5)) AS unread
                                FROM members u INDEXED BY members_by_recency
                                CROSS JOIN slots s ON s.slot = u.slot AND s.state IN ('owner', 'sealed')
                                CROSS JOIN dialogs d ON d.slot = u.slot AND d.dialog = u.dialog
-                              WHERE u.user_id = ?1 AND d.last_seq > 0 AND (d.last_at, d.dialog) < (?2, ?3) AND u.last_hour <= ?6
+                              WHERE u.user_id = ?1 AND u.until_seq IS NULL AND d.last_seq > 0 AND (d.last_at, d.dialog) < (?2, ?3) AND u.last_hour <= ?6
                                 AND u.last_hour >= COALESCE(
                                     (SELECT e.last_hour FROM members e INDEXED BY members_by_recency
                                        CROSS JOIN slots s ON s.slot = e.slot AND s.state IN ('owner', 'sealed')
-                                      WHERE e.user_id = ?1 AND e.last_hour < ?6 ORDER BY e.last_hour DESC LIMIT 1 OFFSET ?7), 0)
+                                      WHERE e.user_id = ?1 AND e.until_seq IS NULL AND e.last_hour < ?6 ORDER BY e.last_hour DESC LIMIT 1 OFFSET ?7), 0)
                               ORDER BY d.last_at DESC, d.dialog DESC LIMIT ?4) t
                        JOIN messages m ON m.slot = t.slot AND m.dialog = t.dialog AND m.seq = t.last_seq
                       ORDER BY t.last_at DESC, t.dialog DESC",
-                )
+                ))
                 .and_then(|mut select| {
                     select
                         .query_map(params![user.get(), at, dialog, limit, UNREAD_CAP, hour, limit.saturating_sub(1)], |row| {
-                            Ok((row.get::<_, String>(0)?, row.get(1)?, row.get::<_, u64>(2)?, row.get(3)?, message(row, 4)?))
+                            Ok((row.get::<_, String>(0)?, row.get(1)?, row.get::<_, u64>(2)?, row.get(3)?, row.get::<_, Option<String>>(4)?, message(row, 5)?))
                         })?
                         .collect::<Result<Vec<_>, _>>()
                 })
                 .map_err(|e| classify(&e))?;
             let rows = rows
                 .into_iter()
-                .map(|(dialog, last_at, read_seq, unread, last)| {
-                    let dialog = dialog.parse().map_err(|_| corrupt("dialogs.dialog"))?;
-                    Ok(InboxRow { dialog, last_at: Timestamp::from_micros(last_at), last, read_seq: Seq::new(read_seq), unread })
+                .map(|(dialog, last_at, read_seq, unread, settings, last)| {
+                    Ok(InboxRow {
+                        dialog: dialog.parse().map_err(|_| corrupt("dialogs.dialog"))?,
+                        last_at: Timestamp::from_micros(last_at),
+                        last,
+                        read_seq: Seq::new(read_seq),
+                        unread,
+                        title: Settings::parse(settings.as_deref()).title,
+                    })
                 })
                 .collect::<Result<_, StoreError>>()?;
             Ok(ShardInbox { rows, slots })
@@ -336,8 +349,9 @@ impl Store for SqliteStore {
         self.read_on(move |snapshot| {
             check_identity(snapshot, &identity)?;
             let mut slots = owned(snapshot, &held)?;
+            let list = of.users().iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
             let selected = match &of {
-                LastSeqsOf::Dialogs(dialogs) => {
+                LastSeqsOf::Dialogs { dialogs, .. } => {
                     slots.keep(dialogs.iter().map(|dialog| Slot::of(*dialog)));
                     let mut keys = String::new();
                     for dialog in dialogs {
@@ -346,8 +360,7 @@ impl Store for SqliteStore {
                     }
                     format!("SELECT slot, dialog, last_seq, last_at FROM dialogs WHERE (slot, dialog) IN (VALUES {keys})")
                 }
-                LastSeqsOf::Users { users, within } => {
-                    let list = users.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+                LastSeqsOf::Users { within, .. } => {
                     let since = now().micros().saturating_sub(i64::try_from(within.as_micros()).unwrap_or(i64::MAX));
                     format!(
                         "SELECT DISTINCT d.slot, d.dialog, d.last_seq, d.last_at FROM members u INDEXED BY members_by_recency
@@ -358,9 +371,9 @@ impl Store for SqliteStore {
                 }
             };
             let sql = format!(
-                "SELECT k.dialog, k.last_seq, k.last_at, m.user_id, m.read_seq FROM ({selected}) k
+                "SELECT k.dialog, k.last_seq, k.last_at, m.user_id, m.read_seq, m.until_seq FROM ({selected}) k
                    JOIN slots s ON s.slot = k.slot AND s.state IN ('owner', 'sealed')
-                   JOIN members m ON m.slot = k.slot AND m.dialog = k.dialog
+                   JOIN members m ON m.slot = k.slot AND m.dialog = k.dialog AND (k.dialog NOT LIKE 'r%' OR m.user_id IN ({list}))
                   WHERE k.last_seq > 0 ORDER BY k.dialog, m.user_id"
             );
             let rows = snapshot
@@ -368,6 +381,79 @@ impl Store for SqliteStore {
                 .and_then(|mut select| select.query_map([], |row| row.try_into())?.collect())
                 .map_err(|e| classify(&e))?;
             LastSeqs::of(rows, now(), slots)
+        })
+        .await
+    }
+
+    async fn room(
+        &self,
+        identity: &ShardIdentity,
+        room: DialogId,
+        user: UserId,
+    ) -> Result<RoomView, StoreError> {
+        let identity = identity.clone();
+        self.read_on(move |snapshot| {
+            check_identity(snapshot, &identity)?;
+            let slot = Slot::of(room);
+            let place = params![slot.get(), room.to_string()];
+            let settings: Option<Option<String>> = snapshot
+                .prepare_cached("SELECT settings FROM dialogs WHERE slot = ? AND dialog = ?")
+                .and_then(|mut select| select.query_row(place, |row| row.get(0)).optional())
+                .map_err(|e| classify(&e))?;
+            let members = snapshot
+                .prepare_cached(
+                    "SELECT COUNT(*) FROM members WHERE slot = ? AND dialog = ? AND until_seq IS NULL",
+                )
+                .and_then(|mut select| select.query_row(place, |row| row.get(0)))
+                .map_err(|e| classify(&e))?;
+            let me = snapshot
+                .prepare_cached(&format!(
+                    "SELECT {ROOM_MEMBER} FROM members WHERE slot = ? AND dialog = ? AND user_id = ?"
+                ))
+                .and_then(|mut select| {
+                    let place = params![slot.get(), room.to_string(), user.get()];
+                    select.query_row(place, |row| row.try_into()).optional()
+                })
+                .map_err(|e| classify(&e))?;
+            Ok(RoomView {
+                slot: view(snapshot, slot)?,
+                last_seq: last_seq(snapshot, slot, room)?.0,
+                settings: Settings::parse(settings.flatten().as_deref()),
+                members,
+                me: me.map(room_member).transpose()?,
+            })
+        })
+        .await
+    }
+
+    async fn room_members(
+        &self,
+        identity: &ShardIdentity,
+        room: DialogId,
+        after: Option<UserId>,
+        read_to: Option<Seq>,
+        limit: u32,
+    ) -> Result<Vec<RoomMember>, StoreError> {
+        let identity = identity.clone();
+        self.read_on(move |snapshot| {
+            check_identity(snapshot, &identity)?;
+            let found: Vec<RawRoomMember> = snapshot
+                .prepare_cached(&format!(
+                    "SELECT {ROOM_MEMBER} FROM members WHERE slot = ? AND dialog = ? AND user_id > ? AND read_seq >= ?
+                        AND until_seq IS NULL ORDER BY user_id LIMIT ?"
+                ))
+                .and_then(|mut select| {
+                    let place = params![
+                        Slot::of(room).get(),
+                        room.to_string(),
+                        after.map_or(0, UserId::get),
+                        clamp(read_to.unwrap_or_default().get()),
+                        limit
+                    ];
+                    select.query_map(place, |row| row.try_into())?.collect()
+                })
+                .map_err(|e| classify(&e))?;
+            found.into_iter().map(room_member).collect()
         })
         .await
     }
@@ -412,12 +498,42 @@ impl Store for SqliteStore {
     }
 }
 
+/// The columns of a member, as [`RawRoomMember`] has them.
+const ROOM_MEMBER: &str = "user_id, role, since_seq, until_seq, read_seq";
+
+type RawRoomMember = (u64, String, u64, Option<u64>, u64);
+
+fn room_member(raw: RawRoomMember) -> Result<RoomMember, StoreError> {
+    let (user, role, since, until, read) = raw;
+    Ok(RoomMember {
+        user: UserId::new(user).map_err(|_| corrupt("members.user_id"))?,
+        role: role_of(&role)?,
+        since: Seq::new(since),
+        until: until.map(Seq::new),
+        read: Seq::new(read),
+    })
+}
+
+/// The seq of the entry that last changed the members of a room.
+fn members_rev(tx: &Transaction<'_>, slot: Slot, dialog: DialogId) -> Result<Seq, StoreError> {
+    if !dialog.is_room() {
+        return Ok(Seq::ZERO);
+    }
+    tx.prepare_cached("SELECT members_rev FROM dialogs WHERE slot = ? AND dialog = ?")
+        .and_then(|mut select| {
+            let place = params![slot.get(), dialog.to_string()];
+            select.query_row(place, |row| row.get(0)).optional()
+        })
+        .map(|rev| Seq::new(rev.unwrap_or(0)))
+        .map_err(|e| classify(&e))
+}
+
 /// Moves a read mark in a slot that is owned.
 fn mark_read(tx: &Transaction<'_>, mark: &NewMark) -> Result<MarkOutcome, StoreError> {
     let (slot, dialog, user) = (mark.slot.get(), mark.dialog.to_string(), mark.user.get());
     let read: Option<u64> = tx
         .prepare_cached(
-            "SELECT read_seq FROM members WHERE slot = ? AND dialog = ? AND user_id = ?",
+            "SELECT read_seq FROM members WHERE slot = ? AND dialog = ? AND user_id = ? AND until_seq IS NULL",
         )
         .and_then(|mut select| {
             let row = select.query_row(params![slot, dialog, user], |row| row.get(0));
