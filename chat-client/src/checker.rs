@@ -183,10 +183,11 @@ mod tests {
             dialog: "7_42".into(),
             seq,
             from: 7,
-            to: 42,
+            to: Some(42),
             text: "hi".into(),
             at: String::new(),
             key: key.map(str::to_owned),
+            ..Message::default()
         }
     }
 

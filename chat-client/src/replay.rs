@@ -1,13 +1,16 @@
-//! Real conversations, sent as they were: in order per dialog, many users at once.
+//! Real conversations, sent as they were: in order per dialog, many users at once. As dialogs, or as
+//! rooms that each take the lines of several dialogs.
 
 use crate::output;
 use anyhow::{Context, bail};
-use chat_client::checker;
-use chat_client::{Access, Client, Event};
-use chat_wire::Message;
+use chat_client::{Access, Api, Client, Event, To, checker};
+use chat_wire::{CreateRoomRequest, Message};
 use clap::Args;
 use futures_util::{StreamExt, TryStreamExt, stream};
 use indicatif::{ProgressBar, ProgressStyle};
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
+use rand::{RngExt, SeedableRng};
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -19,7 +22,11 @@ pub struct Options {
     /// Dialogs that are under way at once.
     #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     at_once: u32,
-    /// Afterwards read every dialog back, as both users, through every instance, in both
+    /// Send the lines in rooms of 3 to 30 members instead. This seed decides which dialogs share a
+    /// room.
+    #[arg(long)]
+    rooms: Option<u64>,
+    /// Afterwards read every dialog back, as all its users, through every instance, in both
     /// directions, and compare.
     #[arg(long)]
     check: bool,
@@ -35,54 +42,107 @@ struct Line {
     text: String,
 }
 
-type Dialogs = BTreeMap<(u64, u64), Vec<Line>>;
+/// The lines of a dialog or a room, in order.
+struct Conversation {
+    users: BTreeSet<u64>,
+    /// The key of the room, which the first user makes; `None` for a dialog between two.
+    room: Option<String>,
+    lines: Vec<Line>,
+}
+
+/// Members of a room.
+const ROOM: std::ops::RangeInclusive<usize> = 3..=30;
 
 pub async fn run(servers: &[Access], options: Options) -> anyhow::Result<()> {
     let dialogs = read(&options.file)?;
-    let lines: usize = dialogs.values().map(Vec::len).sum();
+    let conversations = match options.rooms {
+        Some(seed) => rooms(dialogs, seed),
+        None => dialogs,
+    };
+    let lines: usize = conversations.iter().map(|one| one.lines.len()).sum();
+    let kind = if options.rooms.is_some() {
+        "rooms"
+    } else {
+        "dialogs"
+    };
     if !options.check_only {
         let begun = std::time::Instant::now();
-        send(servers, &dialogs, lines, options.at_once as usize).await?;
+        send(servers, &conversations, lines, options.at_once as usize).await?;
         let seconds = begun.elapsed().as_secs_f64();
         output::line(&format!(
-            "sent      {lines} messages of {} dialogs in {seconds:.1} s ({:.0}/s)",
-            dialogs.len(),
+            "sent      {lines} messages of {} {kind} in {seconds:.1} s ({:.0}/s)",
+            conversations.len(),
             lines as f64 / seconds
         ))?;
     }
     if options.check || options.check_only {
-        let read = check(servers, &dialogs).await?;
+        let read = check(servers, &conversations).await?;
         output::line(&format!(
-            "compared  {read} messages: every dialog as both its users, through {} instances, upwards and downwards: all as in the file",
+            "compared  {read} messages: every one of the {kind} as all its users, through {} instances, upwards and downwards: all as in the file",
             servers.len()
         ))?;
     }
     Ok(())
 }
 
-fn read(file: &Path) -> anyhow::Result<Dialogs> {
+fn read(file: &Path) -> anyhow::Result<Vec<Conversation>> {
     let text = std::fs::read_to_string(file).with_context(|| file.display().to_string())?;
-    let mut dialogs = Dialogs::new();
+    let mut dialogs = BTreeMap::<_, Vec<Line>>::new();
     for (number, line) in text.lines().enumerate() {
         let line: Line = serde_json::from_str(line)
             .with_context(|| format!("{}:{}", file.display(), number + 1))?;
-        dialogs
-            .entry((line.from.min(line.to), line.from.max(line.to)))
-            .or_default()
-            .push(line);
+        let users = BTreeSet::from([line.from, line.to]);
+        dialogs.entry(users).or_default().push(line);
     }
-    Ok(dialogs)
+    let dialogs = dialogs.into_iter().map(|(users, lines)| Conversation {
+        users,
+        room: None,
+        lines,
+    });
+    Ok(dialogs.collect())
+}
+
+/// Puts dialogs into rooms, until each has as many members as it is to have.
+fn rooms(mut dialogs: Vec<Conversation>, seed: u64) -> Vec<Conversation> {
+    let mut rng = StdRng::seed_from_u64(seed);
+    dialogs.shuffle(&mut rng);
+    let mut rooms = Vec::new();
+    let mut dialogs = dialogs.into_iter().peekable();
+    while dialogs.peek().is_some() {
+        let size = rng.random_range(ROOM);
+        let mut room = Conversation {
+            users: BTreeSet::new(),
+            room: Some(format!("replay.{seed}.{}", rooms.len())),
+            lines: Vec::new(),
+        };
+        // Two users of a dialog join at once.
+        while room.users.len() < size
+            && let Some(dialog) =
+                dialogs.next_if(|dialog| room.users.union(&dialog.users).count() <= *ROOM.end())
+        {
+            room.users.extend(dialog.users);
+            // Lines of the dialogs take turns, as in a room.
+            let mut lines = std::mem::take(&mut room.lines).into_iter().peekable();
+            let mut more = dialog.lines.into_iter().peekable();
+            while lines.peek().is_some() || more.peek().is_some() {
+                room.lines.extend(lines.next());
+                room.lines.extend(more.next());
+            }
+        }
+        rooms.push(room);
+    }
+    rooms
 }
 
 async fn send(
     servers: &[Access],
-    dialogs: &Dialogs,
+    conversations: &[Conversation],
     lines: usize,
     at_once: usize,
 ) -> anyhow::Result<()> {
-    let users: BTreeSet<u64> = dialogs
-        .keys()
-        .flat_map(|(low, high)| [*low, *high])
+    let users: BTreeSet<u64> = conversations
+        .iter()
+        .flat_map(|one| one.users.iter().copied())
         .collect();
     let mut clients = BTreeMap::new();
     let mut sessions = Vec::new();
@@ -108,15 +168,20 @@ async fn send(
         }
     }
     let bar = bar(lines as u64);
-    // A line waits for the one before it in its dialog, also of the other user; the key says which
+    // A line waits for the one before it in its dialog, also of other users; the key says which
     // line of the dialog it is, so that a file that is replayed twice is stored once.
-    stream::iter(dialogs.values())
-        .map(|lines| {
+    stream::iter(conversations)
+        .map(|conversation| {
             let (clients, bar) = (&clients, &bar);
             async move {
-                for (number, line) in lines.iter().enumerate() {
+                let room = match conversation.request() {
+                    Some((owner, request)) => Some(clients[&owner].create_room(request).await?),
+                    None => None,
+                };
+                for (number, line) in conversation.lines.iter().enumerate() {
+                    let to = room.clone().map_or(To::User(line.to), To::Dialog);
                     clients[&line.from]
-                        .send(line.to, format!("replay.{number}"), line.text.clone())
+                        .send(to, format!("replay.{number}"), line.text.clone())
                         .await?;
                     bar.inc(1);
                 }
@@ -130,22 +195,71 @@ async fn send(
     Ok(())
 }
 
-async fn check(servers: &[Access], dialogs: &Dialogs) -> anyhow::Result<u64> {
-    let bar = bar(dialogs.len() as u64);
-    let counts = stream::iter(dialogs)
-        .map(|(users, lines)| {
+impl Conversation {
+    /// Who makes the room, and how.
+    fn request(&self) -> Option<(u64, CreateRoomRequest)> {
+        let owner = *self.users.first()?;
+        let request = CreateRoomRequest {
+            key: self.room.clone()?,
+            members: self.users.iter().copied().collect(),
+            ..CreateRoomRequest::default()
+        };
+        Some((owner, request))
+    }
+
+    /// Reads it back as every user, through every instance, in both directions; returns the log
+    /// and the number of messages that were read.
+    async fn read_everywhere(&self, servers: &[Access]) -> anyhow::Result<(Vec<Message>, u64)> {
+        let Some((owner, request)) = self.request() else {
+            let mut users = self.users.iter().copied();
+            let low = users.next().context("a dialog without users")?;
+            let high = users.next().unwrap_or(low);
+            let mut reading = checker::read_everywhere(servers, (low, high)).await?;
+            reading.faults.extend(checker::gaps(&reading.log));
+            if let Some(fault) = reading.faults.first() {
+                bail!("dialog {low}_{high}: {fault}");
+            }
+            return Ok((reading.log, reading.read));
+        };
+        let first = servers.first().context("--url is empty")?.clone();
+        // The same request names the same room.
+        let api = Api::new(first, owner).await?;
+        let room = api.create_room(&request).await?.dialog;
+        let (mut log, mut read) = (None, 0);
+        for user in &self.users {
+            for server in servers {
+                let api = Api::new(server.clone(), *user).await?;
+                let logs = [
+                    api.log_upwards(room.as_str()).await?,
+                    api.log_downwards(room.as_str()).await?,
+                ];
+                for there in logs {
+                    read += there.len() as u64;
+                    if log.get_or_insert_with(|| there.clone()) != &there {
+                        bail!("room {room}: user {user} reads something else");
+                    }
+                }
+            }
+        }
+        let log = log.unwrap_or_default();
+        if let Some(fault) = checker::gaps(&log).first() {
+            bail!("room {room}: {fault}");
+        }
+        Ok((log, read))
+    }
+}
+
+async fn check(servers: &[Access], conversations: &[Conversation]) -> anyhow::Result<u64> {
+    let bar = bar(conversations.len() as u64);
+    let counts = stream::iter(conversations)
+        .map(|conversation| {
             let bar = &bar;
             async move {
-                let reading = checker::read_everywhere(servers, *users).await?;
-                let mut faults = reading.faults;
-                faults.extend(checker::gaps(&reading.log));
-                let (low, high) = users;
-                if let Some(fault) = faults.first() {
-                    bail!("dialog {low}_{high}: {fault}");
-                }
-                compare(&reading.log, lines).with_context(|| format!("dialog {low}_{high}"))?;
+                let (log, read) = conversation.read_everywhere(servers).await?;
+                let name = log.first().map_or("", |first| &first.dialog);
+                compare(&log, conversation).with_context(|| format!("dialog {name}"))?;
                 bar.inc(1);
-                anyhow::Ok(reading.read)
+                anyhow::Ok(read)
             }
         })
         .buffer_unordered(16)
@@ -156,7 +270,9 @@ async fn check(servers: &[Access], dialogs: &Dialogs) -> anyhow::Result<u64> {
 }
 
 /// Whether the messages of a log are the lines, in their order.
-fn compare(log: &[Message], lines: &[Line]) -> anyhow::Result<()> {
+fn compare(log: &[Message], conversation: &Conversation) -> anyhow::Result<()> {
+    let lines = &conversation.lines;
+    let log: Vec<&Message> = log.iter().filter(|entry| entry.kind.is_text()).collect();
     if log.len() != lines.len() {
         bail!(
             "{} messages, and {} lines in the file",
@@ -165,7 +281,8 @@ fn compare(log: &[Message], lines: &[Line]) -> anyhow::Result<()> {
         );
     }
     for (number, (message, line)) in (1..).zip(log.iter().zip(lines)) {
-        if (message.from, message.to, &message.text) != (line.from, Some(line.to), &line.text) {
+        let to = conversation.room.is_none().then_some(line.to);
+        if (message.from, message.to, &message.text) != (line.from, to, &line.text) {
             bail!("message {} is not line {number}", message.seq);
         }
     }
