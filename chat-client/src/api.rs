@@ -142,13 +142,14 @@ impl Api {
         .await
     }
 
-    /// Makes a room; its id is the `dialog` of the answer.
+    /// Makes a room; its id is the `dialog` of the answer. The same key names the same room, so it is
+    /// asked for again as long as it is asked for too fast.
     ///
     /// # Errors
-    /// [`ClientError`]; a retryable refusal is not repeated here.
+    /// [`ClientError`]; another retryable refusal is not repeated here.
     pub async fn create_room(&self, room: &CreateRoomRequest) -> Result<Sent, ClientError> {
         let url = self.access.url("/v1/rooms");
-        answer(self.with_token(self.access.http().post(url)).json(room)).await
+        answer_in_time(self.with_token(self.access.http().post(url)).json(room)).await
     }
 
     /// Changes a room; `None` if it is like that already.
