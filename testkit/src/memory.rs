@@ -811,6 +811,7 @@ impl Store for MemoryStore {
                     .map(|member| MemberState {
                         user: member.user,
                         read: member.read_seq,
+                        since: member.member.since,
                         until: member.until,
                     })
                     .collect();

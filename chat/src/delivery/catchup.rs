@@ -248,7 +248,7 @@ impl CatchUp {
             // The history of a room that the user was never in says so.
             let strange = dialog.is_room() && !state.has(self.me);
             let too_far = last_seq > *seq && self.too_far(*seq, last_seq);
-            if last_seq < *seq || too_far || strange {
+            if last_seq < *seq || too_far || strange || state.skips(self.me, *seq) {
                 self.metrics.resyncs.inc();
                 self.subscriber.skip_to(*dialog, epoch, last_seq);
                 found.resync.push(*dialog);

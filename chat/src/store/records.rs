@@ -407,6 +407,8 @@ pub struct MemberState {
     pub user: UserId,
     /// Read up to here.
     pub read: Seq,
+    /// Entries from here on can be read.
+    pub since: Seq,
     /// The entry by which the user has left.
     pub until: Option<Seq>,
 }
@@ -416,6 +418,14 @@ impl DialogLastSeq {
     #[must_use]
     pub fn has(&self, user: UserId) -> bool {
         self.members.iter().any(|member| member.user == user)
+    }
+
+    /// Whether entries above a seq, which a user has not read yet, cannot be read any more: the user
+    /// has left the room meanwhile, and has joined again.
+    #[must_use]
+    pub fn skips(&self, user: UserId, above: Seq) -> bool {
+        let member = self.members.iter().find(|member| member.user == user);
+        member.is_some_and(|member| member.since.get() > above.get().saturating_add(1))
     }
 
     /// The last entry that a user may read.
@@ -452,17 +462,18 @@ pub struct LastSeqs {
 impl LastSeqs {
     /// Puts together what was read a member at a time, in the order of dialogs.
     pub(super) fn of(
-        rows: Vec<(String, u64, i64, u64, u64, Option<u64>)>,
+        rows: Vec<(String, u64, i64, u64, u64, u64, Option<u64>)>,
         now: Timestamp,
         slots: ServedSlots,
     ) -> Result<Self, StoreError> {
         let mut dialogs: Vec<DialogLastSeq> = Vec::new();
-        for (dialog, last_seq, last_at, user, read_seq, until) in rows {
+        for (dialog, last_seq, last_at, user, read_seq, since, until) in rows {
             let dialog = dialog.parse().map_err(|_| corrupt("dialogs.dialog"))?;
             let user = UserId::new(user).map_err(|_| corrupt("members.user_id"))?;
             let member = MemberState {
                 user,
                 read: Seq::new(read_seq),
+                since: Seq::new(since),
                 until: until.map(Seq::new),
             };
             match dialogs.last_mut().filter(|last| last.dialog == dialog) {

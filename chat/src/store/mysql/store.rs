@@ -331,7 +331,7 @@ impl Store for MysqlStore {
         // found by their keys.
         let sql = format!(
             "{SNAPSHOT}{};
-             SELECT k.dialog, k.last_seq, k.last_at, m.user_id, m.read_seq, m.until_seq FROM ({selected}) k
+             SELECT k.dialog, k.last_seq, k.last_at, m.user_id, m.read_seq, m.since_seq, m.until_seq FROM ({selected}) k
                STRAIGHT_JOIN slots s ON s.slot = k.slot AND s.state IN ('owner', 'sealed')
                STRAIGHT_JOIN members m FORCE INDEX (PRIMARY) ON m.slot = k.slot AND m.dialog = k.dialog
                  AND (k.dialog NOT LIKE 'r%' OR m.user_id IN ({list}))

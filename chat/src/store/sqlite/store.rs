@@ -371,7 +371,7 @@ impl Store for SqliteStore {
                 }
             };
             let sql = format!(
-                "SELECT k.dialog, k.last_seq, k.last_at, m.user_id, m.read_seq, m.until_seq FROM ({selected}) k
+                "SELECT k.dialog, k.last_seq, k.last_at, m.user_id, m.read_seq, m.since_seq, m.until_seq FROM ({selected}) k
                    JOIN slots s ON s.slot = k.slot AND s.state IN ('owner', 'sealed')
                    JOIN members m ON m.slot = k.slot AND m.dialog = k.dialog AND (k.dialog NOT LIKE 'r%' OR m.user_id IN ({list}))
                   WHERE k.last_seq > 0 ORDER BY k.dialog, m.user_id"
