@@ -10,6 +10,7 @@ mod storm;
 mod marks;
 mod talk;
 mod order;
+mod removals;
 
 use crate::devices::Device;
 use crate::service::{Service, locked};
@@ -22,6 +23,7 @@ use marks::marks;
 use order::order;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
+use removals::removals;
 use slow::slow;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -52,6 +54,9 @@ enum Scenario {
     /// Many runs of `chat-client talk` with piped lines, while shards refuse and instances are
     /// killed.
     Order,
+    /// Members are removed from rooms while the bus loses messages, instances are killed and slots
+    /// move.
+    Removals,
 }
 
 #[derive(Args)]
@@ -80,7 +85,8 @@ pub struct Options {
     /// Of a hundred messages of the bus, how many are lost.
     #[arg(long, default_value_t = 5)]
     losses: u64,
-    /// Clients of the handover and of the storm, messages for the slow reader, runs of the order.
+    /// Clients of the handover and of the storm, messages for the slow reader, runs of the order,
+    /// removals.
     #[arg(long)]
     count: Option<u64>,
     /// Everything over TLS with a private CA: the instances, MySQL and NATS, which ask for
@@ -107,6 +113,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         Scenario::Storm,
         Scenario::Talk,
         Scenario::Order,
+        Scenario::Removals,
     ];
     let scenarios = options.scenario.map_or(all.to_vec(), |one| vec![one]);
     let mut service = Service::new(options.chat.clone(), options.dir.clone(), options.port);
@@ -142,7 +149,7 @@ async fn one(
     n: u64,
 ) -> anyhow::Result<()> {
     let mut losing = Vec::new();
-    if scenario == Scenario::Lossy {
+    if matches!(scenario, Scenario::Lossy | Scenario::Removals) {
         for i in 0..2 {
             let rng = Mutex::new(StdRng::seed_from_u64(options.seed + i as u64));
             let losses = options.losses;
@@ -169,6 +176,7 @@ async fn one(
         Scenario::Storm => storm(service, options, users).await,
         Scenario::Talk => talk(service, options, users).await,
         Scenario::Order => order(service, options, users).await,
+        Scenario::Removals => removals(service, options, users, &losing).await,
     }
 }
 

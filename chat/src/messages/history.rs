@@ -86,7 +86,7 @@ impl Messages {
             }
             is_whole
         };
-        self.from_owner(
+        self.read_at_owner(
             Slot::of(dialog),
             |shard| self.read(payer, shard, dialog, range, limit),
             |page| page.slot.clone(),

@@ -13,7 +13,7 @@ impl Messages {
     ///
     /// # Errors
     /// [`RequestError`].
-    pub(super) async fn from_owner<T, F: Future<Output = Result<T, RequestError>>>(
+    pub(super) async fn read_at_owner<T, F: Future<Output = Result<T, RequestError>>>(
         &self,
         slot: Slot,
         read: impl Fn(Shard) -> F,

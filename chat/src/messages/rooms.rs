@@ -168,7 +168,7 @@ impl Messages {
         limit: u32,
     ) -> Result<Vec<RoomMember>, RequestError> {
         // The row of the slot is read first: while it is that of the owner, the members are there.
-        let found = self.from_owner(
+        let found = self.read_at_owner(
             Slot::of(room),
             |shard| async move {
                 let view = shard.room(room, me).await?;
@@ -192,7 +192,7 @@ impl Messages {
     ) -> Result<(RoomView, RoomMember), RequestError> {
         let read = |shard: Shard| async move { Ok(shard.room(room, me).await?) };
         let view = self
-            .from_owner(Slot::of(room), read, |view| view.slot.clone(), |_| true)
+            .read_at_owner(Slot::of(room), read, |view| view.slot.clone(), |_| true)
             .await?;
         if view.slot.as_ref().is_some_and(|slot| slot.unmerged) {
             return Err(Refusal::Unavailable.into());

@@ -448,6 +448,10 @@ impl DialogLastSeq {
     }
 }
 
+/// A dialog and one of its members: its id, last seq and the time of that; the user, the read mark,
+/// and the entries between which the user may read.
+pub(super) type LastSeqRow = (String, u64, i64, u64, u64, u64, Option<u64>);
+
 /// The last seqs that were requested of a shard, in one snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LastSeqs {
@@ -462,7 +466,7 @@ pub struct LastSeqs {
 impl LastSeqs {
     /// Puts together what was read a member at a time, in the order of dialogs.
     pub(super) fn of(
-        rows: Vec<(String, u64, i64, u64, u64, u64, Option<u64>)>,
+        rows: Vec<LastSeqRow>,
         now: Timestamp,
         slots: ServedSlots,
     ) -> Result<Self, StoreError> {
