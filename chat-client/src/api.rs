@@ -142,8 +142,8 @@ impl Api {
         .await
     }
 
-    /// Makes a room; its id is the `dialog` of the answer. The same key names the same room, so it is
-    /// asked for again as long as it is asked for too fast.
+    /// Makes a room; its id is the `dialog` of the answer. The same key names the same room, so it
+    /// is asked for again as long as it is asked for too fast.
     ///
     /// # Errors
     /// [`ClientError`]; another retryable refusal is not repeated here.

@@ -1,5 +1,5 @@
-//! Real conversations, sent as they were: in order per dialog, many users at once. As dialogs, or as
-//! rooms that each take the lines of several dialogs.
+//! Real conversations, sent as they were: in order per dialog, many users at once. As dialogs, or
+//! as rooms that each take the lines of several dialogs.
 
 use crate::output;
 use anyhow::{Context, bail};

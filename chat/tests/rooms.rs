@@ -416,7 +416,8 @@ async fn a_room_is_talked_in(kind: Store) {
     nine.send(json!({"type": "read", "id": "3", "in": room, "seq": 6}))
         .await;
     assert_eq!(nine.error().await.code, ErrorCode::NotMember);
-    // A device that was away resumes to the end of what it may read, and a stranger is told to read.
+    // A device that was away resumes to the end of what it may read, and a stranger is told to
+    // read.
     let mut back = Socket::of(&one, 9).await;
     back.send(json!({"type": "resume", "id": "r", "positions": {&room: 3}}))
         .await;

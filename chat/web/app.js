@@ -207,7 +207,8 @@ class App {
     try {
       const page = await this.connection.inbox(cursor);
       if (!cursor) this.dialogs.clear();
-      for (const dialog of page.dialogs) this.dialogs.set(dialog.with, dialog);
+      // The page shows dialogs between two; a room has no `with`.
+      for (const dialog of page.dialogs.filter((dialog) => dialog.with)) this.dialogs.set(dialog.with, dialog);
       this.note(page.incomplete.length ? `Incomplete: ${page.incomplete.join(', ')} is away: what only it has is not shown.` : '');
       this.cursor = page.cursor;
       this.list();

@@ -64,6 +64,8 @@ export class Connection {
     switch (frame.type) {
       case 'welcome': this.begin(frame); break;
       case 'message': this.message(frame); break;
+      // An entry of another kind takes its seq, and shows nothing here.
+      case 'entry': this.follows(frame); break;
       case 'sent': this.sent(frame); break;
       case 'resumed': this.resumed(frame); break;
       case 'read': this.handlers.read(frame); break;
@@ -145,7 +147,8 @@ export class Connection {
       // One of ours that we do not know to be stored, because the answer was lost with a connection.
       this.settle(this.sendOf(message.dialog, message.key), message);
     }
-    if (this.follows(message)) this.handlers.message(message);
+    // The page shows dialogs between two; a message of a room has no `to`.
+    if (this.follows(message) && message.to) this.handlers.message(message);
   }
 
   sent({ key, dialog, seq, at }) {
@@ -190,10 +193,9 @@ export class Connection {
   async readOn(dialog) {
     const stream = this.streams.get(dialog);
     stream.state = 'reading';
-    const peer = this.peerOf(dialog);
     try {
       for (let more = true; more;) {
-        const page = await this.history({ with: peer, after: stream.last });
+        const page = await this.history({ in: dialog, after: stream.last });
         if (this.streams.get(dialog) !== stream || stream.state !== 'reading') return;
         if (!page.messages.length && !page.more) {
           // The log is shorter than what we had of it.
@@ -203,7 +205,7 @@ export class Connection {
         }
         for (const message of page.messages) {
           stream.last = message.seq;
-          this.handlers.message(message);
+          if (message.to) this.handlers.message(message);
         }
         more = page.more;
       }

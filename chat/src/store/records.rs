@@ -420,8 +420,8 @@ impl DialogLastSeq {
         self.members.iter().any(|member| member.user == user)
     }
 
-    /// Whether entries above a seq, which a user has not read yet, cannot be read any more: the user
-    /// has left the room meanwhile, and has joined again.
+    /// Whether entries above a seq, which a user has not read yet, cannot be read any more: the
+    /// user has left the room meanwhile, and has joined again.
     #[must_use]
     pub fn skips(&self, user: UserId, above: Seq) -> bool {
         let member = self.members.iter().find(|member| member.user == user);
