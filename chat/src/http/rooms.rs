@@ -46,7 +46,7 @@ fn answer(done: Done) -> HttpResponse {
 
 /// Make a room, with the user as its owner. The same user and key name the same room.
 #[utoipa::path(
-    post, path = "/v1/rooms", tag = "rooms", request_body = CreateRoomRequest,
+    post, path = "/v1/rooms", operation_id = "create_room", tag = "rooms", request_body = CreateRoomRequest,
     responses(
         (status = 201, description = "Made; `dialog` is the id of the room", body = Sent),
         (status = 200, description = "A repeat of a request that was carried out before", body = Sent),
@@ -69,7 +69,7 @@ pub async fn create(
 
 /// A room, as a member sees it.
 #[utoipa::path(
-    get, path = "/v1/rooms/{room}", tag = "rooms", params(("room" = String, Path, description = "The id of the room")),
+    get, path = "/v1/rooms/{room}", operation_id = "room", tag = "rooms", params(("room" = String, Path, description = "The id of the room")),
     responses((status = 200, description = "The room", body = Room), Refusals, RoomRefusals),
     security(("bearer" = []))
 )]
@@ -96,7 +96,7 @@ pub struct MembersQuery {
 
 /// The members of a room, by user id.
 #[utoipa::path(
-    get, path = "/v1/rooms/{room}/members", tag = "rooms", params(("room" = String, Path, description = "The id of the room"), MembersQuery),
+    get, path = "/v1/rooms/{room}/members", operation_id = "room_members", tag = "rooms", params(("room" = String, Path, description = "The id of the room"), MembersQuery),
     responses((status = 200, description = "The page", body = RoomMembersPage), Refusals, RoomRefusals),
     security(("bearer" = []))
 )]
@@ -129,7 +129,7 @@ pub struct ReadersQuery {
 
 /// The members of a room who have read up to a message, by user id.
 #[utoipa::path(
-    get, path = "/v1/rooms/{room}/readers", tag = "rooms", params(("room" = String, Path, description = "The id of the room"), ReadersQuery),
+    get, path = "/v1/rooms/{room}/readers", operation_id = "room_readers", tag = "rooms", params(("room" = String, Path, description = "The id of the room"), ReadersQuery),
     responses((status = 200, description = "The page", body = RoomMembersPage), Refusals, RoomRefusals),
     security(("bearer" = []))
 )]
@@ -148,7 +148,7 @@ pub async fn readers(
 /// Change a room: add and remove members, give roles, set the title. With one's own user id in
 /// `remove`, one leaves.
 #[utoipa::path(
-    post, path = "/v1/rooms/{room}/members", tag = "rooms", request_body = ChangeRoomRequest, params(("room" = String, Path, description = "The id of the room")),
+    post, path = "/v1/rooms/{room}/members", operation_id = "change_room", tag = "rooms", request_body = ChangeRoomRequest, params(("room" = String, Path, description = "The id of the room")),
     responses(
         (status = 201, description = "Changed; the place of the entry that says so", body = Sent),
         (status = 200, description = "A repeat of a request that was carried out before", body = Sent),
@@ -173,7 +173,7 @@ pub async fn change(
 
 /// Store a message in a room, and deliver it.
 #[utoipa::path(
-    post, path = "/v1/rooms/{room}/messages", tag = "rooms", request_body = SendRequest, params(("room" = String, Path, description = "The id of the room")),
+    post, path = "/v1/rooms/{room}/messages", operation_id = "send_to_room", tag = "rooms", request_body = SendRequest, params(("room" = String, Path, description = "The id of the room")),
     responses(
         (status = 201, description = "Stored", body = Sent),
         (status = 200, description = "A repeat of a send that was stored before", body = Sent),
@@ -199,7 +199,7 @@ pub async fn send(
 
 /// A page of a room, ascending; the newest unless `before` or `after` is given.
 #[utoipa::path(
-    get, path = "/v1/rooms/{room}/messages", tag = "rooms", params(("room" = String, Path, description = "The id of the room"), HistoryQuery),
+    get, path = "/v1/rooms/{room}/messages", operation_id = "room_history", tag = "rooms", params(("room" = String, Path, description = "The id of the room"), HistoryQuery),
     responses((status = 200, description = "The page", body = HistoryPage), Refusals, RoomRefusals),
     security(("bearer" = []))
 )]
@@ -214,7 +214,7 @@ pub async fn history(
 
 /// Mark a room as read up to a seq: forward only, never beyond the last message.
 #[utoipa::path(
-    put, path = "/v1/rooms/{room}/read", tag = "rooms", request_body = ReadRequest, params(("room" = String, Path, description = "The id of the room")),
+    put, path = "/v1/rooms/{room}/read", operation_id = "mark_room_read", tag = "rooms", request_body = ReadRequest, params(("room" = String, Path, description = "The id of the room")),
     responses((status = 200, description = "The mark as it is now", body = ReadMark), BodyRefusals, Refusals, RoomRefusals),
     security(("bearer" = []))
 )]
