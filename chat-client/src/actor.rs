@@ -166,7 +166,8 @@ impl Actor {
     /// A connection, and when to bring another token.
     async fn connect(&self) -> Result<(Connection, Option<Instant>), ClientError> {
         let token = self.access.token(self.user).await?;
-        let connection = Connection::open(&self.access, &token, self.attempt).await?;
+        let since = self.since.as_deref();
+        let connection = Connection::open(&self.access, &token, self.attempt, since).await?;
         Ok((connection, self.renewal(&token)))
     }
 
@@ -247,8 +248,14 @@ impl Actor {
         self.first.clear();
         self.backlog.restart();
         self.streams.interrupt();
-        let since = self.since.replace(now);
-        self.resume(since);
+        match self.since.clone() {
+            // Kept until the server confirms that nothing is missing since then.
+            Some(since) => self.resume(Some(since)),
+            None => {
+                self.since = Some(now);
+                self.resume(None);
+            }
+        }
         let users: Vec<u64> = self.watched.iter().copied().collect();
         self.watch(&users);
     }
@@ -259,17 +266,15 @@ impl Actor {
         let fitting = (self.frame_bytes / POSITION_BYTES).max(1);
         let mut parts: Vec<&[(String, u64)]> =
             positions.chunks(self.resume_dialogs.min(fitting)).collect();
-        // A client that follows more dialogs than one frame takes would receive those in the other
-        // frames, too.
-        if parts.len() > 1 {
-            since = None;
-        }
         if parts.is_empty() && since.is_some() {
             parts.push(&[]);
         }
-        for part in parts {
+        // With the last part, when the server knows the positions of the others.
+        let last = parts.len().saturating_sub(1);
+        for (n, part) in parts.into_iter().enumerate() {
             let positions: BTreeMap<String, u64> = part.iter().cloned().collect();
-            self.resume_these(positions, since.take());
+            let since = since.take_if(|_| n == last);
+            self.resume_these(positions, since);
         }
     }
 
@@ -381,8 +386,9 @@ impl Actor {
                 dialog,
                 seq,
                 at,
+                early,
                 ..
-            } => self.sent(key, dialog, seq, at).await,
+            } => self.sent(key, dialog, seq, at, early).await,
             ServerFrame::Message(message) => {
                 // One of ours that we do not know to be stored, because the answer was lost with a
                 // connection.
@@ -451,11 +457,11 @@ impl Actor {
         }
     }
 
-    async fn sent(&mut self, key: String, dialog: String, seq: u64, at: String) {
+    async fn sent(&mut self, key: String, dialog: String, seq: u64, at: String, early: bool) {
         let Some(send) = self.backlog.sent(&dialog, &key) else {
             return;
         };
-        if self.streams.sent(&dialog, seq) {
+        if !early && self.streams.message(&dialog, seq) {
             self.emit(Event::Message(Message {
                 dialog: dialog.clone(),
                 seq,

@@ -47,13 +47,20 @@ fn refused(error: &Error) -> Option<ClientError> {
 
 impl Connection {
     /// Connects as the user of the token, to another instance at each attempt if there are several.
-    /// Whether the server takes us is in its first frame.
-    pub async fn open(access: &Access, token: &str, attempt: usize) -> Result<Self, ClientError> {
+    /// `since`: see [`ClientFrame::Resume`](chat_wire::ClientFrame::Resume). Whether the server
+    /// takes us is in its first frame.
+    pub async fn open(
+        access: &Access,
+        token: &str,
+        attempt: usize,
+        since: Option<&str>,
+    ) -> Result<Self, ClientError> {
         let connection = |e: Error| ClientError::Connection(e.to_string());
-        let mut request = access
-            .socket_url_of_attempt(attempt)
-            .into_client_request()
-            .map_err(connection)?;
+        let mut url = access.socket_url_of_attempt(attempt);
+        if let Some(since) = since {
+            url = format!("{url}?since={since}");
+        }
+        let mut request = url.into_client_request().map_err(connection)?;
         let bearer = HeaderValue::try_from(format!("Bearer {token}"));
         let bearer = bearer.map_err(|_| {
             ClientError::Connection("the token has characters that no token has".into())

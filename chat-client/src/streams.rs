@@ -26,11 +26,8 @@ enum State {
     Reading,
 }
 
-/// The seqs of a generation begin again above a multiple of this; see `docs/PROTOCOL.md`.
-const GENERATION: u64 = 1 << 40;
-
 impl Streams {
-    /// Whether a message that arrives is to be shown now.
+    /// Whether a message that arrives, or an answer that takes its place, is to be shown now.
     pub fn message(&mut self, dialog: &str, seq: u64) -> bool {
         let Some(stream) = self.of.get_mut(dialog) else {
             self.enter(dialog, seq, State::Live);
@@ -46,16 +43,6 @@ impl Streams {
             stream.last = seq;
         }
         show
-    }
-
-    /// Whether a message of ours that was acknowledged is to be shown now. An answer may come
-    /// early: the message then arrives in its place.
-    pub fn sent(&mut self, dialog: &str, seq: u64) -> bool {
-        let early = self
-            .of
-            .get(dialog)
-            .is_some_and(|stream| seq > stream.last.saturating_add(1) && seq % GENERATION != 1);
-        !early && self.message(dialog, seq)
     }
 
     /// A page that was read after the last that was shown: shows it, too.
@@ -151,20 +138,9 @@ mod tests {
         assert!(streams.message("7_42", 9));
         assert!(streams.positions().is_empty());
         assert!(
-            streams.message("7_42", GENERATION + 1),
+            streams.message("7_42", (1 << 40) + 1),
             "the server knows of no hole that can be filled"
         );
-    }
-
-    #[test]
-    fn an_answer_that_comes_early_is_not_shown_before_its_turn() {
-        let mut streams = Streams::default();
-        streams.follow("7_42", 3);
-        streams.resumed([&"7_42".to_owned()]);
-        assert!(!streams.sent("7_42", 5));
-        assert!(streams.message("7_42", 4) && streams.message("7_42", 5));
-        assert!(streams.sent("7_42", 6) && !streams.message("7_42", 6));
-        assert!(streams.sent("7_42", GENERATION + 1));
     }
 
     #[test]

@@ -106,7 +106,7 @@ const TYPING_EVERY: Duration = Duration::from_secs(1);
 const TYPED: usize = 64;
 
 impl Session {
-    /// Begins the session and queues `welcome`.
+    /// Begins the session and queues `welcome`. `away`: the client was connected until then.
     ///
     /// # Errors
     /// [`TooMany`] sessions of this user on this instance.
@@ -114,6 +114,7 @@ impl Session {
         context: Context,
         identity: Identity,
         outbound: Arc<OutboundQueue>,
+        away: Option<Timestamp>,
     ) -> Result<Self, TooMany> {
         let limits = &context.limits;
         let bounds = Bounds {
@@ -121,7 +122,8 @@ impl Session {
             held_bytes: limits.outbound_queue_bytes / 4,
         };
         let lossless = context.delivery.bus() == BusState::Standalone;
-        let subscriber = Arc::new(Subscriber::new(outbound.clone(), bounds, lossless));
+        let subscriber = Subscriber::new(outbound.clone(), bounds, lossless, away);
+        let subscriber = Arc::new(subscriber);
         subscriber.set_issued(identity.issued);
         let welcome = |session| welcome(identity.user, session, limits);
         let joined =
@@ -558,13 +560,8 @@ impl Session {
             .collect::<Option<Vec<_>>>()
             .ok_or(RequestError::BadRequest("a position of no dialog of yours"))?;
         positions.sort_unstable();
-        let since = since.map(|since| since.parse()).transpose();
-        let since =
-            since.map_err(|_| RequestError::BadRequest("since is not the now of a welcome"))?;
-        // Earlier messages are shown by the inbox.
-        let farthest =
-            clock::now().micros() - i64::from(self.context.limits.resume_hours) * Timestamp::HOUR;
-        let since = since.map(|since: Timestamp| since.max(Timestamp::from_micros(farthest)));
+        let since = since.map(|since| away_since(&since, &self.context.limits));
+        let since = since.transpose()?;
         let units = if since.is_some() {
             cost::RESUME
         } else {
@@ -699,6 +696,19 @@ fn welcome(user: UserId, session: u64, limits: &Limits) -> ByteString {
         },
         now: clock::now().to_string(),
     })
+}
+
+/// The time until which a client says that it was connected.
+///
+/// # Errors
+/// If it is no time.
+pub fn away_since(since: &str, limits: &Limits) -> Result<Timestamp, RequestError> {
+    let since: Timestamp = since
+        .parse()
+        .map_err(|_| RequestError::BadRequest("since is not the now of a welcome"))?;
+    // Earlier messages are shown by the inbox.
+    let farthest = clock::now().micros() - i64::from(limits.resume_hours) * Timestamp::HOUR;
+    Ok(since.max(Timestamp::from_micros(farthest)))
 }
 
 /// The part of a dialog that `before` and `after` request.

@@ -575,6 +575,71 @@ async fn what_is_sent_after_a_shard_was_declared_down_comes_without_being_asked_
     }
 }
 
+/// A client that was away connects again. Before it resumes, a message arrives in a dialog that it
+/// does not know yet, or its send is repeated there: the dialog begins with the first message that
+/// was missed all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dialog_that_began_while_a_client_was_away_begins_with_its_first_message() {
+    let nats = nats_url();
+    let connected = [("NATS__URL", nats.as_str())];
+    for settings in [&[][..], &connected] {
+        let databases = Databases::new(Kind::Sqlite, 1).await;
+        let instance = Instance::start(&databases.shards_file(), settings).await;
+        let (first, now) = Socket::with_query(&instance, 7, "").await;
+        drop(first);
+        let (seven, forty_two) = (instance.api(7).await, instance.api(42).await);
+        forty_two.send(7, "a", "1").await.unwrap();
+        seven.send(42, "b", "2").await.unwrap();
+        let since = format!("?since={now}");
+
+        let (mut socket, _) = Socket::with_query(&instance, 7, &since).await;
+        forty_two.send(7, "c", "3").await.unwrap();
+        for seq in 1..=3 {
+            assert_eq!(socket.message().await.seq, seq);
+        }
+
+        let (mut socket, _) = Socket::with_query(&instance, 7, &since).await;
+        socket.send_text("b", 42, "2").await;
+        let answer = socket.next().await;
+        assert!(
+            matches!(
+                answer,
+                ServerFrame::Sent {
+                    seq: 2,
+                    early: true,
+                    ..
+                }
+            ),
+            "{answer:?}"
+        );
+        for seq in 1..=2 {
+            assert_eq!(socket.message().await.seq, seq);
+        }
+        socket
+            .send(json!({"type": "resume", "positions": {}, "since": now}))
+            .await;
+        assert_eq!(socket.message().await.seq, 3);
+        assert!(matches!(socket.next().await, ServerFrame::Resumed { .. }));
+        socket.send_text("d", 42, "4").await;
+        let answer = socket.next().await;
+        assert!(
+            matches!(
+                answer,
+                ServerFrame::Sent {
+                    seq: 4,
+                    early: false,
+                    ..
+                }
+            ),
+            "{answer:?}"
+        );
+
+        let url = format!("{}/v1/ws?since=yesterday", instance.url);
+        let (status, body) = instance.get(&url).await;
+        assert_eq!((status, body["code"].as_str()), (400, Some("bad_request")));
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_reads_much_at_once_says_so_once() {
     let databases = Databases::new(Kind::Sqlite, 1).await;

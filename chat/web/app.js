@@ -46,7 +46,10 @@ class Conversation {
       if (!this.current()) return;
       this.first = page.first;
       page.messages.forEach((message) => this.append(message));
-      this.app.connection.waitingFor(this.peer).forEach((message) => this.wait(message));
+      // A send may be stored before we know that it is.
+      const stored = new Set(page.messages.filter(({ from }) => from === this.app.me).map(({ key }) => key));
+      const waiting = this.app.connection.waitingFor(this.peer).filter(({ key }) => !stored.has(key));
+      waiting.forEach((message) => this.wait(message));
       $('log-box').scrollTop = $('log-box').scrollHeight;
       this.above(page);
       this.app.connection.follow(this.dialog, page.last);

@@ -1,6 +1,5 @@
 // A WebSocket that reconnects, repeats unanswered sends, and reports every message once and in order.
 
-const GENERATION = 2 ** 40; // seqs begin again above a multiple of this; see PROTOCOL.md
 const PAUSE = { first: 1000, longest: 8000 };
 const MARKS_EVERY = 200;
 const FAULTS = [1002, 1007, 1009]; // the server closed because of something that it had received
@@ -37,6 +36,7 @@ export class Connection {
     this.handlers.state('connecting…', false);
     const url = new URL('/v1/ws', location.href);
     url.protocol = url.protocol.replace('http', 'ws');
+    if (this.since) url.searchParams.set('since', this.since);
     // A browser cannot set headers on a WebSocket: the token travels as a second subprotocol.
     const socket = new WebSocket(url, ['chat.v1', `bearer.${this.token}`]);
     this.socket = socket;
@@ -104,7 +104,8 @@ export class Connection {
     const kept = Object.entries(positions).slice(-most);
     for (const dialog of Object.keys(positions).slice(0, -most)) this.streams.delete(dialog);
     if (kept.length || this.since) this.resume(Object.fromEntries(kept), this.since);
-    this.since = frame.now;
+    // An earlier one is kept until the server confirms that nothing is missing since then.
+    this.since ??= frame.now;
     if (this.watched.size) this.transmit({ type: 'watch', users: [...this.watched] });
     for (const request of [...this.sends.values(), ...this.asked.values()].flat()) {
       request.inFlight = false;
@@ -151,11 +152,9 @@ export class Connection {
     if (this.follows(message) && message.to) this.handlers.message(message);
   }
 
-  sent({ key, dialog, seq, at }) {
+  sent({ key, dialog, seq, at, early }) {
     const waiting = this.sendOf(dialog, key);
-    const stream = this.streams.get(dialog);
-    // An answer may come early, when the database of what is before it does not answer: then it comes once more, in its place.
-    const early = stream && seq > stream.last + 1 && seq % GENERATION !== 1;
+    // After an early answer the message comes once more, in its place.
     if (waiting && !early) {
       const message = { ...waiting.message, dialog, seq, at };
       if (this.follows(message)) this.handlers.message(message);

@@ -14,6 +14,8 @@ pub enum Mode {
     Pass,
     /// Connections are accepted, and nothing passes in either direction.
     Hang,
+    /// The client's bytes pass; the server's wait.
+    HangReplies,
     /// As `Pass` for connections that were there before; on new ones nothing passes.
     HangNew,
     /// Whatever the server says comes 300 ms late, and every hundredth time two seconds.
@@ -30,6 +32,8 @@ pub enum Mode {
 pub struct Proxy {
     pub port: u16,
     mode: Arc<watch::Sender<Mode>>,
+    /// How many times all connections were cut.
+    cuts: Arc<watch::Sender<u64>>,
     commits: Arc<AtomicU64>,
     answers: Arc<AtomicU64>,
     connections: Arc<AtomicU64>,
@@ -41,6 +45,7 @@ impl Proxy {
         let proxy = Self {
             port: listener.local_addr().unwrap().port(),
             mode: Arc::new(watch::Sender::new(Mode::Pass)),
+            cuts: Arc::default(),
             commits: Arc::default(),
             answers: Arc::default(),
             connections: Arc::default(),
@@ -64,6 +69,12 @@ impl Proxy {
         self.mode.send_replace(mode);
     }
 
+    /// Closes the connections that there are; bytes pass on new ones.
+    pub fn cut(&self) {
+        self.cuts.send_modify(|cuts| *cuts += 1);
+        self.set(Mode::Pass);
+    }
+
     /// How many times a client's COMMIT has passed while its answer was withheld.
     pub fn commits_withheld(&self) -> u64 {
         self.commits.load(Ordering::SeqCst)
@@ -81,6 +92,7 @@ impl Proxy {
     }
 
     async fn carry(self, client: TcpStream, target: String) {
+        let mut cuts = self.cuts.subscribe();
         let Ok(server) = TcpStream::connect(target).await else {
             return;
         };
@@ -91,7 +103,7 @@ impl Proxy {
             let mut buffer = vec![0; 65_536];
             let mut tail = Vec::new();
             while let Ok(n @ 1..) = client_in.read(&mut buffer).await {
-                self.passing().await;
+                self.passing(&[Mode::Hang]).await;
                 // The word may be cut in two.
                 tail.extend_from_slice(&buffer[..n]);
                 let says = |what: &[u8]| tail.windows(what.len()).any(|window| window == what);
@@ -113,7 +125,7 @@ impl Proxy {
         let downwards = async {
             let mut buffer = vec![0; 65_536];
             while let Ok(n @ 1..) = server_in.read(&mut buffer).await {
-                self.passing().await;
+                self.passing(&[Mode::Hang, Mode::HangReplies]).await;
                 if committing.load(Ordering::SeqCst) {
                     // The answer is here, so the commit is done.
                     self.commits.fetch_add(1, Ordering::SeqCst);
@@ -134,14 +146,17 @@ impl Proxy {
         };
         let mut mode = self.mode.subscribe();
         tokio::select! {
+            // First: bytes that waited do not pass before the cut.
+            biased;
+            _ = cuts.changed() => {}
             () = upwards => {}
             () = downwards => {}
             _ = mode.wait_for(|mode| *mode == Mode::Cut) => {}
         }
     }
 
-    async fn passing(&self) {
+    async fn passing(&self, hanging: &[Mode]) {
         let mut mode = self.mode.subscribe();
-        let _ = mode.wait_for(|mode| *mode != Mode::Hang).await;
+        let _ = mode.wait_for(|mode| !hanging.contains(mode)).await;
     }
 }

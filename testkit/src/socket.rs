@@ -16,7 +16,11 @@ pub struct Socket(pub WebSocketStream<MaybeTlsStream<TcpStream>>);
 impl Socket {
     /// Connects with these headers; the server's first frame has not been read.
     pub async fn open(url: &str, headers: &[(&'static str, String)]) -> Self {
-        let mut request = format!("{}/v1/ws", url.replace("http", "ws"))
+        Self::open_with(url, "", headers).await
+    }
+
+    async fn open_with(url: &str, query: &str, headers: &[(&'static str, String)]) -> Self {
+        let mut request = format!("{}/v1/ws{query}", url.replace("http", "ws"))
             .into_client_request()
             .unwrap();
         for (name, value) in headers {
@@ -27,18 +31,22 @@ impl Socket {
 
     /// Connects as `user` and takes the welcome.
     pub async fn of(instance: &Instance, user: u64) -> Self {
+        Self::with_query(instance, user, "").await.0
+    }
+
+    /// As [`Socket::of`], with this query; also the `now` of the welcome.
+    pub async fn with_query(instance: &Instance, user: u64, query: &str) -> (Self, String) {
         let token = instance.access().token(user).await.unwrap();
-        let mut socket = Self::open(
-            &instance.url,
-            &[("authorization", format!("Bearer {token}"))],
-        )
-        .await;
-        let welcome = socket.next().await;
-        assert!(
-            matches!(&welcome, ServerFrame::Welcome { user: welcomed, .. } if *welcomed == user),
-            "{welcome:?}"
-        );
-        socket
+        let headers = [("authorization", format!("Bearer {token}"))];
+        let mut socket = Self::open_with(&instance.url, query, &headers).await;
+        match socket.next().await {
+            ServerFrame::Welcome {
+                user: welcomed,
+                now,
+                ..
+            } if welcomed == user => (socket, now),
+            other => panic!("{other:?}"),
+        }
     }
 
     pub async fn send(&mut self, frame: serde_json::Value) {

@@ -80,6 +80,7 @@ impl Delivery {
                 dialog: name.clone(),
                 seq: place.seq.get(),
                 at: at.clone(),
+                early: committed.repeat,
             }),
             repeat: committed.repeat,
         });

@@ -354,6 +354,7 @@ mod tests {
             Arc::new(OutboundQueue::new(100)),
             bounds,
             true,
+            None,
         ))
     }
 

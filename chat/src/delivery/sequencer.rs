@@ -4,7 +4,7 @@
 //! position up to which the session has every message. The next message is sent on. A message ahead
 //! of the next one is held until the messages in between arrive; those that do not arrive are read
 //! from the shard. The answer to the send that stored a message (`sent`) takes the place of the
-//! message in that order.
+//! message in that order. An answer that is sent elsewhere says so (`early`).
 
 use crate::domain::dialog::{DialogId, Seq, Timestamp};
 use bytestring::ByteString;
@@ -29,8 +29,8 @@ pub struct Sequencer {
     held_bytes: usize,
     /// Dialogs that must be read, in the order in which this was noticed.
     due: VecDeque<DialogId>,
-    /// No event is lost between the shards and this session: the first message of a dialog that
-    /// arrives has no earlier one missing.
+    /// No event is lost between the shards and this session, and the client was not away before it:
+    /// the first message of a dialog that arrives has no earlier one missing.
     lossless: bool,
     /// In a dialog of which no message was sent yet, messages stored before this time are not sent
     /// unless they are requested.
@@ -126,7 +126,7 @@ impl Sequencer {
             Some(last) if seq <= last => {
                 // An answer is sent even if the message was sent before.
                 if own {
-                    send(frame);
+                    send(early(&frame));
                 }
                 return false;
             }
@@ -148,14 +148,14 @@ impl Sequencer {
             self.held_bytes += frame.len();
             stream.held.insert(seq, Held { frame, own });
         } else if own {
-            send(frame);
+            send(early(&frame));
         }
         self.want(dialog)
     }
 
     /// The answer to a send whose message was stored before, and that message as `frame`. The
-    /// answer is sent at once and never takes the place of the message: a client that received the
-    /// message, or an answer, has forgotten its text.
+    /// answer, which says `early`, is sent at once. It never takes the place of the message: a
+    /// client that received the message, or an answer, has forgotten its text.
     pub fn on_repeat(
         &mut self,
         dialog: DialogId,
@@ -165,11 +165,8 @@ impl Sequencer {
         mut send: impl FnMut(ByteString),
     ) -> bool {
         send(answer);
-        let stream = stream(&mut self.streams, &mut self.clock, dialog, Some(seq));
-        if stream.last.is_none_or(|last| seq <= last) {
-            return false;
-        }
-        if let Some(held) = stream.held.get_mut(&seq) {
+        let stream = self.streams.get_mut(&dialog);
+        if let Some(held) = stream.and_then(|stream| stream.held.get_mut(&seq)) {
             self.held_bytes = self.held_bytes - held.frame.len() + frame.len();
             *held = Held { frame, own: false };
             return false;
@@ -206,6 +203,7 @@ impl Sequencer {
     /// messages stored from then on are missing.
     pub fn away_since(&mut self, since: Timestamp) {
         self.since = self.since.min(since);
+        self.lossless = false;
     }
 
     /// The client has been shown the dialog up to `seq`. If the dialog is not tracked yet, it is
@@ -398,6 +396,13 @@ fn stream<'a>(
     stream
 }
 
+/// An encoded `sent` that does not take the place of its message. Few are: they are made of the
+/// others, so that each answer is encoded once.
+fn early(sent: &str) -> ByteString {
+    let fields = sent.strip_suffix('}').unwrap_or(sent);
+    format!("{fields},\"early\":true}}").into()
+}
+
 impl Stream {
     /// Sends the messages that follow `last` and drops those below it. Returns the number of freed
     /// bytes.
@@ -410,9 +415,11 @@ impl Stream {
             }
             let held = entry.remove();
             freed += held.frame.len();
-            if seq > last || held.own {
-                self.last = Some(last.max(seq));
+            if seq > last {
+                self.last = Some(seq);
                 send(held.frame);
+            } else if held.own {
+                send(early(&held.frame));
             }
         }
         freed
@@ -433,7 +440,7 @@ impl Stream {
         self.held.retain(|_, held| {
             if held.own {
                 freed += held.frame.len();
-                send(std::mem::take(&mut held.frame));
+                send(early(&held.frame));
             }
             !held.own
         });
@@ -472,8 +479,12 @@ mod tests {
         Seq::new(n)
     }
 
+    fn time(n: u64) -> Timestamp {
+        Timestamp::from_micros(n.try_into().unwrap())
+    }
+
     fn frame(n: u64) -> ByteString {
-        n.to_string().into()
+        format!("{{\"n\":{n}}}").into()
     }
 
     /// What the client got, as numbers.
@@ -482,7 +493,16 @@ mod tests {
 
     impl Got {
         fn taker(&mut self) -> impl FnMut(ByteString) {
-            |frame| self.0.push(frame.parse().unwrap())
+            #[derive(serde::Deserialize)]
+            struct Frame {
+                n: u64,
+                #[serde(default)]
+                early: bool,
+            }
+            |frame| {
+                let Frame { n, early } = serde_json::from_str(&frame).unwrap();
+                self.0.push(n + u64::from(early) * ANSWER);
+            }
         }
     }
 
@@ -497,7 +517,8 @@ mod tests {
         while let Some(gap) = sequencer.gap(dialog) {
             let after = match gap.from {
                 Start::After(after) => after.get(),
-                Start::Since(_) => 0,
+                // In these tests the message n is stored at the time n.
+                Start::Since(since) => since.micros().max(1).unsigned_abs() - 1,
             };
             for n in after + 1..=stored {
                 assert!(sequencer.found(dialog, gap.epoch, seq(n), frame(n), got.taker()));
@@ -540,12 +561,12 @@ mod tests {
         assert_eq!(got.0, [0; 0]);
         assert_eq!(sequencer.next_gap(), Some(dialog()));
         sequencer.failed(dialog(), got.taker());
-        assert_eq!(got.0, [11]);
+        assert_eq!(got.0, [ANSWER + 11], "it says that it is early");
         read_one(&mut sequencer, dialog(), 11, &mut got);
-        assert_eq!(got.0, [11, 10, 11], "and then the log, whole");
+        assert_eq!(got.0[1..], [10, 11], "and then the log, whole");
         // A repeat is answered, whatever was sent before.
         sequencer.on_repeat(dialog(), seq(10), frame(10), frame(1000), got.taker());
-        assert_eq!(got.0, [11, 10, 11, 1000]);
+        assert_eq!(got.0[3..], [1000]);
     }
 
     #[test]
@@ -565,9 +586,13 @@ mod tests {
         assert_eq!(got.0, [1010, 10, 1012, 11, 12]);
         assert_eq!(sequencer.held_bytes, 0);
         let other = "7_43".parse().unwrap();
-        sequencer.on_repeat(other, seq(5), frame(5), frame(1005), got.taker());
-        assert!(sequencer.on_message(other, seq(7), frame(7), false, got.taker()));
-        assert_eq!(got.0[5..], [1005], "from there on nothing is left out");
+        assert!(sequencer.on_repeat(other, seq(5), frame(5), frame(1005), got.taker()));
+        read(&mut sequencer, 5, &mut got);
+        assert_eq!(
+            got.0[5..],
+            [1005, 1, 2, 3, 4, 5],
+            "an unknown dialog does not begin with it"
+        );
     }
 
     #[test]
@@ -579,7 +604,7 @@ mod tests {
         sequencer.position(dialog(), seq(5), got.taker());
         assert!(sequencer.on_message(dialog(), seq(6), frame(1006), true, got.taker()));
         read(&mut sequencer, 6, &mut got);
-        assert_eq!(got.0, [6, 1006, 6]);
+        assert_eq!(got.0, [6, ANSWER + 1006, 6]);
     }
 
     #[test]
@@ -637,21 +662,33 @@ mod tests {
 
     /// What a client has that keeps to PROTOCOL: it forgets a send that it knows to be stored.
     struct Model {
-        /// Frames for it: the seq of a message, or `ANSWER` more than that.
+        /// Frames for it: the seq of a message, or `ANSWER` or `REPEAT` more than that.
         got: Got,
         have: u64,
+        /// It gives positions. A client that has shown nothing of the dialog yet gives only the
+        /// time since when it was away, and begins with the first message that it receives.
+        follows: bool,
         unanswered: BTreeSet<u64>,
         /// Its `resume` was not answered yet.
         resuming: bool,
     }
 
+    /// Added to the seq of a message that its `sent` answers.
     const ANSWER: u64 = 1_000_000;
+
+    /// Added to the seq of a message that was stored before: its `sent` is never its place.
+    const REPEAT: u64 = 2_000_000;
 
     impl Model {
         fn take(&mut self, what: &str) {
             for n in std::mem::take(&mut self.got.0) {
-                let known = self.unanswered.remove(&(n % ANSWER));
-                if n % ANSWER == self.have + 1 && (n < ANSWER || known) {
+                let seq = n % ANSWER;
+                let known = self.unanswered.remove(&seq);
+                let places = n < ANSWER || (n < REPEAT && known);
+                if places && !self.follows {
+                    assert_eq!(seq, self.have + 1, "{what}: the first that is received");
+                    (self.have, self.follows) = (seq, true);
+                } else if places && seq == self.have + 1 {
                     self.have += 1;
                 } else if n < ANSWER {
                     assert!(
@@ -669,18 +706,23 @@ mod tests {
     /// or after the position.
     #[test]
     fn whatever_is_lost_doubled_or_overtaken_the_client_has_the_log() {
-        for seed in testkit::seeds("CHAT_SEQUENCE", 1000) {
+        for seed in testkit::seeds("CHAT_SEQUENCE", 2000) {
             let mut rng = StdRng::seed_from_u64(seed);
             let what = format!("seed {seed}");
             let lossless = rng.random();
-            let connect = || Sequencer::new(BOUNDS, Timestamp::from_micros(0), lossless);
-            let mut sequencer = connect();
+            let connect = |have: u64| {
+                let mut sequencer = Sequencer::new(BOUNDS, time(have + 1), lossless);
+                sequencer.away_since(time(have + 1));
+                sequencer
+            };
+            let mut sequencer = Sequencer::new(BOUNDS, time(1), lossless);
             let (mut stored, mut on_the_way) = (0, VecDeque::new());
             // Up to where the session has to be before its `resume` is answered.
             let mut level = None;
             let mut client = Model {
                 got: Got::default(),
                 have: 0,
+                follows: rng.random(),
                 unanswered: BTreeSet::new(),
                 resuming: true,
             };
@@ -709,7 +751,7 @@ mod tests {
                             sequencer.on_message(dialog(), seq(n), answer, true, got.taker());
                         }
                         Some((n, true, true)) => {
-                            let answer = frame(ANSWER + n);
+                            let answer = frame(REPEAT + n);
                             sequencer.on_repeat(dialog(), seq(n), frame(n), answer, got.taker());
                         }
                         Some((n, false, _)) => {
@@ -727,14 +769,16 @@ mod tests {
                         }
                     }
                     9 => {
-                        sequencer.position(dialog(), seq(client.have), got.taker());
+                        if client.follows {
+                            sequencer.position(dialog(), seq(client.have), got.taker());
+                        }
                         sequencer.on_last_seq(dialog(), seq(stored));
                         client.resuming = true;
                         level = Some(stored);
                     }
                     _ => {
                         if rng.random_ratio(1, 3) {
-                            sequencer = connect();
+                            sequencer = connect(client.have);
                             on_the_way.clear();
                             (client.resuming, level) = (true, None);
                             // Events of before may still arrive, and answers that were lost are
@@ -753,7 +797,9 @@ mod tests {
                     (client.resuming, level) = (false, None);
                 }
             }
-            sequencer.position(dialog(), seq(client.have), client.got.taker());
+            if client.follows {
+                sequencer.position(dialog(), seq(client.have), client.got.taker());
+            }
             client.resuming = true;
             sequencer.on_last_seq(dialog(), seq(stored));
             read(&mut sequencer, stored, &mut client.got);

@@ -33,18 +33,28 @@ pub const CLOCKS_APART: i64 = 1_000_000;
 const ON_ITS_WAY: i64 = 5_000_000;
 
 impl Subscriber {
-    /// The subscriber of a session that begins now. `lossless`: see [`Sequencer::new`].
+    /// The subscriber of a session that begins now. `lossless`: see [`Sequencer::new`]; `away`: see
+    /// [`Subscriber::away_since`].
     #[must_use]
-    pub fn new(outbound: Arc<OutboundQueue>, bounds: Bounds, lossless: bool) -> Self {
+    pub fn new(
+        outbound: Arc<OutboundQueue>,
+        bounds: Bounds,
+        lossless: bool,
+        away: Option<Timestamp>,
+    ) -> Self {
         let since = Timestamp::from_micros(now().micros() - CLOCKS_APART);
-        Self {
+        let subscriber = Self {
             outbound,
             read_marks: Mutex::new(ReadMarks::new(bounds.dialogs)),
             sequencer: Mutex::new(Sequencer::new(bounds, since, lossless)),
             issued: AtomicU64::new(0),
             due: Notify::new(),
             advanced: Notify::new(),
+        };
+        if let Some(since) = away {
+            subscriber.away_since(since);
         }
+        subscriber
     }
 
     /// The queue of outgoing frames.

@@ -99,7 +99,15 @@ pub fn document() -> Value {
             "description": format!("A WebSocket with the subprotocol {PROTOCOL}. {}", close_codes()),
             "servers": [{"$ref": "#/servers/instance"}],
             "messages": of_channel,
-            "bindings": {"ws": {"method": "GET", "bindingVersion": "0.1.0"}}
+            "bindings": {"ws": {
+                "method": "GET",
+                "query": {"type": "object", "properties": {"since": {
+                    "type": "string",
+                    "format": "date-time",
+                    "description": "After a reconnection: the `since` of the `resume` that follows"
+                }}},
+                "bindingVersion": "0.1.0"
+            }}
         }},
         "operations": operations,
         "components": {

@@ -10,6 +10,7 @@ use crate::audit;
 use crate::config::normalized_origin;
 use crate::delivery::encode;
 use crate::delivery::outbound_queue::{Next, OutboundQueue};
+use crate::domain::dialog::Timestamp;
 use crate::error::{ApiError, RequestName};
 use crate::metrics::Metrics;
 use crate::session::{self, Identity, Session};
@@ -19,6 +20,7 @@ use actix_web::{FromRequest, HttpRequest, HttpResponse, rt, web};
 use actix_ws::{CloseCode, CloseReason};
 use chat_wire::{Close, ErrorCode};
 use futures_util::FutureExt;
+use serde::Deserialize;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -33,13 +35,25 @@ const REFUSAL_LIMIT: Duration = Duration::from_secs(1);
 /// How long a session that is asked to leave may still wait for answers to what it asked before.
 const DRAIN_LIMIT: Duration = Duration::from_secs(6);
 
+/// The query of `GET /v1/ws`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Connect {
+    /// The `since` of the `resume` that will follow.
+    since: Option<String>,
+}
+
 /// `GET /v1/ws`. A rejected client gets an error frame and a close code, because a page cannot see
 /// the status of a failed handshake; if many are rejected at once, the others get the status.
 pub async fn connect(
     request: HttpRequest,
     payload: web::Payload,
+    query: web::Query<Connect>,
     app: web::Data<App>,
 ) -> Result<HttpResponse, HttpError> {
+    let away = query.since.as_deref();
+    let away = away.map(|since| session::away_since(since, &app.context.limits));
+    let away = away.transpose()?;
     let admitted = admit(&request, &app).map_err(|(refusal, reason)| {
         let address = app.address_of(&request);
         audit::refused("websocket", address, refusal.code, &refusal.message);
@@ -71,7 +85,7 @@ pub async fn connect(
     rt::spawn(async move {
         match admitted {
             Ok((identity, place)) => {
-                run(&app, identity, frames, socket, &line).await;
+                run(&app, identity, away, frames, socket, &line).await;
                 drop(place);
             }
             Err((refusal, reason)) => {
@@ -157,6 +171,7 @@ fn origin_allowed(request: &HttpRequest, allowed: &[String]) -> bool {
 async fn run(
     app: &App,
     identity: Identity,
+    away: Option<Timestamp>,
     mut frames: FrameReader,
     socket: actix_ws::Session,
     line: &TcpHandle,
@@ -164,7 +179,7 @@ async fn run(
     let context = &app.context;
     let user = identity.user;
     let outbound = Arc::new(OutboundQueue::new(context.limits.outbound_queue_bytes));
-    let mut session = match Session::begin(context.clone(), identity, outbound.clone()) {
+    let mut session = match Session::begin(context.clone(), identity, outbound.clone(), away) {
         Ok(session) => session,
         Err(crate::delivery::registry::TooMany) => {
             let limit = context.limits.sessions_per_user;

@@ -459,6 +459,10 @@ pub enum ServerFrame {
         /// The time of storing.
         #[cfg_attr(feature = "openapi", schema(format = DateTime, example = "2026-11-21T05:00:00.123456Z"))]
         at: String,
+        /// The answer does not take the place of the message in the order of the dialog: the
+        /// message was sent before, or comes as `message`.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        early: bool,
     },
     /// The answer to `create`, after the shard's COMMIT.
     Created {
